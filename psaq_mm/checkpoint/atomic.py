@@ -1,0 +1,198 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Write a file whole or not at all.
+
+A run that is killed, or a disk that fills up, in the middle of a save must
+not cost the checkpoint that was there before.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import secrets
+import stat
+from typing import Any, BinaryIO, Callable, Iterator, List, Optional, Union
+
+import torch
+
+from psaq_mm.errors import UserError
+
+PathLike = Union[str, 'os.PathLike[str]']
+
+_ADVICE = {
+    errno.ENOSPC: 'Free some space or choose another folder.',
+    errno.EDQUOT: 'Free some of your quota or choose another folder.',
+    errno.EACCES: 'Choose a folder that you may write to.',
+    errno.EPERM: 'Choose a folder that you may write to.',
+    errno.EROFS: 'Choose a folder on a disk that is not read-only.',
+    errno.ENOENT: 'Create the folder first.',
+    errno.ENOTDIR: 'A part of this path is a file: choose another folder.',
+    errno.EEXIST: 'A part of this path is a file: choose another folder.',
+}
+
+
+def atomic_write(path: PathLike, write: Callable[[BinaryIO], None]) -> None:
+    """Let ``write`` fill a temporary file, then rename it to ``path``.
+
+    Whatever goes wrong before the rename, the temporary file is removed and
+    an older file at ``path`` stays as it was. The new file has the
+    permissions of the file it replaces or, if there was none, those that a
+    plain ``open()`` gives. A symbolic link is followed, not replaced.
+
+    Args:
+        path (str or PathLike): File to write. Its folder must exist.
+        write (Callable): Called once with the open binary file.
+
+    Raises:
+        UserError: If the file cannot be written: full disk, permission,
+            read-only file system, quota, missing folder. Other errors that
+            ``write`` raises pass through.
+    """
+    shown = os.fspath(path)
+    # A link is followed as open() would do; os.replace would put a file in its place.
+    target = os.path.realpath(shown)
+    folder = os.path.dirname(target)
+    # A new name opened with 'xb' gets the umask's permissions, which tempfile would make 0600.
+    # It is not derived from the target's name, which may already be as long as names can be.
+    temporary = os.path.join(folder, f'.{secrets.token_hex(8)}.tmp')
+    with _as_user_error(shown, 'could not be written'):
+        mode = _mode_of_regular_file(target, shown)
+        try:
+            with open(temporary, 'xb') as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if mode is not None:
+                with contextlib.suppress(OSError):  # FAT and some shares know no permissions
+                    os.chmod(temporary, mode)
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    _sync_folder(folder)
+
+
+def save_torch(obj: Any, path: PathLike) -> None:
+    """Save an object with ``torch.save``, whole or not at all.
+
+    Args:
+        obj (Any): What to save.
+        path (str or PathLike): File to write.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    # torch's zip writer turns a full disk into a RuntimeError about file positions, and tries to
+    # write once more while it is destroyed. In memory it cannot fail; what then fails on the disk
+    # is an OSError like any other.
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    save_bytes(buffer.getbuffer(), path)
+
+
+def save_json(obj: Any, path: PathLike) -> None:
+    """Save an object as JSON, indented by 2 and with a newline at the end.
+
+    Args:
+        obj (Any): What to save; anything that ``json.dumps`` takes.
+        path (str or PathLike): File to write.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    save_bytes((json.dumps(obj, indent=2) + '\n').encode('utf-8'), path)
+
+
+def save_bytes(data: Union[bytes, memoryview], path: PathLike) -> None:
+    """Save bytes, whole or not at all.
+
+    Args:
+        data (bytes or memoryview): What to save.
+        path (str or PathLike): File to write.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    atomic_write(path, write)
+
+
+def ensure_writable_dir(path: PathLike) -> None:
+    """Create a folder if it is missing and prove that a file fits into it.
+
+    A long run calls this first, so that it does not end with results that it
+    cannot save. Nothing is left behind if it fails: neither the folder nor
+    those of its parents that were missing.
+
+    Args:
+        path (str or PathLike): The folder.
+
+    Raises:
+        UserError: If the folder cannot be created or written to.
+    """
+    shown = os.fspath(path)
+    folder = os.path.realpath(shown)
+    missing: List[str] = []
+    ancestor = folder
+    while not os.path.lexists(ancestor):
+        missing.append(ancestor)
+        ancestor = os.path.dirname(ancestor)
+
+    probe = os.path.join(folder, f'.{secrets.token_hex(8)}.tmp')
+    with _as_user_error(shown, 'is not a folder that can be written to'):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            # An empty file can be created on a full disk: ask for a block and wait for it.
+            with open(probe, 'xb') as file:
+                file.write(b'\0')
+                file.flush()
+                os.fsync(file.fileno())
+            os.unlink(probe)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(probe)
+            for created in missing:  # deepest first; rmdir removes only what is empty
+                with contextlib.suppress(OSError):
+                    os.rmdir(created)
+            raise
+
+
+@contextlib.contextmanager
+def _as_user_error(path: str, what: str) -> Iterator[None]:
+    """Turn an OSError into a UserError that names the path and the reason."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        advice = _ADVICE.get(error.errno or 0, 'Choose another folder.')
+        raise UserError(f'{path} {what}: {reason}. {advice}') from error
+
+
+def _mode_of_regular_file(target: str, shown: str) -> Optional[int]:
+    """Permission bits of the file to be replaced, None if there is none."""
+    try:
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(mode):  # a folder, or a device such as /dev/null
+        raise UserError(f'{shown} is not a regular file. Choose another name to save under.')
+    return stat.S_IMODE(mode)
+
+
+def _sync_folder(folder: str) -> None:
+    """Make the rename survive a power cut.
+
+    The new file is complete and in place by now, and not every file system
+    can do this for a folder, so a refusal is no failure of the save.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,75 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The part of a quantized checkpoint that says what is quantized how."""
+from typing import Any, Dict, Mapping, Optional
+
+from torch import nn
+
+from psaq_mm.errors import UserError
+from psaq_mm.ops import named_quant_ops
+from psaq_mm.ops.plan import Plan
+from psaq_mm.quantization import Quantizer, QuantSpec
+from psaq_mm.version import __version__
+
+MANIFEST_KEY = 'psaq_mm'
+"""Key of the manifest beside ``state_dict`` in a checkpoint."""
+
+FORMAT_VERSION = 1
+
+
+def build_manifest(model: nn.Module, about: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
+    """Describe the quantized ops of a model, in plain dicts, lists and numbers.
+
+    Args:
+        model (nn.Module): A model with quantized ops.
+        about (Mapping, optional): What else to record: seed, settings, the
+            source checkpoint's name and hash. Defaults to None.
+
+    Returns:
+        dict: ``format_version``, ``psaq_mm_version``, ``learnable_ranges``,
+        ``modules`` (name -> ``op`` and ``roles``) and what ``about`` holds.
+    """
+    modules = {}
+    learnable = False
+    for name, op in named_quant_ops(model):
+        roles = {}
+        for role, quantizer in op.quantizers.items():
+            assert isinstance(quantizer, Quantizer)
+            roles[role] = quantizer.spec.to_dict()
+            learnable |= quantizer.learnable
+        modules[name] = dict(op=type(op).__name__, roles=roles)
+    return dict(format_version=FORMAT_VERSION, psaq_mm_version=__version__,
+                learnable_ranges=learnable, modules=modules, **dict(about or {}))
+
+
+def is_quantized(checkpoint: Any) -> bool:
+    """Whether a loaded checkpoint is one of ours."""
+    return isinstance(checkpoint, Mapping) and MANIFEST_KEY in checkpoint
+
+
+def read_manifest(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
+    """The manifest of a quantized checkpoint, checked.
+
+    Raises:
+        UserError: If it was written in a newer format, or is damaged.
+    """
+    manifest = checkpoint[MANIFEST_KEY]
+    version = manifest.get('format_version') if isinstance(manifest, Mapping) else None
+    if not isinstance(version, int):
+        raise UserError(f'the checkpoint\'s {MANIFEST_KEY!r} entry is not a manifest '
+                        '(no format_version): the file is damaged, quantize again')
+    if version > FORMAT_VERSION:
+        raise UserError(f'the checkpoint has format version {version}, this psaq_mm reads up to '
+                        f'{FORMAT_VERSION}: update psaq_mm')
+    if not isinstance(manifest.get('modules'), Mapping) or not manifest['modules']:
+        raise UserError('the checkpoint\'s manifest names no quantized modules: the file is '
+                        'damaged, quantize again')
+    return dict(manifest)
+
+
+def plan_of_manifest(manifest: Mapping[str, Any]) -> Plan:
+    """The plan that rebuilds the quantized ops of a manifest."""
+    plan: Plan = {}
+    for name, entry in manifest['modules'].items():
+        plan[name] = {role: QuantSpec.from_dict(spec, f'manifest of {name}, {role}')
+                      for role, spec in entry['roles'].items()}
+    return plan

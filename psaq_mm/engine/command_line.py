@@ -1,0 +1,63 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The shell around the tools: clear errors and exit statuses."""
+import os
+import sys
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from mmengine.config import Config
+
+from psaq_mm.errors import UserError
+
+
+def run_tool(main: Callable[[], Any]) -> None:
+    """Run a tool's main function and exit.
+
+    Exit status 2 and one or two lines on standard error for a
+    :class:`UserError`; 1 for a loss that is not finite; 130 for Ctrl-C. Any
+    other exception is a bug and keeps its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
+
+
+def choose_work_dir(given: Optional[str], config: Config) -> str:
+    """Work directory by mmdet's rule: command line, config, config's name."""
+    if given is not None:
+        return given
+    if config.get('work_dir'):
+        return str(config.work_dir)
+    return os.path.join('work_dirs', Path(config.filename).stem)
+
+
+def require_test_data(config: Config) -> None:
+    """Check that the test set of a config is there, before a model is built.
+
+    Raises:
+        UserError: If the config evaluates nothing, or the annotation file or
+            image folder is missing.
+    """
+    if config.get('test_dataloader') is None or config.get('test_evaluator') is None:
+        raise UserError(f'config {config.filename} has no test_dataloader and test_evaluator: '
+                        'there is nothing to evaluate on')
+    dataset = config.test_dataloader.dataset
+    while dataset.get('dataset') is not None:  # wrappers
+        dataset = dataset.dataset
+    root = dataset.get('data_root') or ''
+    paths = [dataset.get('ann_file') or '', *(dataset.get('data_prefix') or {}).values()]
+    for path in paths:
+        if not isinstance(path, str) or not path or '://' in root + path:
+            continue
+        full = os.path.join(root, path)
+        if not os.path.exists(full):
+            raise UserError(f'test_dataloader.dataset: {full} does not exist; put the data '
+                            'there, or set test_dataloader.dataset.data_root')

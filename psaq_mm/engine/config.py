@@ -1,0 +1,102 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""OpenMMLab configs, with our three sections checked."""
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
+
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+
+from psaq_mm.errors import UserError
+from psaq_mm.evolution import CalibrationSettings, SynthesisSettings
+from psaq_mm.quantization.settings import QuantizationSettings
+
+SECTIONS = ('quantization', 'synthesis', 'calibration')
+
+# mmengine looks a config package up by its distribution's name. Those of the
+# onedl family differ from what it knows, and ours it does not know at all; an
+# import name serves both families.
+MODULE2PACKAGE['mmseg'] = 'mmseg'
+MODULE2PACKAGE['psaq_mm'] = 'psaq_mm'
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The checked sections of a config."""
+    quantization: QuantizationSettings
+    synthesis: SynthesisSettings
+    calibration: CalibrationSettings
+
+
+def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None) -> Config:
+    """Read a config file; ``psaq_mm::`` and ``mmseg::`` bases resolve.
+
+    Args:
+        path (str or Path): The config file.
+        options (dict, optional): Dotted keys to values, as from
+            ``--cfg-options``. Defaults to None.
+
+    Returns:
+        Config: The merged config.
+
+    Raises:
+        UserError: If a file is missing or cannot be parsed.
+    """
+    if not Path(path).is_file():
+        raise UserError(f'config {path} does not exist; expected a Python config file such as '
+                        'configs/mask_rcnn_swin_t_w8a8.py')
+    try:
+        config = Config.fromfile(str(path))
+        if options:
+            config.merge_from_dict(options)
+    except UserError:
+        raise
+    except Exception as error:  # configs are programs: anything may be raised
+        reason = ' '.join(str(error).split())[:500]
+        raise UserError(f'config {path} cannot be read ({type(error).__name__}): {reason}') \
+            from error
+    if config.get('model') is None:
+        raise UserError(f"config {path} has no key 'model'; inherit the config that the "
+                        'checkpoint was trained with')
+    _reject_misspelt_sections(config)
+    return config
+
+
+def _reject_misspelt_sections(config: Config) -> None:
+    for key in config:
+        if key in SECTIONS:
+            continue
+        near = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.8)
+        if near:
+            raise UserError(f'unknown config key {key!r}. Did you mean {near[0]!r}?')
+
+
+def read_sections(config: Config) -> Sections:
+    """Check and read the three sections.
+
+    Raises:
+        UserError: If ``quantization`` is absent, a key is unknown or a value
+            is out of range.
+    """
+    if config.get('quantization') is None:
+        raise UserError(
+            f"config {config.filename} has no 'quantization' section; add ours to its bases, "
+            "e.g. _base_ = ['my_mask_rcnn_swin.py', 'psaq_mm::_base_/w8a8.py']")
+    values = config.to_dict() if hasattr(config, 'to_dict') else config._cfg_dict.to_dict()
+    return Sections(
+        quantization=QuantizationSettings.from_dict(values.get('quantization')),
+        synthesis=SynthesisSettings.from_dict(values.get('synthesis')),
+        calibration=CalibrationSettings.from_dict(values.get('calibration')))
+
+
+def without_data(config: Config) -> Config:
+    """A copy of a config that opens no dataset: no loaders, loops, metrics."""
+    config = config.copy()
+    for split in ('train', 'val', 'test'):
+        config[f'{split}_dataloader'] = None
+        config[f'{split}_cfg'] = None
+        config[f'{split}_evaluator'] = None
+    config['optim_wrapper'] = None
+    config['param_scheduler'] = None
+    return config

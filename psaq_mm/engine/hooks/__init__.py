@@ -1,0 +1,13 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Hooks, one a file."""
+from .contact_sheet_hook import ContactSheetHook
+from .progress_hook import ProgressHook
+from .psaq_hook import PSAQHook
+from .quantized_checkpoint_hook import QuantizedCheckpointHook
+from .report_hook import ReportHook
+from .resume_hook import ResumeHook
+
+__all__ = [
+    'ContactSheetHook', 'PSAQHook', 'ProgressHook', 'QuantizedCheckpointHook', 'ReportHook',
+    'ResumeHook'
+]

@@ -1,0 +1,64 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Show the images that were made."""
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from psaq_mm.checkpoint import save_bytes
+from psaq_mm.evolution import Synthesizer
+from psaq_mm.registry import HOOKS
+
+from .psaq_hook import PSAQHook
+
+if TYPE_CHECKING:
+    from ..runner import PSAQRunner
+
+
+def contact_sheet(images: Tensor, lower: Tensor, upper: Tensor, rgb: bool,
+                  columns: int = 4) -> bytes:
+    """A PNG with all images side by side.
+
+    Args:
+        images (Tensor): Normalized images of shape (N, C, H, W).
+        lower (Tensor): Normalized value of pixel 0, shape (1, C, 1, 1).
+        upper (Tensor): Normalized value of pixel 255, same shape.
+        rgb (bool): Whether the channels are RGB; else BGR.
+        columns (int): Images in a row. Defaults to 4.
+
+    Returns:
+        bytes: The file.
+    """
+    pixels = ((images.cpu() - lower) / (upper - lower)).clamp(0, 1)
+    if pixels.shape[1] == 3 and not rgb:
+        pixels = pixels.flip(1)
+    grid = make_grid(pixels[:, :3], nrow=columns, padding=4, pad_value=1.)
+    file = io.BytesIO()
+    to_pil_image((grid * 255).round().to(torch.uint8)).save(file, format='PNG')
+    return file.getvalue()
+
+
+@HOOKS.register_module()
+class ContactSheetHook(PSAQHook):
+    """Writes ``<work-dir>/synthetic.png``.
+
+    Args:
+        columns (int): Images in a row. Defaults to 4.
+    """
+
+    def __init__(self, columns: int = 4) -> None:
+        self.columns = columns
+
+    def after_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
+        preprocessor = getattr(runner.teacher, 'data_preprocessor', None)
+        # The model sees RGB if its preprocessor turns OpenCV's BGR around.
+        rgb = bool(getattr(preprocessor, '_channel_conversion', False))
+        sheet = contact_sheet(runner.images, synthesizer.lower.cpu(), synthesizer.upper.cpu(),
+                              rgb, self.columns)
+        path = Path(runner.work_dir) / 'synthetic.png'
+        save_bytes(sheet, path)
+        runner.logger.info(f'images: {path}')

@@ -1,0 +1,67 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Show how far a run is."""
+from typing import TYPE_CHECKING, Any, Dict, Optional
+
+from tqdm import tqdm
+
+from psaq_mm.evolution import Synthesizer
+from psaq_mm.registry import HOOKS
+
+from .psaq_hook import PSAQHook
+
+if TYPE_CHECKING:
+    from ..runner import PSAQRunner
+
+
+@HOOKS.register_module()
+class ProgressHook(PSAQHook):
+    """A progress bar with ETA and the current losses, and scalars for the
+    runner's visualizer (its local backend writes them to ``vis_data``).
+
+    Args:
+        interval (int): Steps between two records of the losses in the
+            visualizer. Defaults to 10.
+    """
+
+    priority = 'BELOW_NORMAL'
+
+    def __init__(self, interval: int = 10) -> None:
+        self.interval = interval
+        self._bar: Optional[Any] = None
+
+    def _open(self, title: str, total: int, unit: str, done: int = 0) -> None:
+        self._close()
+        self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def before_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
+        self._open('synthesis', synthesizer.total_steps, 'step', synthesizer.step_index)
+
+    def after_synthesis_step(self, runner: 'PSAQRunner', synthesizer: Synthesizer,
+                             losses: Dict[str, float]) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix({k: f'{v:.3f}' for k, v in losses.items()}, refresh=False)
+            self._bar.update()
+        if synthesizer.step_index % self.interval == 0:
+            scalars = {f'synthesis/{k}': v for k, v in losses.items()}
+            runner.visualizer.add_scalars(scalars, step=synthesizer.step_index)
+
+    def interrupt_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
+        self._close()
+
+    def after_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
+        self._close()
+
+    def before_calibration(self, runner: 'PSAQRunner') -> None:
+        self._open('calibration', len(runner.images), 'image')
+
+    def after_calibration_batch(self, runner: 'PSAQRunner', count: int) -> None:
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def after_calibration(self, runner: 'PSAQRunner') -> None:
+        self._close()

@@ -1,0 +1,48 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The points of a quantization run that hooks can act at."""
+from typing import TYPE_CHECKING, Dict
+
+from mmengine.hooks import Hook
+
+from psaq_mm.evolution import Synthesizer
+
+if TYPE_CHECKING:
+    from ..runner import PSAQRunner
+
+
+class PSAQHook(Hook):
+    """A hook with the points of :meth:`PSAQRunner.quantize`.
+
+    Subclasses that are listed in ``custom_hooks`` run beside ours.
+    """
+
+    def before_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
+        """Before the first step; the synthesizer may still be restored."""
+
+    def after_synthesis_step(self, runner: 'PSAQRunner', synthesizer: Synthesizer,
+                             losses: Dict[str, float]) -> None:
+        """After each step.
+
+        Args:
+            runner (PSAQRunner): The runner.
+            synthesizer (Synthesizer): Its state after the step.
+            losses (dict[str, float]): Term name to weighted value.
+        """
+
+    def interrupt_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
+        """When an exception, such as Ctrl-C, ends the phase early."""
+
+    def after_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
+        """After the last step; ``runner.images`` holds the images."""
+
+    def before_calibration(self, runner: 'PSAQRunner') -> None:
+        """Before the first batch."""
+
+    def after_calibration_batch(self, runner: 'PSAQRunner', count: int) -> None:
+        """After each batch of ``count`` images."""
+
+    def after_calibration(self, runner: 'PSAQRunner') -> None:
+        """When ``runner.model`` is quantized and its ranges are set."""
+
+    def after_quantize(self, runner: 'PSAQRunner') -> None:
+        """When ``quantized.pth`` is written."""

@@ -1,0 +1,36 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Let any mmengine runner load a quantized checkpoint."""
+from typing import Any, Dict
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from psaq_mm.checkpoint import is_quantized, prepare_for_loading
+from psaq_mm.registry import HOOKS
+
+
+@HOOKS.register_module()
+class QuantizedCheckpointHook(Hook):
+    """Fits the runner's model to a quantized checkpoint that it is loading.
+
+    Between reading a checkpoint and loading its weights, mmengine calls this
+    hook: it puts the quantized ops of the manifest into the model and
+    replaces the state dict by one that fits. A float checkpoint passes
+    through. So mmdet's and mmseg's own test scripts evaluate both.
+
+    Raises:
+        UserError: If the checkpoint does not fit; mmengine by itself would
+            only warn.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: Dict[str, Any]) -> None:
+        if not is_quantized(checkpoint):
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        path = str(getattr(runner, '_load_from', None) or 'the checkpoint')
+        checkpoint['state_dict'] = prepare_for_loading(model, checkpoint, path)
+        runner.logger.info(f'{path} is quantized: '
+                           f'{len(checkpoint["psaq_mm"]["modules"])} modules')

@@ -1,0 +1,102 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Write down what a run did."""
+import math
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List
+
+import mmcv
+import mmdet
+import mmengine
+import torch
+from torch import Tensor
+
+from psaq_mm.checkpoint import save_json, size_of_quantized
+from psaq_mm.evolution import Synthesizer, measure_sqnr
+from psaq_mm.ops import named_quant_ops
+from psaq_mm.quantization import Quantizer
+from psaq_mm.registry import HOOKS
+from psaq_mm.version import __version__
+
+from .psaq_hook import PSAQHook
+
+if TYPE_CHECKING:
+    from ..runner import PSAQRunner
+
+
+def _ends(values: Tensor) -> Any:
+    values = values.detach().cpu()
+    return float(values) if values.dim() == 0 else [float(v) for v in values]
+
+
+def describe_modules(model: torch.nn.Module, sqnr: Dict[str, float]) -> List[Dict[str, Any]]:
+    """One entry for each quantized module: its tensors and its SQNR.
+
+    Args:
+        model (nn.Module): A calibrated model.
+        sqnr (dict[str, float]): Module name to decibel.
+
+    Returns:
+        list[dict]: ``name``, ``op``, ``sqnr_db`` (None where it is infinite
+        or was not measured) and ``tensors``: for each role ``bits``,
+        ``symmetric``, ``granularity``, ``lower`` and ``upper``; the ends of
+        per-channel ranges are lists.
+    """
+    entries = []
+    for name, op in named_quant_ops(model):
+        tensors = {}
+        for role, quantizer in op.quantizers.items():
+            assert isinstance(quantizer, Quantizer)
+            lower, upper = quantizer.range()
+            tensors[role] = dict(bits=quantizer.spec.bits, symmetric=quantizer.spec.symmetric,
+                                 granularity=quantizer.spec.granularity, lower=_ends(lower),
+                                 upper=_ends(upper))
+        value = sqnr.get(name, math.nan)
+        entries.append(dict(name=name, op=type(op).__name__,
+                            sqnr_db=round(value, 2) if math.isfinite(value) else None,
+                            tensors=tensors))
+    return entries
+
+
+@HOOKS.register_module()
+class ReportHook(PSAQHook):
+    """Writes ``<work-dir>/report.json``.
+
+    Args:
+        sqnr_images (int): Images that SQNR is measured on. Defaults to 4.
+    """
+
+    priority = 'LOW'
+
+    def __init__(self, sqnr_images: int = 4) -> None:
+        self.sqnr_images = sqnr_images
+        self._losses: Dict[str, List[float]] = {}
+
+    def after_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
+        self._losses = synthesizer.losses
+
+    def after_quantize(self, runner: 'PSAQRunner') -> None:
+        with runner.phase('report'):
+            sqnr = measure_sqnr(runner.model, runner.images[:self.sqnr_images],
+                                runner.forward_student)
+            # What follows region proposals gets other inputs once quantized.
+            sqnr = {k: v for k, v in sqnr.items()
+                    if not runner.adapter.follows_proposals(runner.model, k)}
+            size = size_of_quantized(runner.model)
+        report = dict(
+            modules=describe_modules(runner.model, sqnr),
+            losses={k: [round(v, 6) for v in values] for k, values in self._losses.items()},
+            seconds={k: round(v, 3) for k, v in runner.seconds.items()},
+            size=size,
+            images=dict(count=len(runner.images), shape=list(runner.images.shape[1:])),
+            seed=runner.run_seed,
+            config=runner.cfg.filename,
+            settings=runner.settings,
+            checkpoint=runner.source,
+            device=str(runner.device),
+            versions=dict(psaq_mm=__version__, torch=torch.__version__, mmcv=mmcv.__version__,
+                          mmengine=mmengine.__version__, mmdet=mmdet.__version__,
+                          python=platform.python_version()))
+        path = Path(runner.work_dir) / 'report.json'
+        save_json(report, path)
+        runner.logger.info(f'report: {path}')

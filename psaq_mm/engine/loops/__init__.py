@@ -1,0 +1,6 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Phases of a quantization run, one a file."""
+from .calibration_loop import CalibrationLoop
+from .synthesis_loop import SynthesisLoop
+
+__all__ = ['CalibrationLoop', 'SynthesisLoop']

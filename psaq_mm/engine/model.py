@@ -1,0 +1,59 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The float model of a config, and the device it runs on."""
+import copy
+
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from psaq_mm.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Check that a device is there.
+
+    Args:
+        name (str): ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UserError: If it is not.
+    """
+    if name == 'auto':
+        return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f'--device {name} is no device; expected auto, cpu, cuda or cuda:N') \
+            from error
+    if device.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise UserError(f'--device {name}: no usable GPU was found; use --device cpu')
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f'--device {name}: there are {torch.cuda.device_count()} GPUs; '
+                            'count from cuda:0')
+    elif device.type != 'cpu':
+        raise UserError(f'--device {name} is not supported; expected auto, cpu, cuda or cuda:N')
+    return device
+
+
+def build_float_model(config: Config) -> nn.Module:
+    """Build the model of a config on the CPU, without weights.
+
+    SyncBN becomes BN: quantization runs in one process. The ``Pretrained``
+    weights that a config names are not read: the checkpoint replaces them.
+
+    Raises:
+        UserError: If the model section cannot be built.
+    """
+    init_default_scope(config.get('default_scope') or 'mmdet')
+    try:
+        model = MODELS.build(copy.deepcopy(config.model))
+    except Exception as error:  # a config may name anything
+        raise UserError(f'the model of config {config.filename} cannot be built '
+                        f'({type(error).__name__}): {" ".join(str(error).split())[:500]}') \
+            from error
+    model = revert_sync_batchnorm(model)
+    model.eval()
+    return model

@@ -1,0 +1,217 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The runner of a quantization: mmengine's, with phases of our own."""
+import copy
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Union
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from torch import Tensor, nn
+
+from psaq_mm import api
+from psaq_mm.adapters import find_adapter
+from psaq_mm.checkpoint import (extract_state_dict, is_quantized, load_checkpoint_file,
+                                require_match)
+from psaq_mm.registry import HOOKS, LOOPS, RUNNERS
+
+from .config import SECTIONS, without_data
+from .hooks import PSAQHook
+
+
+@RUNNERS.register_module()
+class PSAQRunner(Runner):
+    """Quantizes a model without data, and tests float or quantized models.
+
+    Beside mmengine's: :meth:`quantize`; checkpoints are read without running
+    code, and the model goes to a chosen device.
+
+    Args:
+        *args: As of :class:`mmengine.runner.Runner`.
+        device (torch.device or str, optional): Where the model runs; None for
+            the config's ``device``, or what mmengine finds. Defaults to None.
+        trust_checkpoint (bool): Whether checkpoints may run code when they
+            are read; the config's ``trust_checkpoint`` does the same.
+            Defaults to False.
+        **kwargs: As of :class:`mmengine.runner.Runner`.
+    """
+
+    phases = ('SynthesisLoop', 'CalibrationLoop')
+    """Names in the LOOPS registry, in the order of :meth:`quantize`."""
+
+    default_psaq_hooks = ('ResumeHook', 'ProgressHook', 'ContactSheetHook', 'ReportHook')
+    """Hooks of :meth:`for_quantization`, besides those of the config."""
+
+    def __init__(self, *args: Any, device: Union[str, torch.device, None] = None,
+                 trust_checkpoint: bool = False, **kwargs: Any) -> None:
+        cfg = kwargs.get('cfg') or {}  # from_cfg passes on mmengine's own keys only
+        device = device or cfg.get('device')
+        self.device = None if device is None else torch.device(device)
+        self.trust_checkpoint = trust_checkpoint or bool(cfg.get('trust_checkpoint'))
+        super().__init__(*args, **kwargs)
+        self.images = torch.empty(0)
+        """Tensor: The synthesized images, normalized."""
+        self.seconds: Dict[str, float] = {}
+        """dict[str, float]: Wall seconds of each phase."""
+        self._running: Dict[str, float] = {}
+
+    def wrap_model(self, model_wrapper_cfg: Optional[dict], model: nn.Module) -> nn.Module:
+        """Move the model to the device of ``--device``, or do as mmengine."""
+        if self.device is None or self.distributed:
+            return super().wrap_model(model_wrapper_cfg, model)
+        return model.to(self.device)
+
+    def load_checkpoint(self, filename: str, map_location: Any = 'cpu', strict: bool = False,
+                        revise_keys: Any = ((r'^module.', ''), )) -> Dict[str, Any]:
+        """Load a checkpoint as mmengine does, but without running code in it,
+        and strictly.
+
+        Raises:
+            UserError: If the file cannot be read or is of another model.
+        """
+        checkpoint = load_checkpoint_file(filename, trust=self.trust_checkpoint)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        if not is_quantized(checkpoint):  # the hook checks those that are
+            checkpoint = dict(checkpoint, state_dict=extract_state_dict(checkpoint, filename))
+            require_match(model, checkpoint['state_dict'], filename, allow_extra=True)
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
+        self._has_loaded = True
+        return checkpoint
+
+    @classmethod
+    def for_quantization(cls, config: Config, model: nn.Module, *, source: Mapping[str, Any],
+                         meta: Mapping[str, Any], seed: int = 0, resume: bool = False,
+                         device: Union[str, torch.device] = 'cpu') -> 'PSAQRunner':
+        """A runner that is ready for :meth:`quantize`.
+
+        Args:
+            config (Config): With checked sections and a ``work_dir``; its
+                datasets are not opened.
+            model (nn.Module): The float model with its weights.
+            source (Mapping): ``file`` and ``sha256`` of the checkpoint.
+            meta (Mapping): The checkpoint's ``meta``.
+            seed (int): Seed of all randomness. Defaults to 0.
+            resume (bool): Whether to go on from the last saved state.
+                Defaults to False.
+            device (str or torch.device): Defaults to ``cpu``.
+
+        Returns:
+            PSAQRunner: The runner.
+        """
+        config = without_data(config)
+        hooks: List[Any] = [dict(type=f'psaq_mm.{name}') for name in cls.default_psaq_hooks]
+        for hook in config.get('custom_hooks') or []:
+            kind = HOOKS.get(hook['type']) if isinstance(hook, Mapping) else type(hook)
+            if isinstance(kind, type) and issubclass(kind, PSAQHook):
+                hooks.append(hook)
+        # mmengine's default hooks count iterations of a data loader; there is
+        # none here.
+        no_hooks: Dict[str, Optional[Hook]] = dict.fromkeys(
+            ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler',
+             'checkpoint'))
+        runner = cls(
+            model=model, work_dir=config.work_dir, default_hooks=no_hooks, custom_hooks=hooks,
+            default_scope=config.get('default_scope') or 'mmdet',
+            log_level=config.get('log_level', 'INFO'), visualizer=config.get('visualizer'),
+            randomness=dict(seed=seed), experiment_name=config.get('experiment_name'),
+            cfg=config, device=torch.device(device))
+        runner.run_seed = seed
+        runner.resume_run = resume
+        runner.source = dict(source)
+        runner.source_meta = dict(meta)
+        return runner
+
+    @property
+    def settings(self) -> Dict[str, Dict[str, Any]]:
+        """dict: Our sections of the config, as plain dicts."""
+        values = self.cfg.to_dict()
+        return {name: _without_scope(values.get(name) or {}) for name in SECTIONS}
+
+    @property
+    def fingerprint(self) -> Dict[str, Any]:
+        """dict: What a resumed run must have in common with the first."""
+        synthesis = self.settings['synthesis']
+        synthesis.pop('save_interval', None)
+        return dict(seed=self.run_seed, checkpoint=self.source['sha256'],
+                    synthesis=repr(sorted(_flat(synthesis).items())))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the wall time of a block to ``seconds[name]``."""
+        self._running[name] = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds = self.seconds_so_far()
+            del self._running[name]
+
+    def seconds_so_far(self) -> Dict[str, float]:
+        """dict[str, float]: ``seconds``, running phases included."""
+        now = time.perf_counter()
+        total = dict(self.seconds)
+        for name, start in self._running.items():
+            total[name] = total.get(name, 0.) + now - start
+        return total
+
+    def forward_student(self, images: Tensor) -> None:
+        """Run the quantized part of the student on images."""
+        self.adapter.forward(self.model, images.to(self.device),
+                             api.scope_of(self.model, self.adapter))
+
+    def quantize(self) -> nn.Module:
+        """Run all phases and write ``<work-dir>/quantized.pth``.
+
+        Returns:
+            nn.Module: The student, quantized and switched on.
+        """
+        self.adapter = find_adapter(self.model)
+        # The teacher stays float; the student is made of a copy of it.
+        self.teacher = self.model
+        self.model = copy.deepcopy(self.teacher)
+        for name in self.phases:
+            LOOPS.build(dict(type=f'psaq_mm.{name}', runner=self)).run()
+        path = Path(self.work_dir) / 'quantized.pth'
+        api.save(self.model, path, meta=self.source_meta, seed=self.run_seed,
+                 source=self.source, settings=self.settings)
+        self.logger.info(f'quantized checkpoint: {path}')
+        self.call_hook('after_quantize')
+        return self.model
+
+
+def describe_checkpoint(path: str, trust: bool = False) -> str:
+    """Say in a few words what a checkpoint is: float, or quantized how."""
+    checkpoint = load_checkpoint_file(path, trust=trust)
+    if not is_quantized(checkpoint):
+        return 'float'
+    counts: Dict[str, int] = {}
+    for entry in checkpoint['psaq_mm']['modules'].values():
+        weight = entry['roles'].get('weight')
+        others = [s['bits'] for r, s in entry['roles'].items() if r != 'weight']
+        name = (f'W{weight["bits"]}' if weight else '') \
+            + (f'A{min(others)}' if others else '')
+        counts[name] = counts.get(name, 0) + 1
+    parts = ', '.join(f'{k} in {v} modules' for k, v in
+                      sorted(counts.items(), key=lambda item: -item[1]))
+    return f'quantized ({parts})'
+
+
+def _without_scope(value: Any) -> Any:
+    """Drop the ``_scope_`` marks that mmengine leaves in inherited dicts."""
+    if isinstance(value, Mapping):
+        return {k: _without_scope(v) for k, v in value.items() if k != '_scope_'}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_scope(v) for v in value)
+    return value
+
+
+def _flat(value: Any, prefix: str = '') -> Dict[str, str]:
+    if isinstance(value, Mapping):
+        return {k: v for name, part in value.items()
+                for k, v in _flat(part, f'{prefix}{name}.').items()}
+    return {prefix: repr(list(value) if isinstance(value, tuple) else value)}

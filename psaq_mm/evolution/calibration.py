@@ -1,0 +1,54 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Set the ranges of a student on images."""
+from typing import Callable, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from psaq_mm.ops import named_quant_ops, set_quantization
+from psaq_mm.quantization import Quantizer
+
+
+def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor], None],
+                     batch_size: int = 8,
+                     progress: Optional[Callable[[int], None]] = None) -> None:
+    """Observe the float activations on images, set the ranges, switch on.
+
+    Args:
+        model (nn.Module): A model with quantized ops.
+        images (Tensor): Normalized images of shape (N, C, H, W).
+        forward (Callable): Runs the model on a batch of them.
+        batch_size (int): Images in a batch. Defaults to 8.
+        progress (Callable, optional): Called with the number of images of
+            each finished batch. Defaults to None.
+
+    Raises:
+        ValueError: If a quantizer saw no values, or values that are not
+            finite; it names the module and role. Quantization is then off.
+    """
+    observed: List[Quantizer] = []
+    names = {}
+    for name, op in named_quant_ops(model):
+        for role, quantizer in op.quantizers.items():
+            assert isinstance(quantizer, Quantizer)
+            names[quantizer] = f'{name} ({role})'
+            if role != 'weight':
+                observed.append(quantizer)
+    set_quantization(model, False)
+    for quantizer in observed:
+        quantizer.start_observing()
+    try:
+        with torch.no_grad():
+            for batch in images.split(batch_size):
+                forward(batch)
+                if progress is not None:
+                    progress(len(batch))
+        for quantizer in observed:
+            try:
+                quantizer.finish_observing()
+            except ValueError as error:
+                raise ValueError(f'{names[quantizer]}: {error}') from error
+    finally:
+        for quantizer in observed:
+            quantizer.observer = None
+    set_quantization(model, True)

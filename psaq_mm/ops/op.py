@@ -1,0 +1,118 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What every quantized op has in common, and the registry by float class."""
+from typing import Any, Callable, ClassVar, Dict, Mapping, Optional, Tuple, Type, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from psaq_mm.quantization import Quantizer, QuantSpec
+from psaq_mm.registry import QUANT_OPS
+
+_OP_OF_CLASS: Dict[type, Type['QuantOp']] = {}
+OpT = TypeVar('OpT', bound=Type['QuantOp'])
+
+
+class QuantOp(nn.Module):
+    """Mixin of a quantized op: ``class QuantLinear(QuantOp, nn.Linear)``.
+
+    An op *is* its float module (same class, same parameters and children,
+    by reference) with one :class:`Quantizer` for each placed role. A
+    subclass names its roles and overrides ``forward``.
+    """
+
+    roles: ClassVar[Mapping[str, int]] = {}
+    """Role name -> channel axis of that tensor, for per-channel ranges."""
+
+    quantizers: nn.ModuleDict
+
+    @classmethod
+    def from_float(cls, module: nn.Module, specs: Mapping[str, QuantSpec],
+                   learnable: bool = False) -> 'QuantOp':
+        """Make the quantized counterpart of a float module.
+
+        Args:
+            module (nn.Module): Instance of a class that the op replaces.
+            specs (Mapping[str, QuantSpec]): Role name to spec.
+            learnable (bool): Whether ranges are parameters. Defaults to
+                False.
+
+        Returns:
+            QuantOp: Shares parameters, buffers and children with ``module``;
+            quantization is off, and the weight's range is set.
+        """
+        op = cls.__new__(cls)
+        op.__dict__.update({
+            # the containers are copied, so that adding quantizers leaves the
+            # float module as it was; what they hold is shared
+            k: v.copy() if k.startswith('_') and isinstance(v, dict) else v
+            for k, v in module.__dict__.items()
+        })
+        op.__dict__['_origin'] = (module, )  # in a tuple: not a child module
+        op.__dict__['_weight_cache'] = None
+        op.quantizers = nn.ModuleDict()
+        for role, spec in specs.items():
+            op.quantizers[role] = Quantizer(spec, cls.roles[role], learnable)
+        weight = op.quantizers['weight'] if 'weight' in op.quantizers else None
+        if weight is not None:
+            weight.start_observing()
+            weight(op.weight)
+            weight.finish_observing()
+        return op
+
+    @property
+    def float_module(self) -> nn.Module:
+        """nn.Module: The module that this op stands in for."""
+        return self._origin[0]  # type: ignore[index, return-value]
+
+    def quantize(self, role: str, x: Tensor) -> Tensor:
+        """Pass a tensor through the quantizer of a role, if it has one."""
+        return self.quantizers[role](x) if role in self.quantizers else x
+
+    def quantized_weight(self) -> Tensor:
+        """The weight after quantization, kept while nothing changes it."""
+        weight: Tensor = self.weight  # type: ignore[assignment]
+        if 'weight' not in self.quantizers:
+            return weight
+        quantizer = self.quantizers['weight']
+        if not quantizer.enabled:
+            return weight
+        scale: Tensor = quantizer.scale
+        if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
+            return quantizer(weight)
+        # In-place changes raise a tensor's version; moves change its address.
+        key = (weight.data_ptr(), weight._version, scale.data_ptr(), scale._version,
+               weight.dtype)
+        cache: Optional[Tuple[Any, Tensor]] = self.__dict__['_weight_cache']
+        if cache is None or cache[0] != key:
+            with torch.no_grad():
+                cache = (key, quantizer(weight))
+            self.__dict__['_weight_cache'] = cache
+        return cache[1]
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, '_weight_cache': None}  # neither pickled nor deep-copied
+
+
+def register_op(*float_classes: type) -> Callable[[OpT], OpT]:
+    """Class decorator: this op replaces modules of exactly these classes.
+
+    Subclasses are not matched: they may compute something else (mmdet's
+    ``NormedLinear`` is an ``nn.Linear``).
+
+    Args:
+        *float_classes (type): The float classes.
+    """
+
+    def register(op: OpT) -> OpT:
+        if op.__name__ not in QUANT_OPS.module_dict:
+            QUANT_OPS.register_module(module=op)
+        for float_class in float_classes:
+            _OP_OF_CLASS[float_class] = op
+        return op
+
+    return register
+
+
+def op_for(module: nn.Module) -> Optional[Type[QuantOp]]:
+    """The op class that replaces a module, or None."""
+    return _OP_OF_CLASS.get(type(module))

@@ -1,0 +1,71 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Which modules of a model are quantized, and how: a plan, before any change."""
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Dict, List
+
+from torch import nn
+
+from psaq_mm.errors import UserError
+from psaq_mm.quantization import QuantSpec
+from psaq_mm.quantization.settings import QuantizationSettings
+
+from .op import QuantOp, op_for
+
+if TYPE_CHECKING:
+    from psaq_mm.adapters import Adapter
+
+Plan = Dict[str, Dict[str, QuantSpec]]
+"""Module name -> role name -> spec, in the model's own order."""
+
+
+def _any_match(name: str, patterns: List[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def plan_quantization(model: nn.Module, settings: QuantizationSettings,
+                      adapter: 'Adapter') -> Plan:
+    """Choose the modules and specs of a quantization.
+
+    Args:
+        model (nn.Module): The float model.
+        settings (QuantizationSettings): The ``quantization`` section.
+        adapter (Adapter): Knows the scope and the output points of the model.
+
+    Returns:
+        dict: The plan.
+
+    Raises:
+        UserError: If the model is quantized already, an ``include`` wildcard
+            matches nothing that can be quantized, or nothing is left.
+    """
+    candidates = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantOp):
+            raise UserError(f'the model is quantized already (module {name}); pass the float '
+                            'model, or unwrap it first')
+        if op_for(module) is not None and adapter.in_scope(model, name, settings.scope):
+            candidates.append(name)
+    include, exclude = list(settings.include), list(settings.exclude)
+    for pattern in include:
+        if not any(fnmatchcase(name, pattern) for name in candidates):
+            raise UserError(
+                f'quantization.include: {pattern!r} matches no module that can be quantized in '
+                f'scope {settings.scope!r}; names look like {candidates[0] if candidates else ""!r}'
+                f' ... {candidates[-1] if candidates else ""!r}')
+    plan: Plan = {}
+    modules = dict(model.named_modules())
+    for name in candidates:
+        if not _any_match(name, include) or _any_match(name, exclude):
+            continue
+        op = op_for(modules[name])
+        assert op is not None
+        roles = [role for role in op.roles if role in settings.placed_roles]
+        if 'output' in roles and not adapter.is_output_point(model, name):
+            roles.remove('output')
+        if roles:
+            patch_embed = adapter.is_patch_embed(model, name)
+            plan[name] = {r: settings.spec_for(name, r, patch_embed) for r in roles}
+    if not plan:
+        raise UserError('quantization: nothing is left to quantize after include, exclude and '
+                        'placement')
+    return plan

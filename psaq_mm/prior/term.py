@@ -1,0 +1,118 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What a term of the synthesis loss is, and what it may look at."""
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import List, Optional
+
+import torch
+from torch import Tensor
+
+from psaq_mm.errors import UserError
+
+
+def require(fulfilled: bool, key: str, expected: str, value: object) -> None:
+    """Check an argument that comes from the config.
+
+    Args:
+        fulfilled (bool): Whether the value is as expected.
+        key (str): Name of the argument.
+        expected (str): What it must be, to follow "must be".
+        value (object): What it is.
+
+    Raises:
+        UserError: If it is not as expected.
+    """
+    if not fulfilled:
+        raise UserError(f'synthesis.priors: {key} must be {expected}, got {value!r}')
+
+
+def is_number(value: object) -> bool:
+    """Whether a config value is a finite number; True and False are none.
+
+    Args:
+        value (object): The value.
+
+    Returns:
+        bool: True for a finite int or float.
+    """
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)
+            and math.isfinite(value))
+
+
+def is_integer(value: object) -> bool:
+    """Whether a config value is an integer; True and False are none.
+
+    Args:
+        value (object): The value.
+
+    Returns:
+        bool: True for an int.
+    """
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass
+class AttentionRecord:
+    """What one attention block computed in one forward pass.
+
+    Args:
+        output (Tensor): attention @ value with the heads kept apart, with shape
+            of (num_windows*B, N, heads, head_dim). Window w of image b has the
+            index b * num_windows + w.
+        valid (Tensor, optional): Boolean with shape of (num_windows, N): False
+            for tokens that only pad the feature map. Defaults to None, which
+            means that all tokens are real.
+    """
+
+    output: Tensor
+    valid: Optional[Tensor] = None
+
+
+@dataclass
+class PriorState:
+    """What a term may look at in one step.
+
+    Args:
+        images (Tensor): Augmented, normalised images that went through the
+            model, with shape of (B, 3, H, W).
+        attention (list[AttentionRecord]): One record for each attention block,
+            in the order of the forward pass. Empty unless a term needs it.
+        generator (torch.Generator): Source of all draws, on the CPU.
+    """
+
+    images: Tensor
+    attention: List[AttentionRecord]
+    generator: torch.Generator
+
+
+class PriorTerm(ABC):
+    """A weighted term of the loss that images are synthesized with.
+
+    Attributes:
+        needs_attention (bool): Whether the term reads ``PriorState.attention``,
+            so that a run without such a term need not record it.
+
+    Args:
+        weight (float): Factor of the term. Defaults to 1.0.
+
+    Raises:
+        UserError: If the weight is not a finite number of at least 0.
+    """
+
+    needs_attention: bool = False
+
+    def __init__(self, weight: float = 1.0) -> None:
+        require(is_number(weight) and weight >= 0, 'weight', 'a number of at least 0', weight)
+        self.weight = float(weight)
+
+    @abstractmethod
+    def __call__(self, state: PriorState) -> Tensor:
+        """Compute the term.
+
+        Args:
+            state (PriorState): What the step's forward pass left behind.
+
+        Returns:
+            Tensor: The weighted loss, a scalar.
+        """

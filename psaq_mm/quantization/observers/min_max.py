@@ -1,0 +1,40 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The naive range rule: the smallest and the largest value seen."""
+from typing import TYPE_CHECKING, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from psaq_mm.registry import OBSERVERS
+
+from .observer import Observer
+
+if TYPE_CHECKING:
+    from ..spec import QuantSpec
+
+
+@OBSERVERS.register_module()
+class MinMaxObserver(Observer):
+    """Running minimum and maximum, "naive" in the paper [v1].
+
+    Args:
+        spec (QuantSpec): What the range is for.
+    """
+
+    def __init__(self, spec: 'QuantSpec') -> None:
+        super().__init__(spec)
+        self.lower: Optional[Tensor] = None
+        self.upper: Optional[Tensor] = None
+
+    def update(self, rows: Tensor) -> None:
+        lower, upper = torch.aminmax(rows, dim=1)
+        if self.lower is None or self.upper is None:
+            self.lower, self.upper = lower, upper
+        else:
+            self.lower = torch.minimum(self.lower, lower)
+            self.upper = torch.maximum(self.upper, upper)
+
+    def range(self) -> Tuple[Tensor, Tensor]:
+        if self.lower is None or self.upper is None:
+            raise ValueError('no values were observed')
+        return self.lower, self.upper

@@ -1,0 +1,130 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The module that quantizes one tensor of a network."""
+from typing import Any, Mapping, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .fake_quantize import fake_quantize, quantize_to_integers
+from .observers import Observer
+from .ranges import scale_and_zero_point
+from .spec import PER_CHANNEL, QuantSpec
+
+
+class Quantizer(nn.Module):
+    """Simulates the quantization of one tensor.
+
+    It passes its input through unchanged while :attr:`enabled` is False, and
+    feeds :attr:`observer` while there is one.
+
+    Args:
+        spec (QuantSpec): Bits, symmetry, granularity and range rule.
+        channel_axis (int, optional): The axis that per-channel scales run
+            along; unused for ``per_tensor``. Defaults to None.
+        learnable (bool): If True, scale and zero point are parameters, else
+            buffers. Defaults to False.
+    """
+
+    def __init__(self, spec: QuantSpec, channel_axis: Optional[int] = None,
+                 learnable: bool = False) -> None:
+        super().__init__()
+        if spec.granularity == PER_CHANNEL and channel_axis is None:
+            raise ValueError('a per-channel quantizer needs its channel axis')
+        self.spec = spec
+        self.axis = channel_axis if spec.granularity == PER_CHANNEL else None
+        self.learnable = learnable
+        self.enabled = False
+        self.observer: Optional[Observer] = None
+        self.scale: Tensor
+        self.zero_point: Tensor
+        self._store('scale', torch.empty(0))
+        self._store('zero_point', torch.empty(0))
+
+    def _store(self, name: str, value: Tensor) -> None:
+        """Keep a tensor as a parameter or a buffer of any shape."""
+        # The zero point of a symmetric range is 0 by definition: nothing to
+        # learn, and nothing to store.
+        fixed = name == 'zero_point' and self.spec.symmetric
+        if self.learnable and not fixed:
+            setattr(self, name, nn.Parameter(value))
+        elif name in self._buffers:
+            self._buffers[name] = value
+        else:
+            self.register_buffer(name, value, persistent=not fixed)
+
+    @property
+    def calibrated(self) -> bool:
+        """bool: Whether the range has been set."""
+        return self.scale.numel() > 0
+
+    def start_observing(self) -> None:
+        """Watch what passes, with a fresh observer of the spec's rule."""
+        self.observer = self.spec.build_observer()
+
+    def finish_observing(self) -> None:
+        """Set the range from what was observed.
+
+        Raises:
+            ValueError: If nothing passed.
+        """
+        if self.observer is None or self.observer.seen == 0:
+            raise ValueError('no values were observed')
+        lower, upper = self.observer.range()
+        self.observer = None
+        self.set_range(lower, upper)
+
+    def set_range(self, lower: Tensor, upper: Tensor) -> None:
+        """Set scale and zero point to cover a range.
+
+        Args:
+            lower (Tensor): Lower ends, shape (C,), or (1,) for per-tensor.
+            upper (Tensor): Upper ends, same shape.
+        """
+        scale, zero_point = scale_and_zero_point(lower, upper, self.spec)
+        if self.axis is None:
+            scale, zero_point = scale.reshape(()), zero_point.reshape(())
+        self._store('scale', scale)
+        self._store('zero_point', zero_point)
+
+    def range(self) -> Tuple[Tensor, Tensor]:
+        """tuple[Tensor, Tensor]: The real values of the smallest and the
+        largest integer, shape () or (C,)."""
+        qmin, qmax = self.spec.integer_range
+        return (qmin - self.zero_point) * self.scale, (qmax - self.zero_point) * self.scale
+
+    def to_integers(self, x: Tensor) -> Tensor:
+        """The integers of ``x``, as int32 of its shape."""
+        return quantize_to_integers(x, self.scale, self.zero_point, self.spec.integer_range,
+                                    self.axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer.observe(x, self.axis)
+        if not self.enabled:
+            return x
+        if not self.calibrated:
+            raise RuntimeError('a quantizer is enabled but has no range: calibrate the model '
+                               'or load a quantized checkpoint first')
+        return fake_quantize(x, self.scale, self.zero_point, self.spec.integer_range, self.axis)
+
+    def extra_repr(self) -> str:
+        kind = 'symmetric' if self.spec.symmetric else 'asymmetric'
+        return f'bits={self.spec.bits}, {kind}, {self.spec.granularity}'
+
+    def reshape_like(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """Take the shapes that a state dict has for this range.
+
+        An uncalibrated quantizer holds empty tensors; which shape they will
+        have, only the checkpoint says.
+        """
+        for name in ('scale', 'zero_point'):
+            value = state.get(prefix + name)
+            if value is not None and value.shape != getattr(self, name).shape:
+                self._store(name, torch.zeros_like(value, device=self.scale.device))
+        if self.spec.symmetric and self.zero_point.shape != self.scale.shape:
+            self._store('zero_point', torch.zeros_like(self.scale.detach()))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any,
+                              **kwargs: Any) -> None:
+        self.reshape_like(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

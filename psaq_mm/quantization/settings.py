@@ -1,0 +1,140 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The ``quantization`` section of a config."""
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Dict, Mapping, Optional, Sequence, Union
+
+from psaq_mm.errors import UserError
+from psaq_mm.sections import build_section, nearest
+
+from .placement import ROLES, resolve_placement
+from .spec import QuantSpec
+
+SCOPES = ('backbone', 'model')
+
+
+def _patterns(value: Any, key: str) -> Sequence[str]:
+    if isinstance(value, str):
+        return (value, )
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+        raise UserError(f'{key} must be a wildcard or a list of wildcards, got {value!r}')
+    return tuple(value)
+
+
+@dataclass
+class QuantizationSettings:
+    """What is quantized, and how.
+
+    Args:
+        weight (dict): Arguments of :class:`QuantSpec` for weights. Defaults
+            to 8 bits, symmetric, per channel, min-max.
+        activation (dict): Arguments of :class:`QuantSpec` for activations.
+            Defaults to 8 bits, asymmetric, per tensor, min-max.
+        placement (str or list[str]): ``operands`` (inputs of Linear, Conv2d
+            and both attention matmuls), ``v1`` (as PSAQ-ViT V1), or a list
+            of roles. Defaults to ``operands``.
+        scope (str): ``backbone`` or ``model`` (neck and heads too).
+            Defaults to ``backbone``.
+        include (str or list[str]): Shell wildcards of module names, such as
+            ``backbone.stages.*``. Defaults to ``*``.
+        exclude (str or list[str]): Wildcards of modules to leave float; it
+            wins over ``include``. Defaults to none.
+        patch_embed_bits (int, optional): Bits of the patch embedding's
+            weight and input; None for those of the rest. Defaults to 8:
+            at 4 bits this layer alone costs several points [measured].
+        roles (dict): Role name to arguments that differ from ``activation``
+            (or ``weight``), e.g. ``dict(attention=dict(bits=8))``.
+        overrides (dict): Wildcard to a dict with ``weight``, ``activation``
+            or role keys, applied last and in order.
+        learnable_ranges (bool): If True scales and zero points are
+            parameters. Defaults to False.
+    """
+    weight: Mapping[str, Any] = field(default_factory=dict)
+    activation: Mapping[str, Any] = field(default_factory=dict)
+    placement: Union[str, Sequence[str]] = 'operands'
+    scope: str = 'backbone'
+    include: Union[str, Sequence[str]] = ('*', )
+    exclude: Union[str, Sequence[str]] = ()
+    patch_embed_bits: Optional[int] = 8
+    roles: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    learnable_ranges: bool = False
+
+    def __post_init__(self) -> None:
+        self.include = _patterns(self.include, 'include')
+        self.exclude = _patterns(self.exclude, 'exclude')
+        if self.scope not in SCOPES:
+            raise UserError(f'scope must be one of {", ".join(SCOPES)}, got {self.scope!r}')
+        if not isinstance(self.learnable_ranges, bool):
+            raise UserError('learnable_ranges must be True or False, '
+                            f'got {self.learnable_ranges!r}')
+        self.placed_roles = resolve_placement(self.placement)
+        for name, values in (('roles', self.roles), ('overrides', self.overrides)):
+            if not isinstance(values, Mapping):
+                raise UserError(f'{name} must be a dict, got {values!r}')
+        for role in self.roles:
+            self._check_target(role, f'roles.{role}', ROLES)
+        for pattern, changes in self.overrides.items():
+            if pattern == '_scope_':
+                continue
+            if not isinstance(changes, Mapping):
+                raise UserError(f'overrides[{pattern!r}] must be a dict, got {changes!r}')
+            for target in changes:
+                self._check_target(target, f'overrides[{pattern!r}].{target}',
+                                   ('activation', *ROLES))
+        # Build every spec once, so that a bad value fails before heavy work.
+        for role in sorted(self.placed_roles):
+            self.spec_for('', role)
+            self.spec_for('', role, patch_embed=True)
+        for pattern in self.overrides:
+            for role in sorted(self.placed_roles):
+                self.spec_for(pattern, role)
+
+    @staticmethod
+    def _check_target(name: str, where: str, known: Sequence[str]) -> None:
+        if name != '_scope_' and name not in known:
+            raise UserError(f'unknown key {where}.{nearest(name, known)} '
+                            f'Known keys: {", ".join(known)}')
+
+    def spec_for(self, module_name: str, role: str, patch_embed: bool = False) -> QuantSpec:
+        """The spec of one tensor.
+
+        Later ones win: the group's defaults, ``weight`` or ``activation``,
+        ``patch_embed_bits``, ``roles``, ``overrides``.
+
+        Args:
+            module_name (str): Full name of the float module.
+            role (str): The tensor's role.
+            patch_embed (bool): Whether the module is the patch embedding's
+                projection. Defaults to False.
+
+        Returns:
+            QuantSpec: Its spec.
+
+        Raises:
+            UserError: If a value is out of range.
+        """
+        group = 'weight' if role == 'weight' else 'activation'
+        values: Dict[str, Any] = dict(
+            bits=8, symmetric=group == 'weight',
+            granularity='per_channel' if group == 'weight' else 'per_tensor')
+        where = group
+        values.update(getattr(self, group))
+        if patch_embed and self.patch_embed_bits is not None:
+            values['bits'] = self.patch_embed_bits
+            where = 'patch_embed_bits'
+        if role in self.roles:
+            values.update(self.roles[role])
+            where = f'roles.{role}'
+        for pattern, changes in self.overrides.items():
+            if fnmatchcase(module_name, pattern) or module_name == pattern:
+                for target in (group, role):
+                    if target in changes:
+                        values.update(changes[target])
+                        where = f'overrides[{pattern!r}].{target}'
+        return QuantSpec.from_dict(values, where)
+
+    @classmethod
+    def from_dict(cls, values: Optional[Mapping[str, Any]]) -> 'QuantizationSettings':
+        """Build from the ``quantization`` section of a config."""
+        return build_section(cls, values, 'quantization')

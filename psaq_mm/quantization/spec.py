@@ -1,0 +1,86 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""How one tensor is quantized, as data."""
+from dataclasses import asdict, dataclass, field
+from typing import Any, Dict, Mapping, Tuple
+
+from psaq_mm.errors import UserError
+from psaq_mm.registry import OBSERVERS
+from psaq_mm.sections import build_section
+
+PER_TENSOR = 'per_tensor'
+PER_CHANNEL = 'per_channel'
+
+
+def _min_max() -> Dict[str, Any]:
+    return dict(type='MinMaxObserver')
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Uniform affine quantization of one tensor.
+
+    Args:
+        bits (int): Bit width, 2 to 8. Defaults to 8.
+        symmetric (bool): If True, integers are signed in the narrow range
+            ``[-(2^(bits-1)-1), 2^(bits-1)-1]`` and the zero point is 0. If
+            False, they are unsigned in ``[0, 2^bits-1]``. Both fit int8 and
+            uint8 of QuantizeLinear. Defaults to True.
+        granularity (str): ``per_tensor``: one scale. ``per_channel``: one
+            scale for each index of the channel axis, e.g. a weight of shape
+            (out, in) has scales of shape (out,). Defaults to ``per_tensor``.
+        observer (dict): Config of the range rule in the OBSERVERS registry.
+            Defaults to ``dict(type='MinMaxObserver')``.
+
+    Raises:
+        UserError: If a value is outside of what is described here.
+    """
+    bits: int = 8
+    symmetric: bool = True
+    granularity: str = PER_TENSOR
+    observer: Mapping[str, Any] = field(default_factory=_min_max)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) \
+                or not 2 <= self.bits <= 8:
+            raise UserError(f'bits must be an integer from 2 to 8, got {self.bits!r}')
+        if not isinstance(self.symmetric, bool):
+            raise UserError(f'symmetric must be True or False, got {self.symmetric!r}')
+        if self.granularity not in (PER_TENSOR, PER_CHANNEL):
+            raise UserError(f"granularity must be '{PER_TENSOR}' or '{PER_CHANNEL}', "
+                            f'got {self.granularity!r}')
+        if not isinstance(self.observer, Mapping) or 'type' not in self.observer:
+            raise UserError("observer must be a dict with a 'type', such as "
+                            f"dict(type='MinMaxObserver'), got {self.observer!r}")
+        rule = {k: v for k, v in self.observer.items() if k != '_scope_'}
+        object.__setattr__(self, 'observer', rule)  # a plain, frozen copy
+        self.build_observer()  # a wrong type or argument fails here, early
+
+    @property
+    def integer_range(self) -> Tuple[int, int]:
+        """tuple[int, int]: The smallest and the largest integer."""
+        if self.symmetric:
+            top = 2**(self.bits - 1) - 1
+            return -top, top
+        return 0, 2**self.bits - 1
+
+    def build_observer(self) -> Any:
+        """Build a fresh observer of this spec's range rule."""
+        rule = dict(self.observer)
+        cls = OBSERVERS.get(rule['type'])
+        if cls is None:
+            raise UserError(f"observer type {rule['type']!r} is not registered; "
+                            f'known: {", ".join(sorted(OBSERVERS.module_dict))}')
+        rule.pop('type')
+        try:
+            return cls(spec=self, **rule)
+        except TypeError as error:
+            raise UserError(f'observer {cls.__name__}: {error}') from error
+
+    def to_dict(self) -> Dict[str, Any]:
+        """The spec as a plain dict that :meth:`from_dict` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = 'spec') -> 'QuantSpec':
+        """Build from a dict; unknown keys are a :class:`UserError`."""
+        return build_section(cls, values, where)

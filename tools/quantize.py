@@ -1,0 +1,61 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Quantize a Swin model without data, from its float checkpoint alone.
+
+    python tools/quantize.py configs/mask_rcnn_swin_s_w8a8.py checkpoint.pth
+"""
+import argparse
+
+from mmengine.config import DictAction
+
+from psaq_mm.adapters import find_adapter
+from psaq_mm.checkpoint import ensure_writable_dir, load_float_weights, sha256_of_file
+from psaq_mm.engine import (PSAQRunner, build_float_model, load_config, read_sections,
+                            resolve_device)
+from psaq_mm.engine.command_line import choose_work_dir, run_tool
+from psaq_mm.ops import plan_quantization
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description='Quantize a Swin model without data, from its float checkpoint alone. '
+        'Writes quantized.pth, synthetic.png and report.json to the work directory.')
+    parser.add_argument('config', help='config with our bases, e.g. '
+                        'configs/mask_rcnn_swin_s_w8a8.py')
+    parser.add_argument('checkpoint', help='float checkpoint of the same model')
+    parser.add_argument('--work-dir', help='where to write '
+                        '(default: work_dirs/<name of the config>)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override config keys, e.g. quantization.weight.bits=4 '
+                        'synthesis.num_images=16')
+    parser.add_argument('--seed', type=int, default=0, help='seed of all randomness')
+    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    parser.add_argument('--resume', action='store_true',
+                        help='continue an interrupted run in the same work directory')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='let the checkpoint run code when it is read (unsafe)')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    # Everything that can be wrong is checked before anything is written.
+    config = load_config(args.config, args.cfg_options)
+    sections = read_sections(config)
+    device = resolve_device(args.device)
+    source = dict(file=args.checkpoint, sha256=sha256_of_file(args.checkpoint))
+    model = build_float_model(config)
+    adapter = find_adapter(model)
+    plan_quantization(model, sections.quantization, adapter)
+    meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint)
+    config.work_dir = choose_work_dir(args.work_dir, config)
+    ensure_writable_dir(config.work_dir)
+
+    runner = PSAQRunner.for_quantization(config, model, source=source, meta=meta,
+                                         seed=args.seed, resume=args.resume, device=device)
+    runner.quantize()
+    seconds = ', '.join(f'{name} {value:.1f} s' for name, value in runner.seconds.items())
+    print(f'{config.work_dir}/quantized.pth ({seconds})')
+
+
+if __name__ == '__main__':
+    run_tool(main)

@@ -1,0 +1,71 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Evaluate a float or quantized checkpoint with the config's own evaluator.
+
+    python tools/test.py configs/mask_rcnn_swin_s_w8a8.py work_dirs/.../quantized.pth
+"""
+import argparse
+import os
+
+from mmengine.config import DictAction
+
+from psaq_mm.checkpoint import ensure_writable_dir
+from psaq_mm.engine import PSAQRunner, load_config, read_sections, resolve_device
+from psaq_mm.engine.command_line import choose_work_dir, require_test_data, run_tool
+from psaq_mm.engine.runner import describe_checkpoint
+
+HOOK = 'psaq_mm.QuantizedCheckpointHook'
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description='Evaluate a float or quantized checkpoint with the config\'s own evaluator.')
+    parser.add_argument('config', help='ours, or a plain mmdet config')
+    parser.add_argument('checkpoint', help='float checkpoint or quantized.pth')
+    parser.add_argument('--work-dir', help='where logs go '
+                        '(default: work_dirs/<name of the config>)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override config keys')
+    parser.add_argument('--show-dir', help='draw the predictions to this folder '
+                        'inside the log folder')
+    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
+                        default='none', help='job launcher, as of mmdet')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='let the checkpoint run code when it is read (unsafe)')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    config = load_config(args.config, args.cfg_options)
+    if config.get('quantization') is not None:
+        read_sections(config)
+    device = resolve_device(args.device)
+    require_test_data(config)
+    kind = describe_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+    config.work_dir = choose_work_dir(args.work_dir, config)
+    ensure_writable_dir(config.work_dir)
+
+    config.load_from = args.checkpoint
+    config.launcher = args.launcher
+    config.trust_checkpoint = args.trust_checkpoint
+    if args.launcher == 'none':
+        config.device = str(device)
+    hooks = list(config.get('custom_hooks') or [])
+    if not any(hook.get('type') == HOOK for hook in hooks):
+        config.custom_hooks = [*hooks, dict(type=HOOK)]  # a plain mmdet config
+    if args.show_dir:
+        config.default_hooks.visualization.draw = True
+        config.default_hooks.visualization.test_out_dir = args.show_dir
+    runner = PSAQRunner.from_cfg(config)
+    metrics = runner.test()
+    print(f'{args.checkpoint}: {kind}')
+    for name, value in metrics.items():
+        print(f'  {name}: {value}')
+
+
+if __name__ == '__main__':
+    run_tool(main)
