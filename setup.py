@@ -53,10 +53,14 @@ if __name__ == '__main__':
         license='Apache-2.0',
         python_requires='>=3.8',
         packages=find_packages(include=['psaq_mm', 'psaq_mm.*']),
-        package_data={'psaq_mm': ['.mim/*.yml', '.mim/configs/*.py', '.mim/configs/*/*.py', 'py.typed']},
+        package_data={'psaq_mm': [
+            '.mim/*.yml', '.mim/configs/*.py', '.mim/configs/*/*.py', 'py.typed']},
         # The host libraries exist under two families of names (onedl-* and
         # upstream) with the same import names. Naming one here would pull it
         # over the other, so the user installs the hosts first: see README.md.
         install_requires=requirements(),
-        extras_require={'test': ['pytest>=7,<9', 'hypothesis>=6,<7', 'scipy>=1.9']},
+        extras_require={
+            'test': ['pytest>=7,<10', 'hypothesis>=6,<7', 'scipy>=1.9'],
+            'lint': ['ruff>=0.6,<1', 'mypy>=1.8'],
+        },
     )

@@ -9,11 +9,15 @@ from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import Adapter, module_device
-from psaq_mm.checkpoint import (is_quantized, load_checkpoint_file, prepare_for_loading,
-                                quantized_checkpoint, save_torch)
+from psaq_mm.checkpoint import (
+    is_quantized,
+    load_checkpoint_file,
+    prepare_for_loading,
+    quantized_checkpoint,
+    save_torch,
+)
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import (CalibrationSettings, SynthesisSettings, Synthesizer,
-                               calibrate_ranges)
+from psaq_mm.evolution import CalibrationSettings, SynthesisSettings, Synthesizer, calibrate_ranges
 from psaq_mm.ops import apply_plan, named_quant_ops, plan_quantization, unwrap
 from psaq_mm.prior import AttentionRecord
 from psaq_mm.quantization.settings import QuantizationSettings

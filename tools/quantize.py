@@ -9,8 +9,13 @@ from mmengine.config import DictAction
 
 from psaq_mm.adapters import find_adapter
 from psaq_mm.checkpoint import ensure_writable_dir, load_float_weights, sha256_of_file
-from psaq_mm.engine import (PSAQRunner, build_float_model, load_config, read_sections,
-                            resolve_device)
+from psaq_mm.engine import (
+    PSAQRunner,
+    build_float_model,
+    load_config,
+    read_sections,
+    resolve_device,
+)
 from psaq_mm.engine.command_line import choose_work_dir, run_tool
 from psaq_mm.ops import plan_quantization
 

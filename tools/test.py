@@ -8,7 +8,7 @@ import os
 
 from mmengine.config import DictAction
 
-from psaq_mm.checkpoint import ensure_writable_dir
+from psaq_mm.checkpoint import ensure_writable_dir, save_json
 from psaq_mm.engine import PSAQRunner, load_config, read_sections, resolve_device
 from psaq_mm.engine.command_line import choose_work_dir, require_test_data, run_tool
 from psaq_mm.engine.runner import describe_checkpoint
@@ -27,6 +27,7 @@ def parse_args() -> argparse.Namespace:
                         help='override config keys')
     parser.add_argument('--show-dir', help='draw the predictions to this folder '
                         'inside the log folder')
+    parser.add_argument('--metrics', metavar='FILE', help='write the metrics to a JSON file')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
                         default='none', help='job launcher, as of mmdet')
@@ -65,6 +66,8 @@ def main() -> None:
     print(f'{args.checkpoint}: {kind}')
     for name, value in metrics.items():
         print(f'  {name}: {value}')
+    if args.metrics:
+        save_json(dict(checkpoint=args.checkpoint, kind=kind, metrics=metrics), args.metrics)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What the rest of the project asks of a host library."""
+import itertools
 from contextlib import contextmanager
 from typing import Iterator, List, Tuple
 
@@ -108,8 +109,5 @@ def find_adapter(model: nn.Module) -> Adapter:
 
 def module_device(module: nn.Module) -> torch.device:
     """Device of a module's first parameter or buffer."""
-    for tensor in module.parameters():
-        return tensor.device
-    for tensor in module.buffers():
-        return tensor.device
-    return torch.device('cpu')
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device('cpu'))

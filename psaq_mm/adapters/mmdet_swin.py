@@ -4,8 +4,7 @@ from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
-from mmdet.models.backbones.swin import (ShiftWindowMSA, SwinBlock, SwinTransformer,
-                                         WindowMSA)
+from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, SwinTransformer, WindowMSA
 from mmdet.models.layers import PatchEmbed
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
@@ -33,6 +32,16 @@ class QuantWindowMSA(QuantOp, WindowMSA):
     """
 
     roles = dict(query=1, key=1, attention=1, value=1, logits=1, bias_table=0)
+
+    num_heads: int
+    scale: float
+    relative_position_bias_table: Tensor
+    relative_position_index: Tensor
+    qkv: nn.Module
+    softmax: nn.Module
+    attn_drop: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Args:
@@ -72,6 +81,11 @@ class QuantSwinBlock(QuantOp, SwinBlock):
     """
 
     roles = dict(residual=-1)
+
+    norm1: nn.Module
+    norm2: nn.Module
+    attn: nn.Module
+    ffn: nn.Module
 
     def forward(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
         """Args:
@@ -202,5 +216,5 @@ class MMDetSwinAdapter(Adapter):
         handles.append(block.w_msa.proj.register_forward_pre_hook(note_output))
 
     @staticmethod
-    def _backbone(model: nn.Module) -> nn.Module:
-        return model if isinstance(model, SwinTransformer) else model.backbone  # type: ignore
+    def _backbone(model: nn.Module) -> Any:
+        return model if isinstance(model, SwinTransformer) else model.backbone

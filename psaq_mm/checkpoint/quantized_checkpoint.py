@@ -37,11 +37,6 @@ def plain(value: Any) -> Any:
     return None
 
 
-def _weight_quantizer(op: QuantOp) -> Optional[Quantizer]:
-    quantizer = op.quantizers['weight'] if 'weight' in op.quantizers else None
-    return quantizer if isinstance(quantizer, Quantizer) else None
-
-
 def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = None,
                          meta: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
     """The content of a quantized checkpoint.
@@ -70,10 +65,10 @@ def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = 
             assert isinstance(quantizer, Quantizer)
             if not quantizer.calibrated:
                 raise UserError(f'{name} ({role}) has no range: call psaq_mm.calibrate first')
-        weight = _weight_quantizer(op)
+        weight = op.weight_quantizer
         if weight is not None:
             with torch.no_grad():
-                integers = weight.to_integers(op.weight).cpu()  # type: ignore[arg-type]
+                integers = weight.to_integers(op.weight).cpu()
             manifest['modules'][name]['weight_shape'] = list(integers.shape)
             # unsigned integers of an asymmetric range are stored around zero
             integers = integers - _offset(weight)
@@ -142,7 +137,7 @@ def _unpack_into(model: nn.Module, checkpoint: Mapping[str, Any], manifest: Mapp
                  path: str) -> Dict[str, Tensor]:
     state: Dict[str, Tensor] = dict(checkpoint['state_dict'])
     for name, op in named_quant_ops(model):
-        weight = _weight_quantizer(op)
+        weight = op.weight_quantizer
         if weight is None:
             continue
         key, prefix = f'{name}.weight_integers', f'{name}.quantizers.weight.'
@@ -182,8 +177,8 @@ def size_of_quantized(model: nn.Module) -> Dict[str, int]:
     float_bytes = stored_bytes = 0
     state = quantized_checkpoint(model)['state_dict']
     for name, op in named_quant_ops(model):
-        if _weight_quantizer(op) is not None:
-            float_bytes += 4 * op.weight.numel()  # type: ignore[operator, union-attr]
+        if op.weight_quantizer is not None:
+            float_bytes += 4 * op.weight.numel()
         for key in state:
             if key == f'{name}.weight_integers' or key.startswith(f'{name}.quantizers.'):
                 stored_bytes += state[key].numel() * state[key].element_size()

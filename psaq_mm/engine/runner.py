@@ -4,7 +4,7 @@ import copy
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Union, cast
 
 import torch
 from mmengine.config import Config
@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from psaq_mm import api
 from psaq_mm.adapters import find_adapter
-from psaq_mm.checkpoint import (extract_state_dict, is_quantized, load_checkpoint_file,
-                                require_match)
+from psaq_mm.checkpoint import (
+    extract_state_dict,
+    is_quantized,
+    load_checkpoint_file,
+    require_match,
+)
 from psaq_mm.registry import HOOKS, LOOPS, RUNNERS
 
 from .config import SECTIONS, without_data
@@ -40,6 +44,8 @@ class PSAQRunner(Runner):
             Defaults to False.
         **kwargs: As of :class:`mmengine.runner.Runner`.
     """
+
+    model: nn.Module
 
     phases = ('SynthesisLoop', 'CalibrationLoop')
     """Names in the LOOPS registry, in the order of :meth:`quantize`."""
@@ -75,7 +81,9 @@ class PSAQRunner(Runner):
             UserError: If the file cannot be read or is of another model.
         """
         checkpoint = load_checkpoint_file(filename, trust=self.trust_checkpoint)
-        model = self.model.module if is_model_wrapper(self.model) else self.model
+        model = self.model
+        if is_model_wrapper(model):
+            model = cast(nn.Module, model.module)
         if not is_quantized(checkpoint):  # the hook checks those that are
             checkpoint = dict(checkpoint, state_dict=extract_state_dict(checkpoint, filename))
             require_match(model, checkpoint['state_dict'], filename, allow_extra=True)

@@ -83,8 +83,10 @@ class Synthesizer:
 
     def _begin_phase(self) -> None:
         # V1 starts each phase with a fresh Adam [v1].
-        self.optimizer = torch.optim.Adam(
-            [self.current], lr=self.settings.lr, betas=tuple(self.settings.betas))
+        assert self.current is not None
+        first, second = self.settings.betas
+        self.optimizer = torch.optim.Adam([self.current], lr=self.settings.lr,
+                                          betas=(first, second))
 
     def step(self) -> Dict[str, float]:
         """Take one step.

@@ -1,8 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Quantized counterparts of float modules, registered by what they replace."""
 from .conv import QuantConv2d
-from .convert import (apply_plan, named_quant_ops, quantization_enabled, set_quantization,
-                      unwrap)
+from .convert import apply_plan, named_quant_ops, quantization_enabled, set_quantization, unwrap
 from .linear import QuantLinear
 from .op import QuantOp, op_for, register_op
 from .plan import plan_quantization

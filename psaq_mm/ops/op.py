@@ -24,6 +24,7 @@ class QuantOp(nn.Module):
     """Role name -> channel axis of that tensor, for per-channel ranges."""
 
     quantizers: nn.ModuleDict
+    weight: Tensor
 
     @classmethod
     def from_float(cls, module: nn.Module, specs: Mapping[str, QuantSpec],
@@ -52,7 +53,7 @@ class QuantOp(nn.Module):
         op.quantizers = nn.ModuleDict()
         for role, spec in specs.items():
             op.quantizers[role] = Quantizer(spec, cls.roles[role], learnable)
-        weight = op.quantizers['weight'] if 'weight' in op.quantizers else None
+        weight = op.weight_quantizer
         if weight is not None:
             weight.start_observing()
             weight(op.weight)
@@ -64,19 +65,22 @@ class QuantOp(nn.Module):
         """nn.Module: The module that this op stands in for."""
         return self._origin[0]  # type: ignore[index, return-value]
 
+    @property
+    def weight_quantizer(self) -> Optional[Quantizer]:
+        """Quantizer, optional: That of the weight, if it is quantized."""
+        quantizer = self.quantizers['weight'] if 'weight' in self.quantizers else None
+        return quantizer if isinstance(quantizer, Quantizer) else None
+
     def quantize(self, role: str, x: Tensor) -> Tensor:
         """Pass a tensor through the quantizer of a role, if it has one."""
         return self.quantizers[role](x) if role in self.quantizers else x
 
     def quantized_weight(self) -> Tensor:
         """The weight after quantization, kept while nothing changes it."""
-        weight: Tensor = self.weight  # type: ignore[assignment]
-        if 'weight' not in self.quantizers:
+        weight, quantizer = self.weight, self.weight_quantizer
+        if quantizer is None or not quantizer.enabled:
             return weight
-        quantizer = self.quantizers['weight']
-        if not quantizer.enabled:
-            return weight
-        scale: Tensor = quantizer.scale
+        scale = quantizer.scale
         if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
             return quantizer(weight)
         # In-place changes raise a tensor's version; moves change its address.

@@ -48,10 +48,9 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
     include, exclude = list(settings.include), list(settings.exclude)
     for pattern in include:
         if not any(fnmatchcase(name, pattern) for name in candidates):
-            raise UserError(
-                f'quantization.include: {pattern!r} matches no module that can be quantized in '
-                f'scope {settings.scope!r}; names look like {candidates[0] if candidates else ""!r}'
-                f' ... {candidates[-1] if candidates else ""!r}')
+            examples = f' names look like {candidates[0]}, {candidates[-1]}' if candidates else ''
+            raise UserError(f'quantization.include: {pattern!r} matches no module that can be '
+                            f'quantized in scope {settings.scope!r};{examples}')
     plan: Plan = {}
     modules = dict(model.named_modules())
     for name in candidates:

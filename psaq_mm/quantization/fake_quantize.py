@@ -80,7 +80,14 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, integer_range: T
     low, high = qmin - zero_point.round(), qmax - zero_point.round()
     if grad and x.requires_grad:
         return _FixedRange.apply(x, scale, low, high)
-    return torch.mul(x, scale.reciprocal()).round_().clamp_(low, high).mul_(scale)
+    y = torch.mul(x, scale.reciprocal()).round_()
+    if low.dim() == 0 and low.device.type == 'cpu':
+        # Clamping by numbers is 3 times faster on the CPU; on a GPU reading
+        # them would wait for the device.
+        y.clamp_(low.item(), high.item())
+    else:
+        y.clamp_(low, high)
+    return y.mul_(scale)
 
 
 def quantize_to_integers(x: Tensor, scale: Tensor, zero_point: Tensor,

@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 import argparse
 import builtins
+import codecs
 import collections
 import datetime
 import functools
@@ -296,7 +297,7 @@ def attacks(marker):
         'numpy.memmap': (Calls(np.memmap, str(marker), 'u1', 'w+', 0, (1, )), 'memmap'),
         'partial': (Calls(functools.partial, os.system, command), 'functools.partial'),
         'attrgetter': (Calls(operator.attrgetter('system')), 'operator.attrgetter'),
-        'codec': (Calls(pickle.codecs.encode, 'x', 'rot13'), 'codecs.encode'),
+        'codec': (Calls(codecs.encode, 'x', 'rot13'), 'codecs.encode'),
         'module': (torch.nn.Linear(1, 1), 'torch.nn.modules.linear.Linear'),
     }
 

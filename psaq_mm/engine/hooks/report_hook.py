@@ -9,7 +9,6 @@ import mmcv
 import mmdet
 import mmengine
 import torch
-from torch import Tensor
 
 from psaq_mm.checkpoint import save_json, size_of_quantized
 from psaq_mm.evolution import Synthesizer, measure_sqnr
@@ -24,11 +23,6 @@ if TYPE_CHECKING:
     from ..runner import PSAQRunner
 
 
-def _ends(values: Tensor) -> Any:
-    values = values.detach().cpu()
-    return float(values) if values.dim() == 0 else [float(v) for v in values]
-
-
 def describe_modules(model: torch.nn.Module, sqnr: Dict[str, float]) -> List[Dict[str, Any]]:
     """One entry for each quantized module: its tensors and its SQNR.
 
@@ -39,8 +33,8 @@ def describe_modules(model: torch.nn.Module, sqnr: Dict[str, float]) -> List[Dic
     Returns:
         list[dict]: ``name``, ``op``, ``sqnr_db`` (None where it is infinite
         or was not measured) and ``tensors``: for each role ``bits``,
-        ``symmetric``, ``granularity``, ``lower`` and ``upper``; the ends of
-        per-channel ranges are lists.
+        ``symmetric``, ``granularity``, ``ranges`` (how many), and ``lower``
+        and ``upper``, the outermost ends of all of them.
     """
     entries = []
     for name, op in named_quant_ops(model):
@@ -49,8 +43,9 @@ def describe_modules(model: torch.nn.Module, sqnr: Dict[str, float]) -> List[Dic
             assert isinstance(quantizer, Quantizer)
             lower, upper = quantizer.range()
             tensors[role] = dict(bits=quantizer.spec.bits, symmetric=quantizer.spec.symmetric,
-                                 granularity=quantizer.spec.granularity, lower=_ends(lower),
-                                 upper=_ends(upper))
+                                 granularity=quantizer.spec.granularity,
+                                 ranges=lower.numel(), lower=float(lower.min()),
+                                 upper=float(upper.max()))
         value = sqnr.get(name, math.nan)
         entries.append(dict(name=name, op=type(op).__name__,
                             sqnr_db=round(value, 2) if math.isfinite(value) else None,

@@ -1,0 +1,37 @@
+# make demo   set up, quantize the demo detector without data, evaluate it
+# make test   set up, run the tests
+# make lint   set up, run ruff and mypy
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test lint clean
+
+setup: $(READY)
+
+# mmcv's operators compile against the installed torch, hence the order; pip
+# keeps the wheel it builds. Change torch here and in requirements.txt together,
+# then build with --no-cache-dir once: the cache does not know torch's version.
+$(READY): Makefile requirements.txt setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q 'setuptools>=77,<81' wheel ninja psutil packaging
+	$(BIN)/pip install -q torch==2.12.1 torchvision==0.27.1
+	@echo 'compiling the operators of mmcv, unless cached: about 10 minutes on 2 cores'
+	MMCV_WITH_OPS=1 $(BIN)/pip install -q --no-build-isolation onedl-mmcv==2.3.6
+	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q --no-build-isolation -e '.[test,lint]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python demo/run.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) work_dirs demo/data
