@@ -88,15 +88,3 @@ def read_sections(config: Config) -> Sections:
         quantization=QuantizationSettings.from_dict(values.get('quantization')),
         synthesis=SynthesisSettings.from_dict(values.get('synthesis')),
         calibration=CalibrationSettings.from_dict(values.get('calibration')))
-
-
-def without_data(config: Config) -> Config:
-    """A copy of a config that opens no dataset: no loaders, loops, metrics."""
-    config = config.copy()
-    for split in ('train', 'val', 'test'):
-        config[f'{split}_dataloader'] = None
-        config[f'{split}_cfg'] = None
-        config[f'{split}_evaluator'] = None
-    config['optim_wrapper'] = None
-    config['param_scheduler'] = None
-    return config

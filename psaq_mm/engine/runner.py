@@ -24,7 +24,7 @@ from psaq_mm.checkpoint import (
 )
 from psaq_mm.registry import HOOKS, LOOPS, RUNNERS
 
-from .config import SECTIONS, without_data
+from .config import SECTIONS
 from .hooks import PSAQHook
 
 
@@ -112,7 +112,6 @@ class PSAQRunner(Runner):
         Returns:
             PSAQRunner: The runner.
         """
-        config = without_data(config)
         hooks: List[Any] = [dict(type=f'psaq_mm.{name}') for name in cls.default_psaq_hooks]
         for hook in config.get('custom_hooks') or []:
             kind = HOOKS.get(hook['type']) if isinstance(hook, Mapping) else type(hook)
@@ -134,6 +133,14 @@ class PSAQRunner(Runner):
         runner.source = dict(source)
         runner.source_meta = dict(meta)
         return runner
+
+    def dump_config(self) -> None:
+        """Write the config to the work directory, as mmengine does, but never
+        over the file that it was read from."""
+        source = self.cfg.filename
+        target = Path(self.work_dir) / Path(source or '').name
+        if source is None or not target.exists() or not target.samefile(source):
+            super().dump_config()
 
     @property
     def settings(self) -> Dict[str, Dict[str, Any]]:

@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Set the ranges of a student on images."""
-from typing import Callable, List, Optional
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -26,29 +27,52 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
         ValueError: If a quantizer saw no values, or values that are not
             finite; it names the module and role. Quantization is then off.
     """
-    observed: List[Quantizer] = []
-    names = {}
+    observed: Dict[Quantizer, str] = {}
     for name, op in named_quant_ops(model):
         for role, quantizer in op.quantizers.items():
             assert isinstance(quantizer, Quantizer)
-            names[quantizer] = f'{name} ({role})'
             if role != 'weight':
-                observed.append(quantizer)
+                observed[quantizer] = f'{name} ({role})'
     set_quantization(model, False)
     for quantizer in observed:
         quantizer.start_observing()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _errors_named(observed):
             for batch in images.split(batch_size):
                 forward(batch)
                 if progress is not None:
                     progress(len(batch))
-        for quantizer in observed:
+        for quantizer, name in observed.items():
             try:
                 quantizer.finish_observing()
             except ValueError as error:
-                raise ValueError(f'{names[quantizer]}: {error}') from error
+                raise ValueError(f'{name}: {error}') from error
     finally:
         for quantizer in observed:
             quantizer.observer = None
     set_quantization(model, True)
+
+
+@contextmanager
+def _errors_named(quantizers: Dict[Quantizer, str]) -> Iterator[None]:
+    """Within the block, a ValueError that one of them raises bears its name."""
+    at_work: List[str] = []
+
+    def begin(quantizer: Quantizer, args: Any) -> None:
+        at_work.append(quantizers[quantizer])
+
+    def end(quantizer: Quantizer, args: Any, output: Any) -> None:
+        at_work.clear()
+
+    handles = [hook for quantizer in quantizers
+               for hook in (quantizer.register_forward_pre_hook(begin),
+                            quantizer.register_forward_hook(end))]
+    try:
+        yield
+    except ValueError as error:
+        if at_work:
+            raise ValueError(f'{at_work[0]}: {error}') from error
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -26,7 +26,8 @@ def measure_sqnr(model: nn.Module, images: Tensor,
         forward (Callable): Runs the model on a batch of them.
 
     Returns:
-        dict[str, float]: Module name to decibel. Modules whose output has
+        dict[str, float]: Module name to decibel; inf where nothing is lost,
+        -inf where the float output is zero and the other is not. Modules whose output has
         another shape in both runs (heads on other proposals) are left out.
     """
     signal: Dict[str, float] = {}
@@ -69,5 +70,8 @@ def measure_sqnr(model: nn.Module, images: Tensor,
         if math.isnan(power):
             continue
         error = noise[name]
-        result[name] = 10 * math.log10(power / error) if power > 0 and error > 0 else math.inf
+        if error == 0:
+            result[name] = math.inf
+        else:
+            result[name] = 10 * math.log10(power / error) if power > 0 else -math.inf
     return result

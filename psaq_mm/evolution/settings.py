@@ -115,12 +115,18 @@ class SynthesisSettings:
             where = f'priors.{name}'
             if not isinstance(config, Mapping) or 'type' not in config:
                 raise UserError(f"{where} must be a dict with a 'type', got {config!r}")
+            if name == 'total':
+                raise UserError(f'{where}: the sum of all terms is called that; give the term '
+                                'another name')
+            if not isinstance(config['type'], str):
+                raise UserError(f'{where}.type must be the name of a term, '
+                                f'got {config["type"]!r}')
             arguments = {k: v for k, v in config.items() if k not in ('type', '_scope_')}
             cls = PRIORS.get(config['type'])
             if cls is None:
                 known = sorted(PRIORS.module_dict)
                 raise UserError(f'{where}.type: {config["type"]!r} is not registered.'
-                                f'{nearest(str(config["type"]), known)} '
+                                f'{nearest(config["type"], known)} '
                                 f'Known: {", ".join(known)}')
             try:
                 terms[name] = cls(**arguments)

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Images out of noise, by descent on the prior."""
+import copy
 import math
 from typing import Any, Callable, Dict, List, Optional
 
@@ -89,15 +90,26 @@ class Synthesizer:
                                           betas=(first, second))
 
     def step(self) -> Dict[str, float]:
-        """Take one step.
+        """Take one step, whole or not at all.
+
+        Whatever is raised on the way (Ctrl-C too), images, optimizer and
+        generator are then those of the step before.
 
         Returns:
             dict[str, float]: The weighted value of each term, and ``total``.
 
         Raises:
-            FloatingPointError: If a loss is not finite; the images are then
-                those of the step before.
+            FloatingPointError: If a loss or its gradient is not finite.
         """
+        before = self.state_dict()
+        try:
+            with torch.enable_grad():
+                return self._step()
+        except BaseException:
+            self.load_state_dict(before)
+            raise
+
+    def _step(self) -> Dict[str, float]:
         settings = self.settings
         batch, within = divmod(self.step_index, len(settings.shifts) * settings.steps)
         phase, step = divmod(within, settings.steps)
@@ -125,6 +137,11 @@ class Synthesizer:
                 'lower synthesis.lr, or look at the model for values out of proportion')
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
+        assert self.current.grad is not None
+        if not torch.isfinite(self.current.grad).all():
+            raise FloatingPointError(
+                f'the gradient of the images is not finite at step {self.step_index}, though the '
+                'loss is; look at the model for values out of proportion')
         self.optimizer.step()
         with torch.no_grad():
             self.current.copy_(torch.minimum(torch.maximum(self.current, self.lower),
@@ -148,14 +165,17 @@ class Synthesizer:
         return torch.cat(self.finished)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Everything that the next step depends on: tensors and plain values."""
+        """Everything that the next step depends on: tensors and plain values.
+
+        It is a copy, which later steps leave alone.
+        """
         return dict(
             step_index=self.step_index,
             finished=list(self.finished),
             losses={k: list(v) for k, v in self.losses.items()},
             generator=self.generator.get_state(),
-            current=None if self.current is None else self.current.detach().cpu(),
-            optimizer=None if self.optimizer is None else self.optimizer.state_dict())
+            current=None if self.current is None else self.current.detach().clone().cpu(),
+            optimizer=copy.deepcopy(self.optimizer.state_dict()) if self.optimizer else None)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
@@ -166,5 +186,5 @@ class Synthesizer:
         if state['current'] is not None:
             self._set_current(state['current'].clone())
             assert self.optimizer is not None
-            self.optimizer.load_state_dict(state['optimizer'])
+            self.optimizer.load_state_dict(copy.deepcopy(state['optimizer']))
         self.generator.set_state(state['generator'])

@@ -3,16 +3,16 @@
 from psaq_mm.prior.augmentation import random_flip, random_roll
 from psaq_mm.prior.density import binned_density, entropy, exact_density
 from psaq_mm.prior.patch_similarity import (
-                                            cosine_similarity_matrix,
-                                            patch_similarity_entropy,
-                                            patch_similarity_entropy_v1,
+    cosine_similarity_matrix,
+    patch_similarity_entropy,
+    patch_similarity_entropy_v1,
 )
 from psaq_mm.prior.patch_similarity_term import PatchSimilarityPrior
 from psaq_mm.prior.term import AttentionRecord, PriorState, PriorTerm
 from psaq_mm.prior.total_variation import (
-                                            total_variation,
-                                            total_variation_loss,
-                                            total_variation_target,
+    total_variation,
+    total_variation_loss,
+    total_variation_target,
 )
 from psaq_mm.prior.total_variation_term import TotalVariationPrior
 

@@ -61,7 +61,9 @@ class _LinearBinning(torch.autograd.Function):
         cell = position.to(torch.int32).clamp_(0, bins - 2)
         position.sub_(cell)
         if valid is not None:
-            cell.masked_fill_(~valid, bins - 1)
+            # The maximum is many times faster than masked_fill_ on a CPU.
+            discard = (~valid).to(torch.int32).mul_(bins - 1)
+            cell = torch.maximum(cell, discard)
         index = cell.to(torch.int64)
         shape = (values.shape[0], bins)
         # Zeros plus a scatter, and not torch.bincount: twice as fast, and row by row the float32

@@ -72,9 +72,12 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, integer_range: T
     grad = torch.is_grad_enabled()
     if grad and (scale.requires_grad or zero_point.requires_grad):
         zero_point = _round_straight_through(zero_point)
-        q = _round_straight_through(x * scale.reciprocal())
-        q = torch.minimum(torch.maximum(q, qmin - zero_point), qmax - zero_point)
-        return q * scale
+        # x / s with a gradient free of 1 / s^2 and of inf - inf, which are not finite for tiny s.
+        fixed = scale.detach()
+        v = (x * fixed.reciprocal()).clamp(-2.**24, 2.**24) * (fixed / scale)
+        q = _round_straight_through(v)
+        # Unlike minimum and maximum, clamp does not halve the gradient of values at the ends.
+        return torch.clamp(q, qmin - zero_point, qmax - zero_point) * scale
     # clamp(round(x/s) + z, qmin, qmax) - z  ==  clamp(round(x/s), qmin - z, qmax - z):
     # all are integers below 2^24, hence exact in float32, and two passes fewer.
     low, high = qmin - zero_point.round(), qmax - zero_point.round()
@@ -94,6 +97,8 @@ def quantize_to_integers(x: Tensor, scale: Tensor, zero_point: Tensor,
                          integer_range: Tuple[int, int],
                          axis: Optional[int] = None) -> Tensor:
     """The integers behind :func:`fake_quantize`, as int32 of ``x``'s shape."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
     scale = _broadcast(scale, x.dim(), axis)
     zero_point = _broadcast(zero_point, x.dim(), axis).round()
     q = (x * scale.reciprocal()).round() + zero_point

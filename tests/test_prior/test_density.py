@@ -1,15 +1,21 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Tests of the density estimates and the entropy."""
+import functools
 import math
 
 import pytest
 import torch
 
-from psaq_mm.prior.density import (binned_density, entropy, exact_density, gaussian_kernel,
-                                   linear_binning)
+from psaq_mm.prior.density import (
+    binned_density,
+    entropy,
+    exact_density,
+    gaussian_kernel,
+    linear_binning,
+)
 
 
-def _cosines(kind, windows=16, tokens=49, dim=32):
+def _cosines(kind, windows=8, tokens=49, dim=32):
     """Cosine similarities of tokens drawn in several ways, (2, windows*tokens*tokens)."""
     g = torch.Generator().manual_seed(7)
 
@@ -35,12 +41,18 @@ def _entropy_and_gradient(values, density, grid):
     return result.detach(), values.grad
 
 
+@functools.lru_cache(maxsize=None)
+def _exact_entropy_and_gradient(kind):
+    """The reference on 2001 points, which takes most of this file's time."""
+    grid = torch.linspace(-1, 1, 2001, dtype=torch.float64)
+    return _entropy_and_gradient(_cosines(kind), lambda v: exact_density(v, grid), grid)
+
+
 @pytest.mark.parametrize('kind', ['broad', 'one_sided', 'tight', 'bimodal'])
 @pytest.mark.parametrize('bins, least', [(256, 0.98), (1024, 0.998)])
 def test_binned_agrees_with_exact(kind, bins, least):
     values = _cosines(kind)
-    grid = torch.linspace(-1, 1, 2001, dtype=torch.float64)
-    expected, expected_grad = _entropy_and_gradient(values, lambda v: exact_density(v, grid), grid)
+    expected, expected_grad = _exact_entropy_and_gradient(kind)
     got, grad = _entropy_and_gradient(values, lambda v: binned_density(v, bins), 2 / (bins - 1))
     assert (got - expected).abs().max() < 0.01
     # A patch's similarity to itself is 1 whatever the images: its gradient goes nowhere.

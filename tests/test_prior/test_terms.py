@@ -4,9 +4,16 @@ import pytest
 import torch
 
 from psaq_mm.errors import UserError
-from psaq_mm.prior import (AttentionRecord, PatchSimilarityPrior, PriorState, TotalVariationPrior,
-                           patch_similarity_entropy, patch_similarity_entropy_v1, total_variation,
-                           total_variation_target)
+from psaq_mm.prior import (
+    AttentionRecord,
+    PatchSimilarityPrior,
+    PriorState,
+    TotalVariationPrior,
+    patch_similarity_entropy,
+    patch_similarity_entropy_v1,
+    total_variation,
+    total_variation_target,
+)
 from psaq_mm.registry import PRIORS
 
 

@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
-from psaq_mm.prior.total_variation import (total_variation, total_variation_loss,
-                                           total_variation_target)
+from psaq_mm.prior.total_variation import (
+    total_variation,
+    total_variation_loss,
+    total_variation_target,
+)
 
 
 def test_two_by_two_by_hand():

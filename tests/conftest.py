@@ -1,0 +1,72 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Models and files that several tests need."""
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / 'demo'
+
+
+@pytest.fixture(scope='session')
+def demo_config() -> Path:
+    """The demo detector's own config: no key of ours in it."""
+    return DEMO / 'mask_rcnn_swin_demo.py'
+
+
+@pytest.fixture(scope='session')
+def quantization_config() -> Path:
+    """The demo detector with our 8-bit base."""
+    return DEMO / 'mask_rcnn_swin_demo_w8a8.py'
+
+
+@pytest.fixture(scope='session')
+def demo_checkpoint() -> Path:
+    """The trained weights of the demo detector."""
+    return DEMO / 'mask_rcnn_swin_demo.pth'
+
+
+@pytest.fixture(scope='session')
+def scenes() -> ModuleType:
+    """The generator of the demo's scenes."""
+    return load_script(DEMO / 'scenes.py')
+
+
+def load_script(path: Path) -> ModuleType:
+    """Import a script that lies outside of the package."""
+    name = f'psaq_mm_script_{path.parent.name}_{path.stem}'
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture
+def call_tool(monkeypatch, capsys):
+    """Call a tool as the shell would; returns exit status, stdout, stderr."""
+
+    def call(name: str, *arguments: object):
+        module = load_script(ROOT / 'tools' / f'{name}.py')
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            from psaq_mm.engine.command_line import run_tool
+            run_tool(module.main)
+        except SystemExit as exit_:
+            status = exit_.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,94 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Configs: every shipped one loads, bases combine, mistakes are named."""
+import pytest
+from conftest import ROOT
+from mmengine.config import Config
+
+from psaq_mm import UserError
+from psaq_mm.engine import load_config, read_sections
+
+SHIPPED = sorted((ROOT / 'configs').glob('*.py'))
+BASES = sorted((ROOT / 'configs' / '_base_').glob('*.py'))
+
+
+def test_all_configs_are_there():
+    names = {p.stem for p in SHIPPED}
+    assert names >= {f'mask_rcnn_swin_{size}_{bits}' for size in 'ts'
+                     for bits in ('w8a8', 'w6a6', 'w4a8', 'w4a4')}
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=lambda p: p.stem)
+def test_shipped_config(path):
+    config = load_config(path)
+    settings = read_sections(config).quantization
+    bits = path.stem.rsplit('_', 1)[1]
+    assert f'w{settings.spec_for("x", "weight").bits}a{settings.spec_for("x", "input").bits}' \
+        == bits
+    assert settings.spec_for('x', 'weight', patch_embed=True).bits == 8
+    assert config.model.backbone.type == 'SwinTransformer'
+    assert config.model.backbone.depths[2] == (6 if '_t_' in path.stem else 18)
+    assert len(path.read_text().splitlines()) <= 5
+
+
+@pytest.mark.parametrize('host', [
+    'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
+    'mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py',
+    'mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py',
+    'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'])
+@pytest.mark.parametrize('base', BASES, ids=lambda p: p.stem)
+def test_bases_clash_with_no_host_config(host, base, tmp_path):
+    """mmengine refuses a top-level key that two bases define."""
+    if host.startswith('mmseg'):
+        pytest.importorskip('mmseg')
+    config = tmp_path / 'mine.py'
+    for reference in (f'psaq_mm::_base_/{base.name}', str(base)):
+        config.write_text(f"_base_ = ['{host}', '{reference}']\n")
+        read_sections(load_config(config))
+
+
+def test_bases_work_by_path_without_our_loader(tmp_path, demo_config):
+    """As a stock tool reads them."""
+    config = tmp_path / 'mine.py'
+    config.write_text(f"_base_ = ['{demo_config}', '{ROOT / 'configs/_base_/w4a4.py'}']\n")
+    loaded = Config.fromfile(str(config))
+    assert loaded.quantization.weight.bits == 4
+    assert loaded.custom_hooks[0].type == 'psaq_mm.QuantizedCheckpointHook'
+
+
+def test_inheritance_and_options_override(tmp_path, demo_config):
+    config = tmp_path / 'mine.py'
+    config.write_text(
+        f"_base_ = ['{demo_config}', 'psaq_mm::_base_/w8a8.py']\n"
+        "quantization = dict(weight=dict(bits=4), exclude=['*.downsample.*'])\n"
+        "synthesis = dict(priors=dict(total_variation=dict(weight=0.2)))\n")
+    sections = read_sections(load_config(config, {
+        'quantization.activation.granularity': 'per_channel',
+        'quantization.weight.observer.type': 'MSEObserver',
+        'synthesis.image_size': (224, 448), 'synthesis.num_images': 5,
+        'synthesis.priors.patch_similarity.weight': 2.0, 'calibration.batch_size': 3}))
+    weight = sections.quantization.spec_for('x', 'weight')
+    assert (weight.bits, weight.observer['type']) == (4, 'MSEObserver')
+    assert sections.quantization.spec_for('x', 'input').granularity == 'per_channel'
+    assert sections.quantization.exclude == ('*.downsample.*', )
+    assert sections.synthesis.size == (224, 448)
+    assert sections.synthesis.batches() == [5]
+    weights = {k: t.weight for k, t in sections.synthesis.build_priors().items()}
+    assert weights == dict(patch_similarity=2.0, total_variation=0.2)
+    assert sections.calibration.batch_size == 3
+
+
+def test_priors_can_be_dropped(quantization_config):
+    options = {'synthesis.priors.patch_similarity': None}
+    settings = read_sections(load_config(quantization_config, options)).synthesis
+    assert list(settings.build_priors()) == ['total_variation']
+
+
+@pytest.mark.parametrize('key, hint', [
+    ('quantization.weigth.bits', "Did you mean 'weight'?"),
+    ('quantization.roles.atention.bits', "Did you mean 'attention'?"),
+    ('synthesis.num_image', "Did you mean 'num_images'?"),
+    ('calibration.batchsize', "Did you mean 'batch_size'?"),
+    ('synthesys.steps', "Did you mean 'synthesis'?")])
+def test_unknown_keys_name_the_nearest(key, hint, quantization_config):
+    with pytest.raises(UserError, match=hint.replace('?', r'\?')):
+        read_sections(load_config(quantization_config, {key: 4}))

@@ -1,0 +1,309 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+import copy
+import io
+import math
+
+import pytest
+import torch
+
+from psaq_mm.evolution import SynthesisSettings, Synthesizer, learning_rate_factor
+from psaq_mm.prior import AttentionRecord
+
+LOWER = torch.tensor([-2., -1., 0.]).view(1, 3, 1, 1)
+UPPER = torch.tensor([2., 3., 0.5]).view(1, 3, 1, 1)
+# Three images in two batches of two phases of three steps.
+SMALL = dict(num_images=3, batch_size=2, image_size=28, steps=3, shifts=(15, 30), warmup=0.34,
+             priors=dict(patch_similarity=dict(type='PatchSimilarityPrior'),
+                         total_variation=dict(type='TotalVariationPrior', weight=0.1)))
+TOTAL = 12
+
+
+def attention(images):
+    """A stand-in for a network: its output is the windows' pixels."""
+    windows = images.unfold(2, 7, 7).unfold(3, 7, 7)  # (B, 3, rows, columns, 7, 7)
+    tokens = windows.permute(0, 2, 3, 4, 5, 1).reshape(-1, 49, 1, 3)
+    return [AttentionRecord(output=tokens)]
+
+
+def synthesizer(seed=0, run=attention, **changes):
+    settings = SynthesisSettings.from_dict({**SMALL, **changes})
+    return Synthesizer(settings, run, LOWER, UPPER, seed)
+
+
+def finish(images):
+    while not images.done:
+        images.step()
+    return images
+
+
+@pytest.fixture(scope='module')
+def uninterrupted():
+    return finish(synthesizer())
+
+
+def assert_same(one, other):
+    assert one.images.shape == other.images.shape
+    assert torch.equal(one.images, other.images)
+    assert one.losses == other.losses
+    assert one.step_index == other.step_index == TOTAL
+    assert torch.equal(one.generator.get_state(), other.generator.get_state())
+
+
+# The schedule
+
+
+@pytest.mark.parametrize('steps, warmup, expected', [
+    (1, 0., [1.]),
+    (4, 0., [1., 0.5 + math.sqrt(2) / 4, 0.5, 0.5 - math.sqrt(2) / 4]),
+    (10, 0.2, [0.5, 1., 1., 0.5 * (1 + math.cos(math.pi / 8))]),
+    (6, 0.5, [1 / 3, 2 / 3, 1., 1., 0.75, 0.25]),
+    (5, 1., [0.2, 0.4, 0.6, 0.8, 1.]),
+])
+def test_learning_rate_factor(steps, warmup, expected):
+    factors = [learning_rate_factor(step, steps, warmup) for step in range(len(expected))]
+    assert factors == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize('steps', [1, 2, 7, 500])
+@pytest.mark.parametrize('warmup', [0., 0.2, 0.5, 1.])
+def test_learning_rate_factor_is_in_its_range(steps, warmup):
+    factors = [learning_rate_factor(step, steps, warmup) for step in range(steps)]
+    assert all(0 < factor <= 1 for factor in factors)
+    assert max(factors) == 1.
+
+
+def test_learning_rate_and_phases():
+    """Each phase starts with a fresh Adam at the bottom of the rise."""
+    images = synthesizer(lr=0.5, steps=4, warmup=0.5, num_images=1)
+    rates, states = [], []
+    while not images.done:
+        images.step()
+        if images.optimizer is not None:  # gone after the last step
+            rates.append(images.optimizer.param_groups[0]['lr'])
+            states.append(int(images.optimizer.state[images.current]['step']))
+    assert rates == pytest.approx([0.25, 0.5, 0.5, 0.25, 0.25, 0.5, 0.5])
+    assert states == [1, 2, 3, 4, 1, 2, 3]
+
+
+# The images
+
+
+def test_images(uninterrupted):
+    assert uninterrupted.images.shape == (3, 3, 28, 28)
+    assert [len(batch) for batch in uninterrupted.finished] == [2, 1]
+    assert uninterrupted.done and uninterrupted.total_steps == TOTAL
+    assert set(uninterrupted.losses) == {'patch_similarity', 'total_variation', 'total'}
+    for step in range(TOTAL):
+        losses = {name: values[step] for name, values in uninterrupted.losses.items()}
+        total = losses.pop('total')
+        assert total == pytest.approx(sum(losses.values()), rel=1e-6)
+    assert all(len(values) == TOTAL for values in uninterrupted.losses.values())
+
+
+@pytest.mark.parametrize('num_images, batch_size', [(1, 1), (1, 4), (4, 2), (5, 2)])
+def test_number_of_images(num_images, batch_size):
+    images = synthesizer(num_images=num_images, batch_size=batch_size, steps=1, shifts=(5, ))
+    sizes = []
+    assert images.images.shape == (0, 3, 28, 28)
+    while not images.done:
+        images.step()
+        sizes.append(len(images.images))
+    assert len(images.images) == num_images
+    assert sizes == [min(batch_size * (i + 1), num_images) for i in range(len(sizes))]
+
+
+@pytest.mark.parametrize('size', [(28, 56), (56, 28)])
+def test_oblong_images(size):
+    assert finish(synthesizer(image_size=size, num_images=1)).images.shape == (1, 3, *size)
+
+
+def test_images_stay_in_the_valid_range():
+    images = finish(synthesizer(lr=100.)).images
+    for channel, (low, high) in enumerate(zip(LOWER.flatten(), UPPER.flatten())):
+        assert images[:, channel].min() == low  # so high a rate reaches the ends
+        assert images[:, channel].max() == high
+
+
+def test_loss_falls():
+    images = finish(synthesizer(num_images=1, steps=40, shifts=(0, ), flip=0., lr=0.05, priors=dict(
+        total_variation=dict(type='TotalVariationPrior', low=2500, high=2500))))
+    values = images.losses['total_variation']
+    assert values[-1] < 0.1 * values[0]
+
+
+def test_seed(uninterrupted):
+    assert_same(finish(synthesizer(seed=0)), uninterrupted)
+    other = finish(synthesizer(seed=1))
+    assert not torch.equal(other.images, uninterrupted.images)
+    assert not torch.equal(other.images[:2], uninterrupted.images[:2])
+
+
+def test_other_random_numbers_do_not_matter(uninterrupted):
+    images = synthesizer()
+    before = torch.get_rng_state()
+    images.step()
+    assert torch.equal(torch.get_rng_state(), before)
+    while not images.done:
+        torch.rand(3)
+        images.step()
+    assert_same(images, uninterrupted)
+
+
+def test_gradients_may_be_off_around_it(uninterrupted):
+    with torch.no_grad():
+        images = finish(synthesizer())
+    assert_same(images, uninterrupted)
+
+
+def test_priors_without_attention_do_not_run_the_model():
+
+    def refuse(batch):
+        raise AssertionError('the model was run')
+
+    priors = dict(total_variation=dict(type='TotalVariationPrior'))
+    assert len(finish(synthesizer(run=refuse, priors=priors)).images) == 3
+    with pytest.raises(AssertionError, match='the model was run'):
+        synthesizer(run=refuse).step()
+
+
+def test_model_runs_once_a_step():
+    shapes = []
+
+    def watch(batch):
+        shapes.append(tuple(batch.shape))
+        return attention(batch)
+
+    finish(synthesizer(run=watch))
+    assert shapes == [(2, 3, 28, 28)] * 6 + [(1, 3, 28, 28)] * 6
+
+
+# What goes wrong in a step
+
+
+def broken_at(step, value):
+    """An attention whose output, or whose gradient, is not finite at a step."""
+    calls = []
+
+    def run(images):
+        calls.append(len(images))
+        records = attention(images)
+        if len(calls) == step + 1:
+            if value == 'gradient':
+                records[0].output.register_hook(lambda grad: grad * math.nan)
+            else:
+                records[0].output = records[0].output * value
+        return records
+
+    return run
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, 'gradient'])
+@pytest.mark.parametrize('step', [0, 1, 3, 5, 6, 11])
+def test_loss_that_is_not_finite(step, value, uninterrupted):
+    """It is named, the images are those of the step before, and a second try
+    continues as if nothing had been."""
+    images = synthesizer(run=broken_at(step, value))
+    for _ in range(step):
+        images.step()
+    before = None if images.current is None else images.current.detach().clone()
+    with pytest.raises(FloatingPointError, match=f'not finite at step {step}[:,]') as caught:
+        images.step()
+    expected = 'the gradient' if value == 'gradient' else 'patch_similarity nan'
+    assert expected in str(caught.value)
+    assert images.step_index == step
+    if before is not None:
+        assert torch.equal(images.current.detach(), before)
+    assert torch.isfinite(images.images).all()
+    assert [len(v) for v in images.losses.values()] == [step] * 3
+    assert_same(finish(images), uninterrupted)
+
+
+@pytest.mark.parametrize('where', ['attention', 'before update', 'after update'])
+@pytest.mark.parametrize('step', [0, 2, 3, 5, 6, 11])
+def test_interrupted_step(where, step, uninterrupted, monkeypatch):
+    """Ctrl-C strikes anywhere; the state is then that of the last whole step."""
+    update = torch.optim.Adam.step
+    armed = False
+
+    def run(images):
+        if armed and where == 'attention':
+            raise KeyboardInterrupt
+        return attention(images)
+
+    def interrupted_update(self, *args, **kwargs):
+        if armed and where == 'before update':
+            raise KeyboardInterrupt
+        result = update(self, *args, **kwargs)
+        if armed and where == 'after update':
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(torch.optim.Adam, 'step', interrupted_update)
+    images = synthesizer(run=run)
+    for _ in range(step):
+        images.step()
+    armed = True
+    with pytest.raises(KeyboardInterrupt):
+        images.step()
+    armed = False
+    state = through_file(images.state_dict())
+    assert state['step_index'] == step
+    restored = synthesizer(seed=9)
+    restored.load_state_dict(state)
+    assert_same(finish(restored), uninterrupted)
+    assert_same(finish(images), uninterrupted)
+
+
+# State
+
+
+def through_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize('steps', range(TOTAL + 1))
+def test_restored_run_gives_the_same_bits(steps, uninterrupted):
+    """From the start, within a batch, between phases and batches, at the end."""
+    first = synthesizer()
+    for _ in range(steps):
+        first.step()
+    second = synthesizer(seed=123)
+    second.load_state_dict(through_file(first.state_dict()))
+    assert second.step_index == steps
+    assert second.done == (steps == TOTAL)
+    assert_same(finish(second), uninterrupted)
+
+
+@pytest.mark.parametrize('steps', [0, 2, 3, 6, 7, TOTAL])
+def test_state_is_a_copy(steps, uninterrupted):
+    """Later steps of either run do not reach into it."""
+    first = synthesizer()
+    for _ in range(steps):
+        first.step()
+    state = first.state_dict()
+    kept = copy.deepcopy(state)
+    assert_same(finish(first), uninterrupted)
+    for _ in range(2):
+        second = synthesizer(seed=5)
+        second.load_state_dict(state)
+        assert_same(finish(second), uninterrupted)
+    assert_equal_trees(state, kept)
+
+
+def assert_equal_trees(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal_trees(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for pair in zip(one, other):
+            assert_equal_trees(*pair)
+    else:
+        assert one == other

@@ -1,0 +1,290 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""tools/quantize.py: what it writes, that it resumes, and how it fails."""
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+FEW = ('synthesis.num_images=3', 'synthesis.batch_size=2', 'synthesis.steps=2',
+       'synthesis.image_size=64', 'synthesis.save_interval=1', 'log_level=WARNING')
+
+
+@pytest.fixture(scope='module')
+def finished_run(tmp_path_factory, quantization_config, demo_checkpoint):
+    """A work directory after one run in a process of its own."""
+    work_dir = tmp_path_factory.mktemp('run')
+    process = subprocess.run(
+        [sys.executable, str(ROOT / 'tools' / 'quantize.py'), str(quantization_config),
+         str(demo_checkpoint), '--work-dir', str(work_dir), '--seed', '7', '--device', 'cpu',
+         '--cfg-options', *FEW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 0, process.stderr
+    return work_dir, process
+
+
+def test_writes_checkpoint_pictures_and_report(finished_run):
+    work_dir, process = finished_run
+    checkpoint = torch.load(work_dir / 'quantized.pth', weights_only=True)
+    assert checkpoint['psaq_mm']['seed'] == 7
+    assert checkpoint['meta']['dataset_meta']['classes'][0] == 'disc'
+    # 3 images of 64 with 4 columns: one row, 4 pixels of padding around each
+    assert Image.open(work_dir / 'synthetic.png').size == (3 * 68 + 4, 72)
+    assert 'synthesis' in process.stderr and 'total=' in process.stderr  # bar with losses
+
+
+def test_report_says_what_was_done(finished_run, demo_checkpoint):
+    report = json.loads((finished_run[0] / 'report.json').read_text())
+    modules = {entry['name']: entry for entry in report['modules']}
+    patch = modules['backbone.patch_embed.projection']
+    assert patch['tensors']['weight'] == dict(patch['tensors']['weight'], bits=8, ranges=32)
+    assert all(entry['sqnr_db'] > 15 for entry in report['modules'])
+    assert len(report['losses']['total']) == 2 * 2 * 2  # batches, phases, steps
+    assert set(report['seconds']) == {'synthesis', 'calibration', 'report'}
+    assert report['seed'] == 7 and report['checkpoint']['file'] == str(demo_checkpoint)
+    assert len(report['checkpoint']['sha256']) == 64
+    assert report['versions']['torch'] == torch.__version__
+    assert report['size']['stored_bytes'] <= 0.265 * report['size']['float_bytes']
+
+
+def test_same_seed_gives_the_same_bits(finished_run, tmp_path, call_tool, quantization_config,
+                                       demo_checkpoint):
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
+                               tmp_path, '--seed', 7, '--device', 'cpu', '--cfg-options', *FEW)
+    assert status == 0, err
+    assert_same_checkpoint(finished_run[0] / 'quantized.pth', tmp_path / 'quantized.pth')
+
+
+def assert_same_checkpoint(first, second):
+    a, b = (torch.load(p, weights_only=True) for p in (first, second))
+    assert list(a['state_dict']) == list(b['state_dict'])
+    for key, value in a['state_dict'].items():
+        assert torch.equal(value, b['state_dict'][key]), key
+    assert a['psaq_mm'] == b['psaq_mm']
+
+
+@pytest.mark.parametrize('stop_at', [1, 4, 5])
+def test_resume_gives_the_same_bits(stop_at, finished_run, tmp_path, call_tool, monkeypatch,
+                                    quantization_config, demo_checkpoint):
+    """Interrupted in the first batch, at its end, and in the second."""
+    from psaq_mm.evolution import Synthesizer
+    step = Synthesizer.step
+
+    def interrupted(self):
+        if self.step_index == stop_at:
+            raise KeyboardInterrupt
+        return step(self)
+
+    arguments = (quantization_config, demo_checkpoint, '--work-dir', tmp_path, '--seed', 7,
+                 '--device', 'cpu', '--cfg-options', *FEW)
+    monkeypatch.setattr(Synthesizer, 'step', interrupted)
+    status, _, _ = call_tool('quantize', *arguments)
+    assert status == 130 and not (tmp_path / 'quantized.pth').exists()
+    monkeypatch.setattr(Synthesizer, 'step', step)
+    status, _, err = call_tool('quantize', *arguments, '--resume')
+    assert status == 0, err
+    assert_same_checkpoint(finished_run[0] / 'quantized.pth', tmp_path / 'quantized.pth')
+
+
+def test_resume_refuses_the_state_of_another_run(finished_run, tmp_path, call_tool,
+                                                 quantization_config, demo_checkpoint):
+    shutil.copy(finished_run[0] / 'state.pth', tmp_path / 'state.pth')
+    before = (tmp_path / 'state.pth').read_bytes()
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
+                               tmp_path, '--seed', 8, '--cfg-options', *FEW, '--resume')
+    assert status == 2 and 'another seed' in err
+    assert (tmp_path / 'state.pth').read_bytes() == before
+
+
+def test_opens_no_dataset(tmp_path, call_tool, quantization_config, demo_checkpoint):
+    """A config whose data is on another machine quantizes all the same."""
+    config = tmp_path / 'elsewhere.py'
+    config.write_text(f"_base_ = '{quantization_config}'\n"
+                      + ''.join(f"{split}_dataloader = dict(dataset=dict("
+                                "data_root='/nowhere/', ann_file='/nowhere/none.json'))\n"
+                                for split in ('train', 'val', 'test'))
+                      + "val_evaluator = dict(ann_file='/nowhere/none.json')\n"
+                      + "test_evaluator = dict(ann_file='/nowhere/none.json')\n")
+    status, _, err = call_tool('quantize', config, demo_checkpoint, '--work-dir',
+                               tmp_path / 'out', '--cfg-options', *FEW)
+    assert status == 0, err
+    assert (tmp_path / 'out' / 'quantized.pth').exists()
+
+
+def test_whole_model_scope(tmp_path, call_tool, quantization_config, demo_checkpoint):
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
+                               tmp_path, '--cfg-options', *FEW, 'quantization.scope=model')
+    assert status == 0, err
+    modules = torch.load(tmp_path / 'quantized.pth', weights_only=True)['psaq_mm']['modules']
+    for name in ('neck.lateral_convs.0.conv', 'rpn_head.rpn_cls',
+                 'roi_head.bbox_head.shared_fcs.0', 'roi_head.mask_head.conv_logits'):
+        assert name in modules
+
+
+def test_paper_preset(tmp_path, call_tool, demo_config, demo_checkpoint):
+    config = tmp_path / 'paper.py'
+    config.write_text(f"_base_ = ['{demo_config}', 'psaq_mm::_base_/paper_w8a8.py']\n")
+    status, _, err = call_tool('quantize', config, demo_checkpoint, '--work-dir', tmp_path,
+                               '--cfg-options', *FEW)
+    assert status == 0, err
+    modules = torch.load(tmp_path / 'quantized.pth', weights_only=True)['psaq_mm']['modules']
+    assert set(modules['backbone.stages.0.blocks.0']['roles']) == {'residual'}
+    assert set(modules['backbone.stages.0.blocks.0.attn.w_msa']['roles']) == {'logits',
+                                                                             'bias_table'}
+    assert set(modules['backbone.stages.0.blocks.0.attn.w_msa.qkv']['roles']) == {
+        'weight', 'input', 'output'}
+
+
+class _Attack:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker), )
+
+
+def _bad_checkpoint(kind, tmp_path, demo_checkpoint):
+    path = tmp_path / f'{kind}.pth'
+    if kind == 'text':
+        path.write_text('not a checkpoint')
+    elif kind == 'attack':
+        path.write_bytes(pickle.dumps(_Attack(tmp_path / 'attacked')))
+    elif kind == 'attack_zip':
+        torch.save(dict(state_dict=_Attack(tmp_path / 'attacked')), path)
+    elif kind == 'other_model':
+        torch.save(dict(state_dict={'conv1.weight': torch.zeros(64, 3, 7, 7)}), path)
+    elif kind == 'not_finite':
+        checkpoint = torch.load(demo_checkpoint, weights_only=True)
+        checkpoint['state_dict']['neck.fpn_convs.0.conv.bias'][3] = float('nan')
+        torch.save(checkpoint, path)
+    elif kind == 'quantized':
+        torch.save(dict(state_dict={}, psaq_mm=dict(format_version=1)), path)
+    return path  # 'missing' is not written
+
+
+@pytest.mark.parametrize('kind, message', [
+    ('missing', 'missing.pth'),
+    ('text', 'text.pth'),
+    ('attack', 'mkdir'),
+    ('attack_zip', 'mkdir'),
+    ('other_model', 'backbone.patch_embed.projection.weight'),
+    ('not_finite', 'neck.fpn_convs.0.conv.bias'),
+    ('quantized', 'quantized already'),
+])
+def test_bad_checkpoints(kind, message, tmp_path, call_tool, quantization_config,
+                         demo_checkpoint):
+    path = _bad_checkpoint(kind, tmp_path, demo_checkpoint)
+    work_dir = tmp_path / 'out'
+    status, out, err = call_tool('quantize', quantization_config, path, '--work-dir', work_dir)
+    assert status == 2 and err.startswith('error: ') and message in err
+    assert len(err.strip().splitlines()) <= 2 and 'Traceback' not in err
+    assert not work_dir.exists() and not (tmp_path / 'attacked').exists()
+
+
+@pytest.mark.parametrize('option, message', [
+    ('quantization.weight.bits=9', 'quantization.weight.bits must be an integer from 2 to 8'),
+    ('quantization.activation.bits=1', 'bits must be an integer from 2 to 8'),
+    ('quantization.weight.bitz=4', "Did you mean 'bits'?"),
+    ('quantization.includ=*', "Did you mean 'include'?"),
+    ('quantisation.weight.bits=4', "Did you mean 'quantization'?"),
+    ('synthesis.stepz=4', "Did you mean 'steps'?"),
+    ('calibration.batchsize=4', "Did you mean 'batch_size'?"),
+    ('synthesis.image_size=0', 'synthesis.image_size must be a positive integer'),
+    ('synthesis.image_size=-224', 'synthesis.image_size must be a positive integer'),
+    ('synthesis.priors.total_variation.weihgt=1', 'weihgt'),
+    ('quantization.include=backbone.layers.*', "'backbone.layers.*' matches no module"),
+    ('quantization.weight.observer.type=MinMaxx', "'MinMaxx' is not registered"),
+    ('model.backbone.depths=2', 'the model of config'),
+])
+def test_bad_settings(option, message, tmp_path, call_tool, quantization_config,
+                      demo_checkpoint):
+    work_dir = tmp_path / 'out'
+    status, out, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
+                                 work_dir, '--cfg-options', option)
+    assert status == 2 and err.startswith('error: ') and message in err
+    assert len(err.strip().splitlines()) <= 2 and 'Traceback' not in err
+    assert not work_dir.exists()
+
+
+def test_backbone_that_is_not_swin(tmp_path, call_tool, demo_checkpoint):
+    config = tmp_path / 'resnet.py'
+    config.write_text("_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', "
+                      "'mmdet::_base_/default_runtime.py', 'psaq_mm::_base_/w8a8.py']\n")
+    status, _, err = call_tool('quantize', config, demo_checkpoint, '--work-dir', tmp_path / 'o')
+    assert status == 2 and 'ResNet' in err and 'Swin' in err
+    assert not (tmp_path / 'o').exists()
+
+
+def test_config_without_our_base(tmp_path, call_tool, demo_config, demo_checkpoint):
+    status, _, err = call_tool('quantize', demo_config, demo_checkpoint, '--work-dir',
+                               tmp_path / 'o')
+    assert status == 2 and 'psaq_mm::_base_/w8a8.py' in err
+
+
+@pytest.mark.parametrize('content', [None, 'model = dict(', "_base_ = './nowhere.py'\n", ''])
+def test_bad_configs(content, tmp_path, call_tool, demo_checkpoint):
+    config = tmp_path / 'config.py'
+    if content is not None:
+        config.write_text(content)
+    status, _, err = call_tool('quantize', config, demo_checkpoint)
+    assert status == 2 and 'config.py' in err and 'Traceback' not in err
+
+
+def test_work_dir_that_cannot_be_written(tmp_path, call_tool, quantization_config,
+                                         demo_checkpoint):
+    (tmp_path / 'file').write_text('')
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
+                               tmp_path / 'file' / 'out')
+    assert status == 2 and 'file' in err and 'Traceback' not in err
+
+
+@pytest.mark.parametrize('device', ['cuda', 'cuda:99', 'gpu', 'meta'])
+def test_device_that_is_not_there(device, tmp_path, call_tool, quantization_config,
+                                  demo_checkpoint):
+    if device == 'cuda' and torch.cuda.is_available():
+        pytest.skip('there is a GPU here')
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--device',
+                               device, '--work-dir', tmp_path / 'o')
+    assert status == 2 and f'--device {device}' in err
+    assert not (tmp_path / 'o').exists()
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, call_tool, monkeypatch,
+                                            quantization_config, demo_checkpoint):
+    """The last write fails as on a full disk: exit status, and the old file."""
+    import errno
+
+    from psaq_mm.checkpoint import atomic
+    (tmp_path / 'quantized.pth').write_bytes(b'old')
+    fsync = os.fsync
+
+    def full(descriptor):
+        if os.fstat(descriptor).st_size > 3_000_000:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return fsync(descriptor)
+
+    monkeypatch.setattr(atomic.os, 'fsync', full)
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
+                               tmp_path, '--cfg-options', *FEW)
+    assert status == 2 and 'quantized.pth' in err and 'No space left' in err
+    assert (tmp_path / 'quantized.pth').read_bytes() == b'old'
+    assert not [p for p in tmp_path.iterdir() if 'tmp' in p.name]
+
+
+def test_config_in_the_work_dir_stays_as_it_is(tmp_path, call_tool, quantization_config,
+                                               demo_checkpoint):
+    """mmengine alone would write the merged config over it."""
+    config = tmp_path / 'mine.py'
+    config.write_text(f"_base_ = '{quantization_config}'\n")
+    before = config.read_text()
+    status, _, err = call_tool('quantize', config, demo_checkpoint, '--work-dir', tmp_path,
+                               '--cfg-options', *FEW)
+    assert status == 0, err
+    assert config.read_text() == before
