@@ -1,0 +1,186 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+import copy
+import json
+
+import pytest
+import torch
+from mmdet.models.backbones.swin import SwinTransformer
+from torch import nn
+
+import psaq_mm
+from psaq_mm.adapters import find_adapter
+from psaq_mm.checkpoint import MANIFEST_KEY, build_manifest, is_quantized, read_manifest
+from psaq_mm.checkpoint.manifest import FORMAT_VERSION, plan_of_manifest
+from psaq_mm.errors import UserError
+from psaq_mm.ops import apply_plan, plan_quantization
+from psaq_mm.quantization import QuantSpec
+from psaq_mm.quantization.settings import QuantizationSettings
+
+
+def swin():
+    model = SwinTransformer(embed_dims=16, depths=(2, 2), num_heads=(1, 2), strides=(4, 2),
+                            out_indices=(0, 1))
+    model.eval()
+    return model
+
+
+def small():
+    """A model with one quantized linear, and its manifest as a file has it."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    apply_plan(model, {'0': dict(weight=QuantSpec(bits=4, granularity='per_channel'),
+                                 input=QuantSpec(symmetric=False))})
+    return model
+
+
+@pytest.fixture
+def checkpoint():
+    manifest = build_manifest(small())
+    manifest['modules']['0']['weight_shape'] = [3, 2]
+    return {'state_dict': {}, MANIFEST_KEY: manifest}
+
+
+def plan_of(checkpoint):
+    return plan_of_manifest(read_manifest(checkpoint))
+
+
+def test_content():
+    rule = dict(type='MinMaxObserver')
+    assert build_manifest(small(), dict(seed=3, source='swin.pth')) == dict(
+        format_version=FORMAT_VERSION,
+        psaq_mm_version=psaq_mm.__version__,
+        learnable_ranges=False,
+        modules={'0': dict(op='QuantLinear', roles=dict(
+            weight=dict(bits=4, symmetric=True, granularity='per_channel', observer=rule),
+            input=dict(bits=8, symmetric=False, granularity='per_tensor', observer=rule)))},
+        seed=3, source='swin.pth')
+
+
+@pytest.mark.parametrize('key', ['format_version', 'psaq_mm_version', 'learnable_ranges',
+                                 'modules'])
+def test_own_entries_cannot_be_replaced(key):
+    with pytest.raises(UserError, match=f'{key}.* cannot be recorded'):
+        build_manifest(small(), {key: 1})
+
+
+@pytest.mark.parametrize('settings', [
+    dict(), dict(placement='v1', activation=dict(bits=4)), dict(learnable_ranges=True),
+    dict(weight=dict(bits=2, symmetric=False, observer=dict(type='MSEObserver', candidates=9))),
+    dict(include='stages.1.*', overrides={'*.qkv': dict(weight=dict(bits=5))}),
+])
+def test_plan_survives(settings):
+    """From a plan to a manifest, through JSON, and back to the same plan."""
+    model = swin()
+    chosen = QuantizationSettings.from_dict(settings)
+    plan = plan_quantization(model, chosen, find_adapter(model))
+    apply_plan(model, plan, chosen.learnable_ranges)
+    manifest = json.loads(json.dumps(build_manifest(model)))
+    assert manifest['learnable_ranges'] is chosen.learnable_ranges
+    for name, entry in manifest['modules'].items():
+        assert entry['op'] == type(model.get_submodule(name)).__name__
+        if 'weight' in entry['roles']:  # added with the integers
+            entry['weight_shape'] = list(model.get_submodule(name).weight.shape)
+    assert plan_of({MANIFEST_KEY: manifest}) == plan
+
+
+def test_number_of_modules():
+    """By hand: 18 linear and convolution layers, 4 attentions; V1 adds the
+    patch embedding and 4 blocks."""
+    model = psaq_mm.quantize(swin())
+    assert len(build_manifest(model)['modules']) == 22
+    model = psaq_mm.quantize(swin(), placement='v1')
+    assert len(build_manifest(model)['modules']) == 27
+
+
+def test_is_quantized(checkpoint):
+    assert is_quantized(checkpoint)
+    assert is_quantized({MANIFEST_KEY: None})  # claims to be, and read_manifest refuses
+    for other in ({}, {'state_dict': {}}, [MANIFEST_KEY], MANIFEST_KEY, None, torch.zeros(1)):
+        assert not is_quantized(other)
+
+
+def test_right_manifest(checkpoint):
+    before = copy.deepcopy(checkpoint)
+    assert list(plan_of(checkpoint)) == ['0']
+    assert checkpoint == before
+    checkpoint[MANIFEST_KEY]['written_by_a_later_version'] = 1  # of the same format
+    checkpoint[MANIFEST_KEY]['modules']['0']['note'] = 'x'
+    assert plan_of(checkpoint) == plan_of(before)
+
+
+@pytest.mark.parametrize('manifest', [None, [], 'text', 3, torch.zeros(2), {}])
+def test_no_manifest(manifest):
+    with pytest.raises(UserError, match=r"'psaq_mm' entry is not a manifest \(no format_version\)"):
+        read_manifest({MANIFEST_KEY: manifest})
+
+
+@pytest.mark.parametrize('version', [None, '1', 1.0, True, 0, -1, [1]])
+def test_damaged_version(checkpoint, version):
+    checkpoint[MANIFEST_KEY]['format_version'] = version
+    with pytest.raises(UserError, match='format_version.*damaged, quantize again'):
+        read_manifest(checkpoint)
+
+
+def test_newer_version(checkpoint):
+    checkpoint[MANIFEST_KEY] = dict(format_version=FORMAT_VERSION + 1)  # whatever else it holds
+    with pytest.raises(UserError, match='format version 2, this psaq_mm reads up to 1: update'):
+        read_manifest(checkpoint)
+
+
+@pytest.mark.parametrize('modules', [None, {}, [], ['0'], 'text', 5])
+def test_no_modules(checkpoint, modules):
+    checkpoint[MANIFEST_KEY]['modules'] = modules
+    with pytest.raises(UserError, match='names no quantized modules'):
+        read_manifest(checkpoint)
+
+
+GARBAGE = [None, [], {}, 'text', 5, [1], {1: 2}]
+
+
+@pytest.mark.parametrize('key', ['op', 'roles', 'weight_shape'])
+@pytest.mark.parametrize('value', [*GARBAGE, 'missing'])
+def test_damaged_entry(checkpoint, key, value):
+    entry = checkpoint[MANIFEST_KEY]['modules']['0']
+    if value == 'missing':
+        del entry[key]
+    else:
+        entry[key] = value
+    if key == 'op' and value == 'text':
+        plan_of(checkpoint)  # a name like any other; the model's modules tell
+        return
+    with pytest.raises(UserError, match='manifest.* 0'):
+        plan_of(checkpoint)
+
+
+@pytest.mark.parametrize('entry', GARBAGE)
+def test_entry_that_is_none(checkpoint, entry):
+    checkpoint[MANIFEST_KEY]['modules']['0'] = entry
+    with pytest.raises(UserError, match='manifest.* 0'):
+        plan_of(checkpoint)
+
+
+def test_name_that_is_no_text(checkpoint):
+    modules = checkpoint[MANIFEST_KEY]['modules']
+    modules[0] = modules.pop('0')
+    with pytest.raises(UserError, match='manifest.* 0'):
+        plan_of(checkpoint)
+
+
+@pytest.mark.parametrize('shape', [[3, -2], [3, 2.], [3, '2'], [True, 2], (3, 2), [3, 0]])
+def test_damaged_shape(checkpoint, shape):
+    checkpoint[MANIFEST_KEY]['modules']['0']['weight_shape'] = shape
+    with pytest.raises(UserError, match='manifest.* 0'):
+        plan_of(checkpoint)
+
+
+@pytest.mark.parametrize('spec', [
+    None, [], 'text', 5, dict(bits=9), dict(bits=1), dict(bits='8'), dict(bits=None),
+    dict(symmetric=1), dict(granularity='per_row'), dict(granularity=['per_tensor']),
+    dict(bitz=8), {1: 2}, dict(observer=None), dict(observer='MinMaxObserver'), dict(observer={}),
+    dict(observer=dict(type='NoObserver')), dict(observer=dict(type=5)),
+    dict(observer=dict(type=['MinMaxObserver'])), dict(observer=dict(type='MinMaxObserver', x=1)),
+    dict(observer=dict(type='MSEObserver', candidates='x')), dict(observer={1: 2, 'type': 3}),
+])
+def test_damaged_spec(checkpoint, spec):
+    checkpoint[MANIFEST_KEY]['modules']['0']['roles']['input'] = spec
+    with pytest.raises(UserError, match='manifest of 0, input'):
+        plan_of(checkpoint)
