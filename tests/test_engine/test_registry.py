@@ -16,8 +16,8 @@ def test_hook_is_found_from_another_scope(scope, module):
             'assert "psaq_mm" not in sys.modules\n'
             'hook = HOOKS.build(dict(type="psaq_mm.QuantizedCheckpointHook"))\n'
             'print(type(hook).__module__)\n')
-    process = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)
+    process = subprocess.run([sys.executable, '-c', code], capture_output=True,
+                             text=True)
     assert process.returncode == 0, process.stderr
     assert process.stdout.split()[-1] == 'psaq_mm.engine.hooks.quantized_checkpoint_hook'
 

@@ -23,7 +23,7 @@ def finished_run(tmp_path_factory, quantization_config, demo_checkpoint):
     process = subprocess.run(
         [sys.executable, str(ROOT / 'tools' / 'quantize.py'), str(quantization_config),
          str(demo_checkpoint), '--work-dir', str(work_dir), '--seed', '7', '--device', 'cpu',
-         '--cfg-options', *FEW], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+         '--cfg-options', *FEW], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return work_dir, process
 
