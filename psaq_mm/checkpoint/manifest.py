@@ -26,9 +26,13 @@ def build_manifest(model: nn.Module, about: Optional[Mapping[str, Any]] = None) 
 
     Returns:
         dict: ``format_version``, ``psaq_mm_version``, ``learnable_ranges``,
-        ``modules`` (name -> ``op`` and ``roles``) and what ``about`` holds.
+        ``modules`` (name -> ``op``, ``roles`` and, where the weight is
+        quantized, ``weight_shape``) and what ``about`` holds.
+
+    Raises:
+        UserError: If ``about`` would replace one of these.
     """
-    modules = {}
+    modules: Dict[str, Dict[str, Any]] = {}
     learnable = False
     for name, op in named_quant_ops(model):
         roles = {}
@@ -37,8 +41,15 @@ def build_manifest(model: nn.Module, about: Optional[Mapping[str, Any]] = None) 
             roles[role] = quantizer.spec.to_dict()
             learnable |= quantizer.learnable
         modules[name] = dict(op=type(op).__name__, roles=roles)
-    return dict(format_version=FORMAT_VERSION, psaq_mm_version=__version__,
-                learnable_ranges=learnable, modules=modules, **dict(about or {}))
+        if op.weight_quantizer is not None:
+            modules[name]['weight_shape'] = list(op.weight.shape)
+    manifest = dict(format_version=FORMAT_VERSION, psaq_mm_version=__version__,
+                    learnable_ranges=learnable, modules=modules)
+    taken = [key for key in about or {} if key in manifest]
+    if taken:
+        raise UserError(f'{", ".join(taken)} cannot be recorded in a checkpoint: the manifest has '
+                        'an entry of that name; choose another')
+    return {**manifest, **(about or {})}
 
 
 def is_quantized(checkpoint: Any) -> bool:
@@ -54,7 +65,7 @@ def read_manifest(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     """
     manifest = checkpoint[MANIFEST_KEY]
     version = manifest.get('format_version') if isinstance(manifest, Mapping) else None
-    if not isinstance(version, int):
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise UserError(f'the checkpoint\'s {MANIFEST_KEY!r} entry is not a manifest '
                         '(no format_version): the file is damaged, quantize again')
     if version > FORMAT_VERSION:
@@ -63,13 +74,43 @@ def read_manifest(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     if not isinstance(manifest.get('modules'), Mapping) or not manifest['modules']:
         raise UserError('the checkpoint\'s manifest names no quantized modules: the file is '
                         'damaged, quantize again')
+    for name, entry in manifest['modules'].items():
+        if not isinstance(name, str) or not _is_entry(entry):
+            raise UserError(f'the checkpoint\'s manifest does not say how {name} is quantized: '
+                            'the file is damaged, quantize again')
     return dict(manifest)
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether this can describe a module; its specs are checked as they are built."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get('op'), str):
+        return False
+    roles, shape = entry.get('roles'), entry.get('weight_shape')
+    if not isinstance(roles, Mapping) or not roles:
+        return False
+    if not all(isinstance(k, str) and isinstance(v, Mapping) for k, v in roles.items()):
+        return False
+    if 'weight' not in roles:
+        return shape is None
+    return isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+
+
 def plan_of_manifest(manifest: Mapping[str, Any]) -> Plan:
-    """The plan that rebuilds the quantized ops of a manifest."""
+    """The plan that rebuilds the quantized ops of a manifest.
+
+    Args:
+        manifest (Mapping): From :func:`read_manifest`.
+
+    Raises:
+        UserError: If a spec is damaged; its module and role are named.
+    """
     plan: Plan = {}
     for name, entry in manifest['modules'].items():
-        plan[name] = {role: QuantSpec.from_dict(spec, f'manifest of {name}, {role}')
-                      for role, spec in entry['roles'].items()}
+        plan[name] = {}
+        for role, spec in entry['roles'].items():
+            where = f'manifest of {name}, {role}'
+            try:
+                plan[name][role] = QuantSpec.from_dict(spec, where)
+            except TypeError as error:
+                raise UserError(f'{where}: {error}') from error
     return plan

@@ -36,11 +36,16 @@ def first_differences(model: nn.Module, state: Mapping[str, Tensor],
     extra = [k for k in state if k not in own and not k.endswith(optional)]
     shapes = [f'{k} ({tuple(state[k].shape)} instead of {tuple(own[k].shape)})'
               for k in own if k in state and state[k].shape != own[k].shape]
+    # torch would copy integers into a float weight without a word.
+    types = [f'{k} ({state[k].dtype} instead of {own[k].dtype})' for k in own if k in state
+             and own[k].is_floating_point() and not state[k].is_floating_point()]
     parts = []
     if missing:
         parts.append(f'missing: {_some(missing)}')
     if shapes:
         parts.append(f'of another shape: {_some(shapes)}')
+    if types:
+        parts.append(f'of another type: {_some(types)}')
     if extra and not allow_extra:
         parts.append(f'unexpected: {_some(extra)}')
     return '; '.join(parts)

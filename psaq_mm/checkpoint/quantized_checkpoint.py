@@ -69,7 +69,6 @@ def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = 
         if weight is not None:
             with torch.no_grad():
                 integers = weight.to_integers(op.weight).cpu()
-            manifest['modules'][name]['weight_shape'] = list(integers.shape)
             # unsigned integers of an asymmetric range are stored around zero
             integers = integers - _offset(weight)
             del state[f'{name}.weight']

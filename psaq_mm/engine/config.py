@@ -83,7 +83,7 @@ def read_sections(config: Config) -> Sections:
         raise UserError(
             f"config {config.filename} has no 'quantization' section; add ours to its bases, "
             "e.g. _base_ = ['my_mask_rcnn_swin.py', 'psaq_mm::_base_/w8a8.py']")
-    values = config.to_dict() if hasattr(config, 'to_dict') else config._cfg_dict.to_dict()
+    values = config.to_dict()
     return Sections(
         quantization=QuantizationSettings.from_dict(values.get('quantization')),
         synthesis=SynthesisSettings.from_dict(values.get('synthesis')),

@@ -34,9 +34,7 @@ def small():
 
 @pytest.fixture
 def checkpoint():
-    manifest = build_manifest(small())
-    manifest['modules']['0']['weight_shape'] = [3, 2]
-    return {'state_dict': {}, MANIFEST_KEY: manifest}
+    return {'state_dict': {}, MANIFEST_KEY: build_manifest(small())}
 
 
 def plan_of(checkpoint):
@@ -49,7 +47,7 @@ def test_content():
         format_version=FORMAT_VERSION,
         psaq_mm_version=psaq_mm.__version__,
         learnable_ranges=False,
-        modules={'0': dict(op='QuantLinear', roles=dict(
+        modules={'0': dict(op='QuantLinear', weight_shape=[3, 2], roles=dict(
             weight=dict(bits=4, symmetric=True, granularity='per_channel', observer=rule),
             input=dict(bits=8, symmetric=False, granularity='per_tensor', observer=rule)))},
         seed=3, source='swin.pth')
@@ -77,8 +75,6 @@ def test_plan_survives(settings):
     assert manifest['learnable_ranges'] is chosen.learnable_ranges
     for name, entry in manifest['modules'].items():
         assert entry['op'] == type(model.get_submodule(name)).__name__
-        if 'weight' in entry['roles']:  # added with the integers
-            entry['weight_shape'] = list(model.get_submodule(name).weight.shape)
     assert plan_of({MANIFEST_KEY: manifest}) == plan
 
 
@@ -109,7 +105,7 @@ def test_right_manifest(checkpoint):
 
 @pytest.mark.parametrize('manifest', [None, [], 'text', 3, torch.zeros(2), {}])
 def test_no_manifest(manifest):
-    with pytest.raises(UserError, match=r"'psaq_mm' entry is not a manifest \(no format_version\)"):
+    with pytest.raises(UserError, match=r'is not a manifest \(no format_version\)'):
         read_manifest({MANIFEST_KEY: manifest})
 
 
@@ -144,8 +140,8 @@ def test_damaged_entry(checkpoint, key, value):
         del entry[key]
     else:
         entry[key] = value
-    if key == 'op' and value == 'text':
-        plan_of(checkpoint)  # a name like any other; the model's modules tell
+    if (key, value) in [('op', 'text'), ('weight_shape', []), ('weight_shape', [1])]:
+        plan_of(checkpoint)  # as good as any other; the model's modules tell
         return
     with pytest.raises(UserError, match='manifest.* 0'):
         plan_of(checkpoint)
@@ -165,7 +161,7 @@ def test_name_that_is_no_text(checkpoint):
         plan_of(checkpoint)
 
 
-@pytest.mark.parametrize('shape', [[3, -2], [3, 2.], [3, '2'], [True, 2], (3, 2), [3, 0]])
+@pytest.mark.parametrize('shape', [[3, -2], [3, 2.], [3, '2'], [True, 2]])
 def test_damaged_shape(checkpoint, shape):
     checkpoint[MANIFEST_KEY]['modules']['0']['weight_shape'] = shape
     with pytest.raises(UserError, match='manifest.* 0'):
@@ -182,5 +178,5 @@ def test_damaged_shape(checkpoint, shape):
 ])
 def test_damaged_spec(checkpoint, spec):
     checkpoint[MANIFEST_KEY]['modules']['0']['roles']['input'] = spec
-    with pytest.raises(UserError, match='manifest of 0, input'):
+    with pytest.raises(UserError, match='manifest of 0, input|manifest does not say how 0'):
         plan_of(checkpoint)

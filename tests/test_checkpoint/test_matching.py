@@ -44,7 +44,8 @@ def test_missing(model):
 def test_shapes(model):
     state = model.state_dict()
     state['2.weight'] = torch.zeros(4, 2)
-    assert first_differences(model, state) == 'of another shape: 2.weight ((4, 2) instead of (2, 4))'
+    assert first_differences(model, state) == (
+        'of another shape: 2.weight ((4, 2) instead of (2, 4))')
     state['relative_position_index'] = torch.arange(5)
     assert 'relative_position_index ((5,) instead of (4,))' in first_differences(model, state)
 

@@ -22,7 +22,8 @@ def test_defaults():
 
 
 @pytest.mark.parametrize('num_images, batch_size, expected', [
-    (1, 8, [1]), (8, 8, [8]), (9, 8, [8, 1]), (16, 8, [8, 8]), (3, 1, [1, 1, 1]), (5, 2, [2, 2, 1]),
+    (1, 8, [1]), (8, 8, [8]), (9, 8, [8, 1]), (16, 8, [8, 8]), (3, 1, [1, 1, 1]),
+    (5, 2, [2, 2, 1]),
 ])
 def test_batches(num_images, batch_size, expected):
     settings = SynthesisSettings(num_images=num_images, batch_size=batch_size, steps=10,

@@ -125,8 +125,8 @@ def test_images_stay_in_the_valid_range():
 
 
 def test_loss_falls():
-    images = finish(synthesizer(num_images=1, steps=40, shifts=(0, ), flip=0., lr=0.05, priors=dict(
-        total_variation=dict(type='TotalVariationPrior', low=2500, high=2500))))
+    priors = dict(total_variation=dict(type='TotalVariationPrior', low=2500, high=2500))
+    images = finish(synthesizer(num_images=1, steps=40, shifts=(0, ), lr=0.05, priors=priors))
     values = images.losses['total_variation']
     assert values[-1] < 0.1 * values[0]
 
