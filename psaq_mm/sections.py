@@ -46,6 +46,8 @@ def build_section(cls: Type[T], values: Optional[Mapping[str, Any]], where: str)
     try:
         return cls(**given)
     except UserError as error:
-        message = str(error)
+        message, unknown = str(error), 'unknown key '
+        if message.startswith(unknown):
+            raise UserError(f'{unknown}{where}.{message[len(unknown):]}') from error
         raise UserError(message if message.startswith(where) else f'{where}.{message}') \
             from error

@@ -78,7 +78,11 @@ def read_manifest(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
         if not isinstance(name, str) or not _is_entry(entry):
             raise UserError(f'the checkpoint\'s manifest does not say how {name} is quantized: '
                             'the file is damaged, quantize again')
-    return dict(manifest)
+    learnable = manifest.get('learnable_ranges', False)
+    if not isinstance(learnable, bool):
+        raise UserError(f'the checkpoint\'s manifest has learnable_ranges={learnable!r}: the file '
+                        'is damaged, quantize again')
+    return dict(manifest, learnable_ranges=learnable)
 
 
 def _is_entry(entry: Any) -> bool:

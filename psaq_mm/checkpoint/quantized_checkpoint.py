@@ -7,31 +7,47 @@ four 2-bit values a byte. Ranges are ``<module>.quantizers.<role>.scale`` and
 ``.zero_point``. The key differs on purpose: torch would copy int8 values into
 a float weight without a word.
 """
-from typing import Any, Dict, List, Mapping, Optional
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
-from psaq_mm.ops import QuantOp, apply_plan, named_quant_ops, op_for, set_quantization
-from psaq_mm.quantization import Quantizer, dequantize, pack_integers, unpack_integers
+from psaq_mm.ops import QuantOp, apply_plan, named_quant_ops, op_for, set_quantization, unwrap
+from psaq_mm.ops.plan import Plan
+from psaq_mm.quantization import (
+    Quantizer,
+    QuantSpec,
+    dequantize,
+    pack_integers,
+    unpack_integers,
+)
+from psaq_mm.quantization.spec import PER_TENSOR
 
 from .manifest import MANIFEST_KEY, build_manifest, plan_of_manifest, read_manifest
 from .matching import require_match
-
-_PLAIN = (str, int, float, bool, type(None))
+from .safe_load import require_finite
 
 
 def plain(value: Any) -> Any:
     """A copy of nested dicts and lists without what is not a plain value.
 
     What ``torch.load(weights_only=True)`` reads: str, numbers, None, lists
-    and dicts of them. Tuples become lists, anything else is dropped.
+    and dicts of them. Tuples become lists, numbers of numpy and subclasses
+    of str, int and float lose their class, and None takes the place of
+    anything else.
     """
-    if isinstance(value, _PLAIN):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items() if isinstance(k, (str, int))}
+        return {plain(k): plain(v) for k, v in value.items() if isinstance(k, (str, int))}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return None
@@ -98,71 +114,151 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
         UserError: If the checkpoint is damaged or of another model; the
             first differences are named, and the model is left as it was.
     """
-    manifest = read_manifest(checkpoint)
-    plan = plan_of_manifest(manifest)
+    try:
+        manifest = read_manifest(checkpoint)
+        plan = plan_of_manifest(manifest)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from error
+    packed = checkpoint.get('state_dict')
+    if not isinstance(packed, Mapping) or not all(
+            isinstance(k, str) and isinstance(v, Tensor) for k, v in packed.items()):
+        raise _damaged(path, 'its state_dict does not hold tensors by name')
+    _require_same_modules(model, manifest, plan, path)
+    with _undone_on_failure(model):
+        if next(named_quant_ops(model), None) is None:
+            try:
+                apply_plan(model, plan, manifest['learnable_ranges'])
+            except UserError:
+                raise
+            except ValueError as error:  # weights without a range
+                raise UserError(f'{path} cannot be loaded: a weight of the model that it is '
+                                f'loaded into cannot be quantized: {error}') from error
+        state = _unpack(model, packed, path)
+        for name, op in named_quant_ops(model):
+            for role, quantizer in _quantizers(op):
+                quantizer.reshape_like(state, f'{name}.quantizers.{role}.')
+        require_match(model, state, path)
+        require_finite(state, path)
+    set_quantization(model, True)
+    return state
+
+
+def _damaged(path: str, what: str) -> UserError:
+    return UserError(f'{path} is damaged: {what}; quantize again')
+
+
+def _quantizers(op: QuantOp) -> Iterator[Tuple[str, Quantizer]]:
+    for role, quantizer in op.quantizers.items():
+        assert isinstance(quantizer, Quantizer)
+        yield role, quantizer
+
+
+@contextmanager
+def _undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """Within the block, ops may be added, or those that are there reshaped."""
+    was_quantized = next(named_quant_ops(model), None) is not None
+    ranges = [(q, q._parameters.copy(), q._buffers.copy()) for q in model.modules()
+              if isinstance(q, Quantizer)]
+    try:
+        yield
+    except BaseException:
+        if not was_quantized:
+            unwrap(model)
+        for quantizer, parameters, buffers in ranges:
+            quantizer.__dict__.update(_parameters=parameters, _buffers=buffers)
+        raise
+
+
+def _require_same_modules(model: nn.Module, manifest: Mapping[str, Any], plan: Plan,
+                          path: str) -> None:
     modules = dict(model.named_modules())
-    present = dict(named_quant_ops(model))
-    wrong: List[str] = []
-    for name, entry in manifest['modules'].items():
-        module = modules.get(name)
-        op = type(module) if isinstance(module, QuantOp) else (
-            None if module is None else op_for(module))
-        if module is None:
-            wrong.append(f'{name} (absent)')
-        elif op is None or op.__name__ != entry['op']:
-            wrong.append(f'{name} (is {type(module).__name__}, the checkpoint has {entry["op"]})')
-        elif 'weight_shape' in entry and list(module.weight.shape) != entry['weight_shape']:
-            wrong.append(f'{name}.weight (has shape {list(module.weight.shape)}, the checkpoint '
-                         f'{entry["weight_shape"]})')
-    if present and set(present) != set(plan):
-        wrong += [f'{n} (quantized on one side only)' for n in sorted(set(present) ^ set(plan))]
+    present = [name for name, _ in named_quant_ops(model)]
+    wrong = [name + difference for name, entry in manifest['modules'].items()
+             for difference in _differences(modules.get(name), entry, plan[name])]
+    if present:
+        wrong += [f'{name} (quantized on one side only)'
+                  for name in (*plan, *present) if (name in plan) != (name in present)]
     if wrong:
         more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
         raise UserError(f'{path} is not a quantized checkpoint of this model. Different: '
                         f'{", ".join(wrong[:3])}{more}.\n'
                         'Use the config that the checkpoint was quantized with.')
-    if not present:
-        apply_plan(model, plan, bool(manifest.get('learnable_ranges', False)))
-    try:
-        return _unpack_into(model, checkpoint, manifest, path)
-    except Exception:
-        if not present:
-            from psaq_mm.ops import unwrap
-            unwrap(model)
-        raise
 
 
-def _unpack_into(model: nn.Module, checkpoint: Mapping[str, Any], manifest: Mapping[str, Any],
-                 path: str) -> Dict[str, Tensor]:
-    state: Dict[str, Tensor] = dict(checkpoint['state_dict'])
+def _differences(module: Optional[nn.Module], entry: Mapping[str, Any],
+                 specs: Mapping[str, QuantSpec]) -> Iterator[str]:
+    """What keeps a module from being the one that a manifest's entry is of."""
+    if module is None:
+        yield ' (absent)'
+        return
+    op = type(module) if isinstance(module, QuantOp) else op_for(module)
+    if op is None or op.__name__ != entry['op']:
+        yield f' (is {type(module).__name__}, the checkpoint has {entry["op"]})'
+        return
+    unknown = [role for role in specs if role not in op.roles]
+    if unknown:
+        yield f' (has no {", ".join(unknown)}, which the checkpoint quantizes)'
+    elif 'weight' in specs and list(module.get_parameter('weight').shape) != entry['weight_shape']:
+        yield (f'.weight (has shape {list(module.get_parameter("weight").shape)}, the checkpoint '
+               f'{entry["weight_shape"]})')
+    elif isinstance(module, QuantOp):
+        own = {role: _kind(quantizer.spec) for role, quantizer in _quantizers(module)}
+        theirs = {role: _kind(spec) for role, spec in specs.items()}
+        for role in {**own, **theirs}:
+            if own.get(role) != theirs.get(role):
+                yield (f' ({role}: {own.get(role, "float")}, the checkpoint '
+                       f'{theirs.get(role, "float")})')
+
+
+def _kind(spec: QuantSpec) -> str:
+    """What of a spec the stored numbers depend on."""
+    symmetry = 'symmetric' if spec.symmetric else 'asymmetric'
+    return f'{spec.bits} bits, {symmetry}, {spec.granularity}'
+
+
+def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str) -> Dict[str, Tensor]:
+    """The state dict with float weights in the place of integers."""
+    state = dict(packed)
     for name, op in named_quant_ops(model):
+        for role, quantizer in _quantizers(op):
+            channels = op.weight.shape[0] if role == 'weight' else None
+            _require_range(state, f'{name}.quantizers.{role}.', quantizer.spec, channels, path)
         weight = op.weight_quantizer
         if weight is None:
             continue
-        key, prefix = f'{name}.weight_integers', f'{name}.quantizers.weight.'
-        if key not in state or prefix + 'scale' not in state:
-            raise UserError(f'{path} is damaged: {key} or its scale is missing; quantize again')
-        scale = state[prefix + 'scale']
-        zero_point = state.get(prefix + 'zero_point', torch.zeros_like(scale))
-        shape = manifest['modules'][name]['weight_shape']
+        key = f'{name}.weight_integers'
+        if key not in state:
+            raise _damaged(path, f'{key} is missing')
         try:
-            integers = unpack_integers(state.pop(key), weight.spec.bits, tuple(shape))
+            integers = unpack_integers(state.pop(key), weight.spec.bits, op.weight.shape)
         except ValueError as error:
-            raise UserError(f'{path} is damaged: {key}: {error}; quantize again') from error
+            raise _damaged(path, f'{key}: {error}') from error
+        scale = state[f'{name}.quantizers.weight.scale']
+        zero_point = state.get(f'{name}.quantizers.weight.zero_point', torch.zeros_like(scale))
         values = integers.to(torch.int32) + _offset(weight)
         state[f'{name}.weight'] = dequantize(values, scale, zero_point, weight.axis)
-    _shape_ranges(model, state)
-    require_match(model, state, path)
-    set_quantization(model, True)
     return state
 
 
-def _shape_ranges(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give each range the shape that the checkpoint has for it."""
-    for name, op in named_quant_ops(model):
-        for role, quantizer in op.quantizers.items():
-            assert isinstance(quantizer, Quantizer)
-            quantizer.reshape_like(state, f'{name}.quantizers.{role}.')
+def _require_range(state: Mapping[str, Tensor], prefix: str, spec: QuantSpec,
+                   channels: Optional[int], path: str) -> None:
+    """Check scale and zero point; how many channels an activation has is not
+    known before it is seen."""
+    for key in (prefix + 'scale', prefix + 'zero_point'):
+        if key not in state:
+            if key.endswith('scale') or not spec.symmetric:
+                raise _damaged(path, f'{key} is missing')
+            continue
+        value, scale = state[key], state[prefix + 'scale']
+        if spec.granularity == PER_TENSOR:
+            fits = value.dim() == 0
+        else:
+            fits = value.dim() == 1 and len(value) > 0 and channels in (None, len(value))
+        if not fits or value.shape != scale.shape:
+            raise _damaged(path, f'{key} has shape {tuple(value.shape)}')
+        if not value.is_floating_point() or not torch.isfinite(value).all() \
+                or not scale.all():
+            raise _damaged(path, f'{key} is not finite, is 0 or holds {value.dtype}')
 
 
 def size_of_quantized(model: nn.Module) -> Dict[str, int]:

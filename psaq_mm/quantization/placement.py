@@ -47,6 +47,8 @@ def resolve_placement(placement: Union[str, Sequence[str]]) -> FrozenSet[str]:
             raise UserError(f'placement must be one of {", ".join(PLACEMENTS)} or a list of '
                             f'roles, got {placement!r}.{nearest(placement, PLACEMENTS)}')
         return frozenset(PLACEMENTS[placement])
+    if not isinstance(placement, (list, tuple)):
+        raise UserError(f'placement must be a name or a list of roles, got {placement!r}')
     if not placement:
         raise UserError('placement is an empty list: nothing would be quantized')
     for role in placement:

@@ -69,18 +69,19 @@ class QuantizationSettings:
             raise UserError('learnable_ranges must be True or False, '
                             f'got {self.learnable_ranges!r}')
         self.placed_roles = resolve_placement(self.placement)
-        for name, values in (('roles', self.roles), ('overrides', self.overrides)):
+        for name, values in (('weight', self.weight), ('activation', self.activation),
+                             ('roles', self.roles), ('overrides', self.overrides)):
             if not isinstance(values, Mapping):
                 raise UserError(f'{name} must be a dict, got {values!r}')
         for role in self.roles:
-            self._check_target(role, f'roles.{role}', ROLES)
+            self._check_target(role, self.roles[role], f'roles.{role}', ROLES)
         for pattern, changes in self.overrides.items():
             if pattern == '_scope_':
                 continue
             if not isinstance(changes, Mapping):
                 raise UserError(f'overrides[{pattern!r}] must be a dict, got {changes!r}')
             for target in changes:
-                self._check_target(target, f'overrides[{pattern!r}].{target}',
+                self._check_target(target, changes[target], f'overrides[{pattern!r}].{target}',
                                    ('activation', *ROLES))
         # Build every spec once, so that a bad value fails before heavy work.
         for role in sorted(self.placed_roles):
@@ -91,10 +92,14 @@ class QuantizationSettings:
                 self.spec_for(pattern, role)
 
     @staticmethod
-    def _check_target(name: str, where: str, known: Sequence[str]) -> None:
-        if name != '_scope_' and name not in known:
+    def _check_target(name: str, values: Any, where: str, known: Sequence[str]) -> None:
+        if name == '_scope_':
+            return
+        if name not in known:
             raise UserError(f'unknown key {where}.{nearest(name, known)} '
                             f'Known keys: {", ".join(known)}')
+        if not isinstance(values, Mapping):
+            raise UserError(f'{where} must be a dict, got {values!r}')
 
     def spec_for(self, module_name: str, role: str, patch_embed: bool = False) -> QuantSpec:
         """The spec of one tensor.

@@ -66,7 +66,7 @@ class QuantSpec:
     def build_observer(self) -> Any:
         """Build a fresh observer of this spec's range rule."""
         rule = dict(self.observer)
-        cls = OBSERVERS.get(rule['type'])
+        cls = OBSERVERS.get(rule['type']) if isinstance(rule['type'], str) else None
         if cls is None:
             raise UserError(f"observer type {rule['type']!r} is not registered; "
                             f'known: {", ".join(sorted(OBSERVERS.module_dict))}')

@@ -2,12 +2,10 @@
 """Write down what a run did."""
 import math
 import platform
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List
 
-import mmcv
-import mmdet
-import mmengine
 import torch
 
 from psaq_mm.checkpoint import save_json, size_of_quantized
@@ -53,6 +51,13 @@ def describe_modules(model: torch.nn.Module, sqnr: Dict[str, float]) -> List[Dic
     return entries
 
 
+def loaded_versions() -> Dict[str, str]:
+    """Versions of Python, psaq_mm and the host libraries that are in use."""
+    hosts = ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'timm')
+    found = {name: str(sys.modules[name].__version__) for name in hosts if name in sys.modules}
+    return dict(python=platform.python_version(), psaq_mm=__version__, **found)
+
+
 @HOOKS.register_module()
 class ReportHook(PSAQHook):
     """Writes ``<work-dir>/report.json``.
@@ -89,9 +94,7 @@ class ReportHook(PSAQHook):
             settings=runner.settings,
             checkpoint=runner.source,
             device=str(runner.device),
-            versions=dict(psaq_mm=__version__, torch=torch.__version__, mmcv=mmcv.__version__,
-                          mmengine=mmengine.__version__, mmdet=mmdet.__version__,
-                          python=platform.python_version()))
+            versions=loaded_versions())
         path = Path(runner.work_dir) / 'report.json'
         save_json(report, path)
         runner.logger.info(f'report: {path}')

@@ -1,0 +1,82 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The runner: its phases call the hooks, in order, and only ours."""
+import pytest
+import torch
+
+from psaq_mm.engine import PSAQHook, PSAQRunner, build_float_model, load_config
+from psaq_mm.ops import named_quant_ops
+from psaq_mm.registry import HOOKS
+
+OPTIONS = {'synthesis.num_images': 2, 'synthesis.steps': 2, 'synthesis.image_size': 64,
+           'log_level': 'WARNING'}
+
+
+@pytest.fixture
+def trace():
+    """Names of hook points in the order in which they were called."""
+    calls = []
+
+    class TraceHook(PSAQHook):
+        def before_synthesis(self, runner, synthesizer):
+            calls.append('before_synthesis')
+
+        def after_synthesis_step(self, runner, synthesizer, losses):
+            calls.append(f'step {synthesizer.step_index}')
+            assert losses['total'] == pytest.approx(
+                losses['patch_similarity'] + losses['total_variation'], rel=1e-4)
+
+        def after_synthesis(self, runner, synthesizer):
+            calls.append('after_synthesis')
+            assert runner.images.shape == (2, 3, 64, 64)
+
+        def before_calibration(self, runner):
+            calls.append('before_calibration')
+
+        def after_calibration_batch(self, runner, count):
+            calls.append(f'batch {count}')
+
+        def after_calibration(self, runner):
+            calls.append('after_calibration')
+
+        def after_quantize(self, runner):
+            calls.append('after_quantize')
+
+    HOOKS.register_module(module=TraceHook, force=True)
+    yield calls
+    HOOKS.module_dict.pop('TraceHook')
+
+
+def test_phases_and_hooks(trace, quantization_config, tmp_path):
+    config = load_config(quantization_config, OPTIONS)
+    config.work_dir = str(tmp_path)
+    config.custom_hooks = [dict(type='psaq_mm.QuantizedCheckpointHook'),
+                           dict(type='EMAHook'), dict(type='psaq_mm.TraceHook')]
+    model = build_float_model(config)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    runner = PSAQRunner.for_quantization(config, model, meta={}, seed=3,
+                                         source=dict(file='x', sha256='y'))
+    student = runner.quantize()
+    assert trace == ['before_synthesis', 'step 1', 'step 2', 'step 3', 'step 4',
+                     'after_synthesis', 'before_calibration', 'batch 2', 'after_calibration',
+                     'after_quantize']
+    assert not any(type(hook).__name__ == 'EMAHook' for hook in runner.hooks)
+    # The teacher stays float and unchanged; the student is another model.
+    assert not list(named_quant_ops(runner.teacher)) and list(named_quant_ops(student))
+    for key, value in runner.teacher.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_losses_reach_the_visualizer(quantization_config, tmp_path):
+    """mmengine's local backend keeps them; tensorboard's would plot them."""
+    import json
+    # mmengine gives the visualizer of a name once in a process, hence another name
+    config = load_config(quantization_config, {**OPTIONS, 'synthesis.steps': 5,
+                                               'visualizer.name': 'of_this_test'})
+    config.work_dir = str(tmp_path)
+    runner = PSAQRunner.for_quantization(config, build_float_model(config), meta={},
+                                         source=dict(file='x', sha256='y'))
+    runner.quantize()
+    files = list(tmp_path.glob('*/vis_data/scalars.json'))
+    assert len(files) == 1
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    assert rows[-1]['step'] == 10 and rows[-1]['synthesis/patch_similarity'] != 0

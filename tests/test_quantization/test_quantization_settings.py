@@ -1,0 +1,231 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The ``quantization`` section: defaults, precedence and errors."""
+import pytest
+
+from psaq_mm.errors import UserError
+from psaq_mm.quantization import QuantSpec
+from psaq_mm.quantization.placement import PLACEMENTS, ROLES, resolve_placement
+from psaq_mm.quantization.settings import QuantizationSettings
+
+
+def settings(**values):
+    return QuantizationSettings.from_dict(values)
+
+
+def message_of(**values):
+    with pytest.raises(UserError) as error:
+        settings(**values)
+    return str(error.value)
+
+
+def test_defaults():
+    chosen = QuantizationSettings.from_dict(None)
+    assert chosen == QuantizationSettings()
+    assert chosen.scope == 'backbone'
+    assert (tuple(chosen.include), tuple(chosen.exclude)) == (('*', ), ())
+    assert chosen.placed_roles == {'weight', 'input', 'query', 'key', 'attention', 'value'}
+    assert not chosen.learnable_ranges
+    weight = QuantSpec(8, True, 'per_channel')
+    activation = QuantSpec(8, False, 'per_tensor')
+    for role in ROLES:
+        assert chosen.spec_for('any', role) == (weight if role == 'weight' else activation)
+
+
+def test_groups():
+    chosen = settings(weight=dict(bits=4), activation=dict(bits=6, symmetric=True),
+                      patch_embed_bits=None)
+    assert chosen.spec_for('a', 'weight') == QuantSpec(4, True, 'per_channel')
+    for role in set(ROLES) - {'weight'}:
+        assert chosen.spec_for('a', role) == QuantSpec(6, True, 'per_tensor')
+        assert chosen.spec_for('a', role, patch_embed=True).bits == 6
+    assert chosen.spec_for('a', 'weight', patch_embed=True).bits == 4
+
+
+# Each level differs from the one below by its bits, and from all by a second value of its own.
+LEVELS = dict(
+    activation=dict(bits=3, symmetric=True),
+    patch_embed_bits=4,
+    roles=dict(input=dict(bits=5)),
+    overrides={'stem.*': dict(activation=dict(bits=6)), 'stem.conv': dict(input=dict(bits=7))},
+)
+
+
+def test_precedence():
+    def bits(levels, name='stem.conv', role='input'):
+        chosen = settings(**{level: LEVELS[level] for level in levels})
+        return chosen.spec_for(name, role, patch_embed=True).bits
+
+    assert bits(['activation']) == 8  # the default of patch_embed_bits
+    names = list(LEVELS)
+    assert [bits(names[:count]) for count in (2, 3)] == [4, 5]
+    assert bits(names) == 7
+    assert bits(names, 'stem.other') == 6
+    assert bits(names, 'other') == 5
+    assert bits(names, 'other', 'key') == 4
+    # What a higher level leaves alone stays.
+    assert settings(**LEVELS).spec_for('stem.conv', 'input', patch_embed=True).symmetric
+
+
+def test_precedence_of_weight():
+    chosen = settings(weight=dict(bits=3, granularity='per_tensor'), patch_embed_bits=4,
+                      roles=dict(weight=dict(bits=5)),
+                      overrides={'head': dict(weight=dict(bits=6))})
+    assert chosen.spec_for('neck', 'weight') == QuantSpec(5, True, 'per_tensor')
+    assert chosen.spec_for('neck', 'weight', patch_embed=True).bits == 5
+    assert chosen.spec_for('head', 'weight') == QuantSpec(6, True, 'per_tensor')
+
+
+def test_overrides_in_their_order():
+    first = {'a*': dict(activation=dict(bits=4)), '*b': dict(activation=dict(bits=5))}
+    last = dict(reversed(list(first.items())))
+    assert settings(overrides=first).spec_for('ab', 'input').bits == 5
+    assert settings(overrides=last).spec_for('ab', 'input').bits == 4
+    # A role wins over its group within one entry, in whatever order.
+    for keys in (('activation', 'input'), ('input', 'activation')):
+        changes = {key: dict(bits=6 if key == 'input' else 3) for key in keys}
+        assert settings(overrides={'*': changes}).spec_for('ab', 'input').bits == 6
+        assert settings(overrides={'*': changes}).spec_for('ab', 'value').bits == 3
+
+
+def test_overrides_by_wildcard_or_exact_name():
+    chosen = settings(overrides={
+        'stages.?.blocks.[01].*': dict(weight=dict(bits=4)), 'odd[0]': dict(weight=dict(bits=5))})
+    bits = {name: chosen.spec_for(name, 'weight').bits for name in (
+        'stages.0.blocks.1.attn', 'stages.0.blocks.2.attn', 'stages.10.blocks.1.attn',
+        'STAGES.0.blocks.1.attn', 'odd[0]', 'odd0')}
+    assert list(bits.values()) == [4, 8, 8, 8, 5, 5]
+
+
+def test_patch_embed_bits():
+    chosen = settings(weight=dict(bits=4), activation=dict(bits=4))
+    for role in ('weight', 'input'):
+        assert chosen.spec_for('patch_embed.projection', role, patch_embed=True).bits == 8
+        assert chosen.spec_for('patch_embed.projection', role).bits == 4
+    chosen = settings(weight=dict(bits=4), patch_embed_bits=6)
+    assert chosen.spec_for('p', 'weight', patch_embed=True) == QuantSpec(6, True, 'per_channel')
+
+
+def test_observer_of_a_group():
+    chosen = settings(activation=dict(observer=dict(type='MSEObserver', candidates=10)))
+    assert chosen.spec_for('a', 'key').observer == dict(type='MSEObserver', candidates=10)
+    assert chosen.spec_for('a', 'weight').observer == dict(type='MinMaxObserver')
+
+
+# Placement and wildcards
+
+def test_placement_names():
+    assert resolve_placement('operands') == {'weight', 'input', 'query', 'key', 'attention',
+                                             'value'}
+    assert resolve_placement('v1') == {'weight', 'input', 'output', 'logits', 'bias_table',
+                                       'residual'}
+    assert resolve_placement(['weight', 'value', 'weight']) == {'weight', 'value'}
+    assert set().union(*PLACEMENTS.values()) == set(ROLES)
+    assert settings(placement='v1').placed_roles == resolve_placement('v1')
+
+
+@pytest.mark.parametrize('placement, message', [
+    ('operand', "quantization.placement must be one of operands, v1 .* Did you mean 'operands'?"),
+    ([], 'quantization.placement is an empty list'),
+    (['weight', 'atention'], "quantization.placement names the unknown role 'atention'. "
+     "Did you mean 'attention'?"),
+    ([3], 'quantization.placement names the unknown role 3'),
+    (8, 'quantization.placement must be a name or a list of roles, got 8'),
+    (None, 'quantization.placement must be a name or a list of roles, got None'),
+])
+def test_wrong_placement(placement, message):
+    with pytest.raises(UserError, match='^' + message):
+        settings(placement=placement)
+
+
+def test_one_wildcard_or_several():
+    chosen = settings(include='backbone.*', exclude=['a', 'b'])
+    assert list(chosen.include) == ['backbone.*']
+    assert list(chosen.exclude) == ['a', 'b']
+    for key in ('include', 'exclude'):
+        for value in (5, [5], dict(a=1), None):
+            assert message_of(**{key: value}).startswith(
+                f'quantization.{key} must be a wildcard or a list of wildcards, got {value!r}')
+
+
+def test_scope():
+    assert settings(scope='model').scope == 'model'
+    assert message_of(scope='neck') == (
+        "quantization.scope must be one of backbone, model, got 'neck'")
+
+
+def test_learnable_ranges():
+    assert settings(learnable_ranges=True).learnable_ranges is True
+    assert message_of(learnable_ranges=1) == (
+        'quantization.learnable_ranges must be True or False, got 1')
+
+
+# Unknown keys and wrong values
+
+@pytest.mark.parametrize('values, where, hint', [
+    (dict(wieght={}), 'quantization.wieght', 'weight'),
+    (dict(placment='v1'), 'quantization.placment', 'placement'),
+    (dict(weight=dict(bitz=4)), 'quantization.weight.bitz', 'bits'),
+    (dict(activation=dict(granularty=4)), 'quantization.activation.granularty', 'granularity'),
+    (dict(roles=dict(atention={})), 'quantization.roles.atention', 'attention'),
+    (dict(roles=dict(attention=dict(bit=4))), 'quantization.roles.attention.bit', 'bits'),
+    (dict(overrides={'a.*': dict(wieght={})}), "quantization.overrides['a.*'].wieght", 'weight'),
+    (dict(overrides={'a.*': dict(input=dict(bitss=3))}),
+     "quantization.overrides['a.*'].input.bitss", 'bits'),
+    (dict(overrides={'*': dict(activations=dict(bits=3))}),
+     "quantization.overrides['*'].activations", 'activation'),
+])
+def test_unknown_key(values, where, hint):
+    assert message_of(**values).startswith(
+        f'unknown key {where}. Did you mean {hint!r}? Known keys: ')
+
+
+def test_unknown_key_that_resembles_none():
+    # Not 'weight.bits': a key is looked for where it was written.
+    assert message_of(bitz=4).startswith('unknown key quantization.bitz. Known keys: weight, ')
+
+
+@pytest.mark.parametrize('values, message', [
+    (dict(weight=dict(bits=1)), 'quantization.weight.bits must be an integer from 2 to 8, got 1'),
+    (dict(activation=dict(bits=9)),
+     'quantization.activation.bits must be an integer from 2 to 8, got 9'),
+    (dict(roles=dict(key=dict(symmetric='no'))),
+     "quantization.roles.key.symmetric must be True or False, got 'no'"),
+    (dict(overrides={'a*': dict(key=dict(bits=99))}),
+     "quantization.overrides['a*'].key.bits must be an integer from 2 to 8, got 99"),
+])
+def test_wrong_value(values, message):
+    assert message_of(**values) == message
+
+
+@pytest.mark.parametrize('bits', [1, 9, '8', 4.0, True])
+def test_wrong_patch_embed_bits(bits):
+    message = message_of(patch_embed_bits=bits)
+    assert message.startswith('quantization.patch_embed_bits')
+    assert message.endswith(f'must be an integer from 2 to 8, got {bits!r}')
+
+
+@pytest.mark.parametrize('values, where', [
+    (dict(weight=4), 'weight'), (dict(weight='4'), 'weight'),
+    (dict(activation=None), 'activation'),
+    (dict(roles=['attention']), 'roles'), (dict(roles=dict(attention=4)), 'roles.attention'),
+    (dict(overrides='a.*'), 'overrides'), (dict(overrides={'a.*': 4}), "overrides['a.*']"),
+    (dict(overrides={'a.*': dict(weight=4)}), "overrides['a.*'].weight"),
+])
+def test_what_must_be_a_dict(values, where):
+    assert message_of(**values).startswith(f'quantization.{where} must be a dict, got ')
+
+
+def test_section_that_is_no_dict():
+    with pytest.raises(UserError, match='^quantization must be a dict, got 8'):
+        QuantizationSettings.from_dict(8)
+
+
+def test_scope_notes_of_mmengine_are_ignored():
+    values = dict(bits=4, _scope_='mmdet')
+    chosen = settings(weight=values, roles=dict(key=values, _scope_='mmdet'), _scope_='mmdet',
+                      overrides={'a': dict(value=values, _scope_='mmdet'), '_scope_': 'mmdet'})
+    plain = dict(bits=4)
+    expected = settings(weight=plain, roles=dict(key=plain), overrides=dict(a=dict(value=plain)))
+    for role in ROLES:
+        for name in ('a', 'b'):
+            assert chosen.spec_for(name, role) == expected.spec_for(name, role)

@@ -1,0 +1,235 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The quantizer module: off, observing, on, and its state."""
+import copy
+import pickle
+
+import pytest
+import torch
+
+from psaq_mm.quantization import Quantizer, QuantSpec, fake_quantize
+
+PER_CHANNEL = dict(granularity='per_channel')
+
+
+def calibrated(x, axis=None, learnable=False, **spec):
+    quantizer = Quantizer(QuantSpec(**spec), axis, learnable)
+    quantizer.start_observing()
+    quantizer(x)
+    quantizer.finish_observing()
+    quantizer.enabled = True
+    return quantizer
+
+
+def every_kind():
+    return [dict(symmetric=symmetric, granularity=granularity)
+            for symmetric in (True, False) for granularity in ('per_tensor', 'per_channel')]
+
+
+def test_off_returns_the_very_same_object():
+    x = torch.randn(3, 4)
+    quantizer = Quantizer(QuantSpec())
+    assert quantizer(x) is x
+    quantizer.start_observing()
+    assert quantizer(x) is x
+    quantizer.finish_observing()
+    assert quantizer(x) is x
+    quantizer.enabled = True
+    assert quantizer(x) is not x
+    quantizer.enabled = False
+    assert quantizer(x) is x
+
+
+def test_enabled_without_a_range():
+    quantizer = Quantizer(QuantSpec())
+    assert not quantizer.calibrated
+    quantizer.enabled = True
+    with pytest.raises(RuntimeError, match='calibrate the model or load a quantized checkpoint'):
+        quantizer(torch.ones(3))
+
+
+def test_observe_finish_range():
+    quantizer = Quantizer(QuantSpec(bits=4, symmetric=False))
+    quantizer.start_observing()
+    for values in ([0.5, 2.], [-3., 1.], [4.5]):
+        quantizer(torch.tensor(values))
+    quantizer.finish_observing()
+    assert quantizer.calibrated
+    assert quantizer.observer is None
+    assert (quantizer.scale.item(), quantizer.zero_point.item()) == (0.5, 6.)
+    assert quantizer.scale.shape == quantizer.zero_point.shape == ()
+    assert [end.item() for end in quantizer.range()] == [-3., 4.5]
+    quantizer.enabled = True
+    x = torch.tensor([-9., -0.3, 0., 0.3, 9.])
+    assert quantizer(x).tolist() == [-3., -0.5, 0., 0.5, 4.5]
+    assert quantizer.to_integers(x).tolist() == [0, 5, 6, 7, 15]
+
+
+def test_symmetric_range():
+    quantizer = calibrated(torch.tensor([-3.5, 2.]), bits=4)
+    assert (quantizer.scale.item(), quantizer.zero_point.item()) == (0.5, 0.)
+    assert [end.item() for end in quantizer.range()] == [-3.5, 3.5]
+
+
+def test_observing_anew_forgets_the_old_range():
+    quantizer = calibrated(torch.tensor([-100., 100.]))
+    quantizer.start_observing()
+    quantizer(torch.tensor([-1.27, 1.27]))
+    quantizer.finish_observing()
+    assert quantizer.scale.item() == pytest.approx(0.01)
+
+
+def test_the_observer_sees_the_input_and_not_the_output():
+    quantizer = calibrated(torch.tensor([-1., 1.]))
+    quantizer.start_observing()
+    assert quantizer(torch.tensor([5.])).item() == 1.  # clipped, as it is enabled
+    quantizer.finish_observing()
+    assert quantizer.range()[1].item() == pytest.approx(5.)
+
+
+@pytest.mark.parametrize('axis', [0, 1, -1])
+def test_per_channel(axis):
+    x = torch.randn(3, 4, 5) * torch.arange(1., 61.).reshape(3, 4, 5)
+    quantizer = calibrated(x, axis, bits=6, symmetric=False, **PER_CHANNEL)
+    count = x.shape[axis]
+    assert quantizer.scale.shape == quantizer.zero_point.shape == (count, )
+    low, high = quantizer.range()
+    y, integers = quantizer(x), quantizer.to_integers(x)
+    for channel in range(count):
+        part = x.select(axis, channel)
+        alone = calibrated(part, bits=6, symmetric=False)
+        assert torch.equal(alone(part), y.select(axis, channel))
+        assert torch.equal(alone.to_integers(part), integers.select(axis, channel))
+        assert [end.item() for end in alone.range()] == [low[channel].item(), high[channel].item()]
+
+
+def test_axis_is_unused_per_tensor():
+    x = torch.randn(3, 4)
+    assert torch.equal(calibrated(x, 1)(x), calibrated(x)(x))
+
+
+def test_per_channel_without_an_axis():
+    with pytest.raises(ValueError, match='needs its channel axis'):
+        Quantizer(QuantSpec(**PER_CHANNEL))
+
+
+def test_rule_of_the_spec_is_used():
+    x = torch.cat([torch.linspace(-1, 1, 10001), torch.tensor([50.])])
+    quantizer = calibrated(x, observer=dict(type='PercentileObserver', percentile=0.99))
+    assert quantizer.range()[1].item() == pytest.approx(0.99, abs=0.01)
+
+
+def test_nothing_observed():
+    quantizer = Quantizer(QuantSpec())
+    with pytest.raises(ValueError, match='no values were observed'):
+        quantizer.finish_observing()
+    quantizer.start_observing()
+    quantizer(torch.zeros(0, 3))
+    with pytest.raises(ValueError, match='no values were observed'):
+        quantizer.finish_observing()
+    assert not quantizer.calibrated
+
+
+# Parameters and state
+
+@pytest.mark.parametrize('kind', every_kind())
+def test_learnable_ranges_are_parameters(kind):
+    quantizer = calibrated(torch.randn(3, 4), 0, learnable=True, **kind)
+    names = {'scale'} if kind['symmetric'] else {'scale', 'zero_point'}
+    assert {name for name, _ in quantizer.named_parameters()} == names
+    assert set(quantizer.state_dict()) == names
+    assert all(p.requires_grad for p in quantizer.parameters())
+
+
+@pytest.mark.parametrize('kind', every_kind())
+def test_fixed_ranges_are_buffers(kind):
+    quantizer = calibrated(torch.randn(3, 4), 0, **kind)
+    assert list(quantizer.parameters()) == []
+    # The zero point of a symmetric range is 0 by definition and is not stored.
+    assert set(quantizer.state_dict()) == ({'scale'} if kind['symmetric'] else
+                                           {'scale', 'zero_point'})
+    assert {name for name, _ in quantizer.named_buffers()} == {'scale', 'zero_point'}
+
+
+@pytest.mark.parametrize('learnable', [True, False])
+@pytest.mark.parametrize('kind', every_kind())
+def test_state_dict_into_an_uncalibrated_quantizer(kind, learnable):
+    x = torch.randn(3, 4)
+    source = calibrated(x, 0, learnable, bits=5, **kind)
+    target = Quantizer(QuantSpec(bits=5, **kind), 0, learnable)
+    target.load_state_dict(source.state_dict())
+    assert target.calibrated
+    target.enabled = True
+    assert torch.equal(target(x), source(x))
+    assert torch.equal(target.zero_point, source.zero_point)
+    assert target.scale.data_ptr() != source.scale.data_ptr()
+    assert {n for n, _ in target.named_parameters()} == {n for n, _ in source.named_parameters()}
+
+
+def test_state_dict_of_a_parent_module():
+    x = torch.randn(3, 4)
+    kinds = every_kind()
+    source = torch.nn.ModuleDict({str(i): calibrated(x, 0, **k) for i, k in enumerate(kinds)})
+    target = torch.nn.ModuleDict({str(i): Quantizer(QuantSpec(**k), 0)
+                                  for i, k in enumerate(kinds)})
+    result = target.load_state_dict(source.state_dict())
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    for name, quantizer in target.items():
+        quantizer.enabled = True
+        assert torch.equal(quantizer(x), source[name](x))
+
+
+@pytest.mark.parametrize('kind', every_kind())
+def test_state_dict_of_another_shape(kind):
+    source, target = calibrated(torch.randn(3, 4), 0, **kind), calibrated(
+        torch.randn(7, 4), 0, **kind)
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(3, 4)
+    assert torch.equal(target(x), source(x))
+    target.load_state_dict(Quantizer(QuantSpec(**kind), 0).state_dict())
+    assert not target.calibrated
+
+
+@pytest.mark.parametrize('how', [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])
+@pytest.mark.parametrize('learnable', [True, False])
+def test_copies(how, learnable):
+    x = torch.randn(3, 4)
+    source = calibrated(x, 0, learnable, symmetric=False, **PER_CHANNEL)
+    expected = source(x)
+    twin = how(source)
+    assert torch.equal(twin(x), expected)
+    with torch.no_grad():
+        twin.scale.mul_(3)
+    assert torch.equal(source(x), expected)
+    assert not torch.equal(twin(x), expected)
+
+
+def test_gradients_reach_learnable_ranges():
+    x = torch.randn(3, 4)
+    quantizer = calibrated(x, bits=3, symmetric=False, learnable=True)
+    with torch.no_grad():
+        quantizer.scale.mul_(0.5)  # so that values clip at both ends
+    quantizer(x).square().sum().backward()
+    scale, zero_point = (t.detach().clone().requires_grad_()
+                         for t in (quantizer.scale, quantizer.zero_point))
+    fake_quantize(x, scale, zero_point, (0, 7)).square().sum().backward()
+    assert scale.grad.abs() > 0 and zero_point.grad.abs() > 0
+    assert torch.equal(quantizer.scale.grad, scale.grad)
+    assert torch.equal(quantizer.zero_point.grad, zero_point.grad)
+
+
+def test_a_learned_zero_point_is_used_as_an_integer():
+    x = torch.linspace(-1, 1, 9)
+    quantizer = calibrated(x, bits=4, symmetric=False, learnable=True)
+    expected, integers = quantizer(x).detach(), quantizer.to_integers(x)
+    with torch.no_grad():
+        quantizer.zero_point.add_(0.3)
+    assert torch.equal(quantizer(x), expected)
+    with torch.no_grad():
+        assert torch.equal(quantizer(x), expected)
+    assert torch.equal(quantizer.to_integers(x), integers)
+
+
+def test_repr():
+    assert repr(Quantizer(QuantSpec(4, False))) == 'Quantizer(bits=4, asymmetric, per_tensor)'
+    assert repr(Quantizer(QuantSpec(**PER_CHANNEL), 0)) == (
+        'Quantizer(bits=8, symmetric, per_channel)')
