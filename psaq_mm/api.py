@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Union
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
@@ -14,11 +15,12 @@ from psaq_mm.checkpoint import (
     load_checkpoint_file,
     prepare_for_loading,
     quantized_checkpoint,
+    require_finite,
     save_torch,
 )
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import CalibrationSettings, SynthesisSettings, Synthesizer, calibrate_ranges
-from psaq_mm.ops import apply_plan, named_quant_ops, plan_quantization, unwrap
+from psaq_mm.ops import apply_plan, left_float, named_quant_ops, plan_quantization, unwrap
 from psaq_mm.prior import AttentionRecord
 from psaq_mm.quantization.settings import QuantizationSettings
 
@@ -41,12 +43,22 @@ def quantize(model: nn.Module, **settings: Any) -> nn.Module:
         nn.Module: The same model.
 
     Raises:
-        UserError: If a setting is wrong or the model cannot be quantized;
-            the model is then unchanged.
+        UserError: If a setting is wrong, a weight is not finite or the model
+            cannot be quantized; the model is then unchanged.
     """
     chosen = QuantizationSettings.from_dict(settings)
-    plan = plan_quantization(model, chosen, find_adapter(model))
-    apply_plan(model, plan, chosen.learnable_ranges)
+    adapter = find_adapter(model)
+    plan = plan_quantization(model, chosen, adapter)
+    remaining = left_float(model, plan, adapter, chosen.scope)
+    print_log(f'quantizing {len(plan)} modules in scope {chosen.scope!r}; weights left float: '
+              f'{", ".join(remaining) or "none"}', logger='current')
+    require_finite({f'{name}.weight': model.get_submodule(name).get_parameter('weight')
+                    for name, specs in plan.items() if 'weight' in specs}, 'the model')
+    try:
+        apply_plan(model, plan, chosen.learnable_ranges)
+    except BaseException:
+        unwrap(model)
+        raise
     return model
 
 

@@ -1,10 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Does a state dict fit a model? Where not, the first differences by name."""
-from typing import List, Mapping
+"""Does a checkpoint fit a model? Where not, the first differences by name."""
+from typing import Any, Iterator, List, Mapping, Optional
 
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
+from psaq_mm.ops import QuantOp, named_quant_ops, op_for
+from psaq_mm.ops.plan import Plan
+from psaq_mm.quantization import Quantizer, QuantSpec
 
 SHOWN = 3
 """How many differences of a kind a message names."""
@@ -62,3 +65,62 @@ def require_match(model: nn.Module, state: Mapping[str, Tensor], path: str,
     if differences:
         raise UserError(f'{path} is not a checkpoint of this model. {differences}.\n'
                         'Use the config that the checkpoint was trained or quantized with.')
+
+
+def require_same_modules(model: nn.Module, manifest: Mapping[str, Any], plan: Plan,
+                         path: str) -> None:
+    """Raise if a model has not the modules that a manifest names.
+
+    Args:
+        model (nn.Module): A float model, or a quantized one, whose ops must
+            then be those of the manifest.
+        manifest (Mapping): From :func:`read_manifest`.
+        plan (dict): The manifest's plan.
+        path (str): Name of the checkpoint, for the message.
+
+    Raises:
+        UserError: Naming the file and the first differences.
+    """
+    modules = dict(model.named_modules())
+    present = [name for name, _ in named_quant_ops(model)]
+    wrong = [name + difference for name, entry in manifest['modules'].items()
+             for difference in _differences(modules.get(name), entry, plan[name])]
+    if present:
+        wrong += [f'{name} (quantized on one side only)'
+                  for name in (*plan, *present) if (name in plan) != (name in present)]
+    if wrong:
+        raise UserError(f'{path} is not a quantized checkpoint of this model. Different: '
+                        f'{_some(wrong)}.\n'
+                        'Use the config that the checkpoint was quantized with.')
+
+
+def _differences(module: Optional[nn.Module], entry: Mapping[str, Any],
+                 specs: Mapping[str, QuantSpec]) -> Iterator[str]:
+    """What keeps a module from being the one that a manifest's entry is of."""
+    if module is None:
+        yield ' (absent)'
+        return
+    op = type(module) if isinstance(module, QuantOp) else op_for(module)
+    if op is None or op.__name__ != entry['op']:
+        yield f' (is {type(module).__name__}, the checkpoint has {entry["op"]})'
+        return
+    unknown = [role for role in specs if role not in op.roles]
+    if unknown:
+        yield f' (has no {", ".join(unknown)}, which the checkpoint quantizes)'
+    elif 'weight' in specs and list(module.get_parameter('weight').shape) != entry['weight_shape']:
+        yield (f'.weight (has shape {list(module.get_parameter("weight").shape)}, the checkpoint '
+               f'{entry["weight_shape"]})')
+    elif isinstance(module, QuantOp):
+        own = {role: _kind(quantizer.spec) for role, quantizer in module.quantizers.items()
+               if isinstance(quantizer, Quantizer)}
+        theirs = {role: _kind(spec) for role, spec in specs.items()}
+        for role in {**own, **theirs}:
+            if own.get(role) != theirs.get(role):
+                yield (f' ({role}: {own.get(role, "float")}, the checkpoint '
+                       f'{theirs.get(role, "float")})')
+
+
+def _kind(spec: QuantSpec) -> str:
+    """What of a spec the stored numbers depend on."""
+    symmetry = 'symmetric' if spec.symmetric else 'asymmetric'
+    return f'{spec.bits} bits, {symmetry}, {spec.granularity}'

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
-from psaq_mm.ops import QuantOp, apply_plan, named_quant_ops, op_for, set_quantization, unwrap
-from psaq_mm.ops.plan import Plan
+from psaq_mm.ops import QuantOp, apply_plan, named_quant_ops, set_quantization, unwrap
 from psaq_mm.quantization import (
     Quantizer,
     QuantSpec,
@@ -27,7 +26,7 @@ from psaq_mm.quantization import (
 from psaq_mm.quantization.spec import PER_TENSOR
 
 from .manifest import MANIFEST_KEY, build_manifest, plan_of_manifest, read_manifest
-from .matching import require_match
+from .matching import require_match, require_same_modules
 from .safe_load import require_finite
 
 
@@ -123,7 +122,7 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
     if not isinstance(packed, Mapping) or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in packed.items()):
         raise _damaged(path, 'its state_dict does not hold tensors by name')
-    _require_same_modules(model, manifest, plan, path)
+    require_same_modules(model, manifest, plan, path)
     with _undone_on_failure(model):
         if next(named_quant_ops(model), None) is None:
             try:
@@ -167,53 +166,6 @@ def _undone_on_failure(model: nn.Module) -> Iterator[None]:
         for quantizer, parameters, buffers in ranges:
             quantizer.__dict__.update(_parameters=parameters, _buffers=buffers)
         raise
-
-
-def _require_same_modules(model: nn.Module, manifest: Mapping[str, Any], plan: Plan,
-                          path: str) -> None:
-    modules = dict(model.named_modules())
-    present = [name for name, _ in named_quant_ops(model)]
-    wrong = [name + difference for name, entry in manifest['modules'].items()
-             for difference in _differences(modules.get(name), entry, plan[name])]
-    if present:
-        wrong += [f'{name} (quantized on one side only)'
-                  for name in (*plan, *present) if (name in plan) != (name in present)]
-    if wrong:
-        more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-        raise UserError(f'{path} is not a quantized checkpoint of this model. Different: '
-                        f'{", ".join(wrong[:3])}{more}.\n'
-                        'Use the config that the checkpoint was quantized with.')
-
-
-def _differences(module: Optional[nn.Module], entry: Mapping[str, Any],
-                 specs: Mapping[str, QuantSpec]) -> Iterator[str]:
-    """What keeps a module from being the one that a manifest's entry is of."""
-    if module is None:
-        yield ' (absent)'
-        return
-    op = type(module) if isinstance(module, QuantOp) else op_for(module)
-    if op is None or op.__name__ != entry['op']:
-        yield f' (is {type(module).__name__}, the checkpoint has {entry["op"]})'
-        return
-    unknown = [role for role in specs if role not in op.roles]
-    if unknown:
-        yield f' (has no {", ".join(unknown)}, which the checkpoint quantizes)'
-    elif 'weight' in specs and list(module.get_parameter('weight').shape) != entry['weight_shape']:
-        yield (f'.weight (has shape {list(module.get_parameter("weight").shape)}, the checkpoint '
-               f'{entry["weight_shape"]})')
-    elif isinstance(module, QuantOp):
-        own = {role: _kind(quantizer.spec) for role, quantizer in _quantizers(module)}
-        theirs = {role: _kind(spec) for role, spec in specs.items()}
-        for role in {**own, **theirs}:
-            if own.get(role) != theirs.get(role):
-                yield (f' ({role}: {own.get(role, "float")}, the checkpoint '
-                       f'{theirs.get(role, "float")})')
-
-
-def _kind(spec: QuantSpec) -> str:
-    """What of a spec the stored numbers depend on."""
-    symmetry = 'symmetric' if spec.symmetric else 'asymmetric'
-    return f'{spec.bits} bits, {symmetry}, {spec.granularity}'
 
 
 def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str) -> Dict[str, Tensor]:

@@ -4,9 +4,10 @@ from .conv import QuantConv2d
 from .convert import apply_plan, named_quant_ops, quantization_enabled, set_quantization, unwrap
 from .linear import QuantLinear
 from .op import QuantOp, op_for, register_op
-from .plan import plan_quantization
+from .plan import left_float, plan_quantization
 
 __all__ = [
-    'QuantConv2d', 'QuantLinear', 'QuantOp', 'apply_plan', 'named_quant_ops', 'op_for',
-    'plan_quantization', 'quantization_enabled', 'register_op', 'set_quantization', 'unwrap'
+    'QuantConv2d', 'QuantLinear', 'QuantOp', 'apply_plan', 'left_float', 'named_quant_ops',
+    'op_for', 'plan_quantization', 'quantization_enabled', 'register_op', 'set_quantization',
+    'unwrap'
 ]

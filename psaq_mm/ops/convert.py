@@ -25,6 +25,10 @@ def apply_plan(model: nn.Module, plan: Plan, learnable: bool = False) -> None:
         model (nn.Module): The float model.
         plan (dict): From :func:`plan_quantization`.
         learnable (bool): Whether ranges are parameters. Defaults to False.
+
+    Raises:
+        ValueError: If a weight holds NaN or infinite values; it names the
+            module. The model is then as it was.
     """
     # Parents first: an op copies its float module's table of children, so a
     # child replaced later is replaced in the op and not in the float parent,
@@ -34,7 +38,11 @@ def apply_plan(model: nn.Module, plan: Plan, learnable: bool = False) -> None:
         op = op_for(module)
         assert op is not None, f'{name}: no op for {type(module).__name__}'
         device = next((p.device for p in module.parameters()), None)
-        _replace(model, name, op.from_float(module, plan[name], learnable).to(device))
+        try:
+            _replace(model, name, op.from_float(module, plan[name], learnable).to(device))
+        except ValueError as error:
+            unwrap(model)
+            raise ValueError(f'{name}: {error}') from error
 
 
 def named_quant_ops(model: nn.Module) -> Iterator[Tuple[str, QuantOp]]:
@@ -54,11 +62,14 @@ def unwrap(model: nn.Module) -> nn.Module:
         nn.Module: The same model. Its weights are what they were before
         quantizing, unless they were trained or loaded since.
     """
-    names = [name for name, _ in named_quant_ops(model)]
-    for name in sorted(names, key=lambda n: n.count('.')):
-        module = model.get_submodule(name)
-        if isinstance(module, QuantOp):  # else restored with its parent
-            _replace(model, name, module.float_module)
+    ops = dict(named_quant_ops(model))
+    for name in sorted(ops, key=lambda n: n.count('.')):
+        op, origin = ops[name], ops[name].float_module
+        origin.training = op.training
+        origin._parameters.update(op._parameters)  # loading may have assigned new ones
+        origin._buffers.update(op._buffers)
+        if model.get_submodule(name) is op:  # else restored with its parent
+            _replace(model, name, origin)
     return model
 
 

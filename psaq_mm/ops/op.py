@@ -80,16 +80,17 @@ class QuantOp(nn.Module):
         weight, quantizer = self.weight, self.weight_quantizer
         if quantizer is None or not quantizer.enabled:
             return weight
-        scale = quantizer.scale
-        if torch.is_grad_enabled() and (weight.requires_grad or scale.requires_grad):
+        sources = (weight, quantizer.scale, quantizer.zero_point)
+        if torch.is_grad_enabled() and any(s.requires_grad for s in sources) \
+                or any(s.is_inference() for s in sources):  # those have no version
             return quantizer(weight)
         # In-place changes raise a tensor's version; moves change its address.
-        key = (weight.data_ptr(), weight._version, scale.data_ptr(), scale._version,
-               weight.dtype)
-        cache: Optional[Tuple[Any, Tensor]] = self.__dict__['_weight_cache']
+        key = (weight.dtype, *((s.data_ptr(), s._version) for s in sources))
+        cache: Optional[Tuple[Any, Tensor, Any]] = self.__dict__['_weight_cache']
         if cache is None or cache[0] != key:
-            with torch.no_grad():
-                cache = (key, quantizer(weight))
+            with torch.inference_mode(False), torch.no_grad():
+                # The sources stay alive, so that no other tensor takes their address.
+                cache = (key, quantizer(weight), [s.detach() for s in sources])
             self.__dict__['_weight_cache'] = cache
         return cache[1]
 

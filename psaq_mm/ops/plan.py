@@ -68,3 +68,26 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
         raise UserError('quantization: nothing is left to quantize after include, exclude and '
                         'placement')
     return plan
+
+
+def left_float(model: nn.Module, plan: Plan, adapter: 'Adapter', scope: str) -> List[str]:
+    """Names of modules in scope whose weights a plan does not quantize.
+
+    Args:
+        model (nn.Module): The float model.
+        plan (dict): From :func:`plan_quantization`.
+        adapter (Adapter): Knows the scope.
+        scope (str): ``backbone`` or ``model``.
+
+    Returns:
+        list[str]: ``name (class)`` of each module that has a weight matrix
+        or kernel of its own: excluded ones, and those without an op, such as
+        transposed convolutions.
+    """
+    names = []
+    for name, module in model.named_modules():
+        weight = module._parameters.get('weight')
+        if weight is not None and weight.dim() > 1 and 'weight' not in plan.get(name, {}) \
+                and adapter.in_scope(model, name, scope):
+            names.append(f'{name} ({type(module).__name__})')
+    return names
