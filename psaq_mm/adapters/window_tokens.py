@@ -8,6 +8,7 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must also serve where gradients are taken
 def valid_tokens(height: int, width: int, window: int, shift: int) -> Optional[Tensor]:
     """Mark the real tokens of each window.
 

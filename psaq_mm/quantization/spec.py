@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """How one tensor is quantized, as data."""
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, Mapping, Tuple
 
@@ -48,7 +49,8 @@ class QuantSpec:
         if self.granularity not in (PER_TENSOR, PER_CHANNEL):
             raise UserError(f"granularity must be '{PER_TENSOR}' or '{PER_CHANNEL}', "
                             f'got {self.granularity!r}')
-        if not isinstance(self.observer, Mapping) or 'type' not in self.observer:
+        if not isinstance(self.observer, Mapping) \
+                or not isinstance(self.observer.get('type'), str):
             raise UserError("observer must be a dict with a 'type', such as "
                             f"dict(type='MinMaxObserver'), got {self.observer!r}")
         rule = {k: v for k, v in self.observer.items() if k != '_scope_'}
@@ -66,7 +68,9 @@ class QuantSpec:
     def build_observer(self) -> Any:
         """Build a fresh observer of this spec's range rule."""
         rule = dict(self.observer)
-        cls = OBSERVERS.get(rule['type']) if isinstance(rule['type'], str) else None
+        # OBSERVERS.get would import whatever a dotted name says, and checkpoints hold specs.
+        OBSERVERS.import_from_location()
+        cls = OBSERVERS.module_dict.get(re.sub(r'^psaq_mm\.', '', rule['type']))
         if cls is None:
             raise UserError(f"observer type {rule['type']!r} is not registered; "
                             f'known: {", ".join(sorted(OBSERVERS.module_dict))}')

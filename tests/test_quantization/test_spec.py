@@ -2,6 +2,7 @@
 """QuantSpec: values, errors and its way through JSON."""
 import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -42,16 +43,33 @@ def test_unknown_granularity(granularity):
         QuantSpec(granularity=granularity)
 
 
-@pytest.mark.parametrize('observer', ['MinMaxObserver', {}, dict(percentile=1.), None, 5])
+@pytest.mark.parametrize('observer', [
+    'MinMaxObserver', {}, dict(percentile=1.), None, 5, dict(type=MinMaxObserver), dict(type=5)
+])
 def test_observer_is_no_config(observer):
     with pytest.raises(UserError, match="observer must be a dict with a 'type'"):
         QuantSpec(observer=observer)
 
 
-@pytest.mark.parametrize('kind', ['MinMax', 'Linear', MinMaxObserver, 5])
+@pytest.mark.parametrize('kind', [
+    'MinMax', 'Linear', 'mmdet.MinMaxObserver', '', 'types.SimpleNamespace', 'torch.nn.Linear'
+])
 def test_unknown_observer(kind):
     with pytest.raises(UserError, match='is not registered; known: .*MinMaxObserver'):
         QuantSpec(observer=dict(type=kind))
+
+
+def test_observer_names_no_code_to_import():
+    # A spec may come from a checkpoint of unknown origin.
+    sys.modules.pop('this', None)
+    with pytest.raises(UserError, match="observer type 'this.s' is not registered"):
+        QuantSpec(observer=dict(type='this.s'))
+    assert 'this' not in sys.modules
+
+
+def test_observer_with_its_scope():
+    spec = QuantSpec(observer=dict(type='psaq_mm.MSEObserver'))
+    assert type(spec.build_observer()) is MSEObserver
 
 
 @pytest.mark.parametrize('observer, message', [
