@@ -88,7 +88,20 @@ def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = 
             integers = integers - _offset(weight)
             del state[f'{name}.weight']
             state[f'{name}.weight_integers'] = pack_integers(integers, weight.spec.bits)
+    for second in _second_names(model):
+        for key in [k for k in state if k.startswith(second + '.')]:
+            del state[key]
     return {'meta': plain(meta or {}), 'state_dict': state, MANIFEST_KEY: manifest}
+
+
+def _second_names(model: nn.Module) -> Dict[str, str]:
+    """Further names of ops that a model holds twice, each with the first."""
+    first: Dict[nn.Module, str] = {}
+    second = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantOp) and first.setdefault(module, name) != name:
+            second[name] = first[module]
+    return second
 
 
 def _offset(quantizer: Quantizer) -> int:
@@ -189,6 +202,9 @@ def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str) -> Dict[s
         zero_point = state.get(f'{name}.quantizers.weight.zero_point', torch.zeros_like(scale))
         values = integers.to(torch.int32) + _offset(weight)
         state[f'{name}.weight'] = dequantize(values, scale, zero_point, weight.axis)
+    for second, name in _second_names(model).items():
+        for key in [k for k in state if k.startswith(name + '.')]:
+            state[second + key[len(name):]] = state[key]
     return state
 
 

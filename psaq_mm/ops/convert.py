@@ -11,9 +11,12 @@ from .op import QuantOp, op_for
 from .plan import Plan
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent_name, _, child = name.rpartition('.')
-    model.get_submodule(parent_name)._modules[child] = module
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace a module wherever it stands: layers may be shared under two names."""
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            if module is old:
+                parent._modules[child] = new
 
 
 def apply_plan(model: nn.Module, plan: Plan, learnable: bool = False) -> None:
@@ -39,7 +42,7 @@ def apply_plan(model: nn.Module, plan: Plan, learnable: bool = False) -> None:
         assert op is not None, f'{name}: no op for {type(module).__name__}'
         device = next((p.device for p in module.parameters()), None)
         try:
-            _replace(model, name, op.from_float(module, plan[name], learnable).to(device))
+            _replace(model, module, op.from_float(module, plan[name], learnable).to(device))
         except ValueError as error:
             unwrap(model)
             raise ValueError(f'{name}: {error}') from error
@@ -69,7 +72,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         origin._parameters.update(op._parameters)  # loading may have assigned new ones
         origin._buffers.update(op._buffers)
         if model.get_submodule(name) is op:  # else restored with its parent
-            _replace(model, name, origin)
+            _replace(model, op, origin)
     return model
 
 

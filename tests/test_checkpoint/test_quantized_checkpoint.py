@@ -600,3 +600,26 @@ def test_float_model_with_nan(checkpoint):
     with pytest.raises(UserError, match='quantized.pth cannot be loaded: a weight of the model'):
         prepare_for_loading(model, checkpoint, 'quantized.pth')
     assert [type(module) for module in model.modules()] == types
+
+
+def test_layer_under_two_names_is_stored_once():
+    """Detectors may share a layer between feature levels."""
+
+    def shared():
+        model = swin()
+        layers = [block.ffn.layers for block in model.stages[0].blocks]
+        layers[1][1] = layers[0][1]
+        return model
+
+    student = shared()
+    x = torch.randn(1, 3, 56, 56)
+    psaq_mm.quantize(student)
+    psaq_mm.calibrate(student, x)
+    checkpoint = quantized_checkpoint(student)
+    stored = [k for k in checkpoint['state_dict'] if '.ffn.layers.1.' in k and 'stages.0' in k]
+    assert stored and not any('blocks.1' in k for k in stored)
+    other = shared()
+    other.load_state_dict(prepare_for_loading(other, checkpoint, 'x.pth'))
+    with torch.no_grad():
+        for a, b in zip(student(x), other(x)):
+            assert torch.equal(a, b)

@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A range rule that weighs clipping against rounding."""
-from typing import TYPE_CHECKING, List, Tuple
+from typing import TYPE_CHECKING, Tuple
 
 import torch
 from torch import Tensor
@@ -8,14 +8,14 @@ from torch import Tensor
 from psaq_mm.errors import UserError
 from psaq_mm.registry import OBSERVERS
 
-from .min_max import MinMaxObserver
+from .sampling import SamplingObserver
 
 if TYPE_CHECKING:
     from ..spec import QuantSpec
 
 
 @OBSERVERS.register_module()
-class MSEObserver(MinMaxObserver):
+class MSEObserver(SamplingObserver):
     """The shrunken min-max range with the smallest squared error.
 
     Candidates are the min-max range times a factor from 1 down to
@@ -25,34 +25,24 @@ class MSEObserver(MinMaxObserver):
         spec (QuantSpec): What the range is for.
         candidates (int): Number of factors tried. Defaults to 60.
         min_factor (float): The smallest factor, in (0, 1). Defaults to 0.2.
-        samples (int): Values kept of each batch and channel, evenly spaced.
-            Defaults to 8192.
+        samples (int): Values kept of each batch and range. Defaults to 8192.
     """
 
     def __init__(self, spec: 'QuantSpec', candidates: int = 60, min_factor: float = 0.2,
                  samples: int = 8192) -> None:
-        super().__init__(spec)
+        super().__init__(spec, samples)
         if candidates < 2:
             raise UserError(f'observer.candidates must be at least 2, got {candidates!r}')
         if not 0 < min_factor < 1:
             raise UserError(f'observer.min_factor must be in (0, 1), got {min_factor!r}')
-        if samples < 2:
-            raise UserError(f'observer.samples must be at least 2, got {samples!r}')
         self.candidates = candidates
         self.min_factor = min_factor
-        self.samples = samples
-        self.kept: List[Tensor] = []
-
-    def update(self, rows: Tensor) -> None:
-        super().update(rows)
-        stride = -(-rows.shape[1] // self.samples)
-        self.kept.append(rows[:, ::stride].clone())
 
     def range(self) -> Tuple[Tensor, Tensor]:
         from ..fake_quantize import fake_quantize
         from ..ranges import scale_and_zero_point
         lower, upper = super().range()
-        values = torch.cat(self.kept, 1)
+        values = self.sample()
         best = torch.full_like(lower, float('inf'))
         best_lower, best_upper = lower, upper
         for factor in torch.linspace(1., self.min_factor, self.candidates).tolist():
