@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 
 
-def link_configs() -> None:
+def place_configs(copy: bool) -> None:
     """Put ``configs/`` where mmengine looks up ``psaq_mm::...`` configs.
 
     mmengine resolves ``pkg::path`` in ``<package>/.mim/configs/path``. As in
@@ -18,7 +18,6 @@ def link_configs() -> None:
     """
     mim = ROOT / 'psaq_mm' / '.mim'
     mim.mkdir(exist_ok=True)
-    copy = bool({'bdist_wheel', 'sdist'} & set(sys.argv))
     for source, target in ((ROOT / 'configs', mim / 'configs'),
                            (ROOT / 'configs' / 'model-index.yml', mim / 'model-index.yml')):
         if target.is_symlink() or target.is_file():
@@ -40,8 +39,8 @@ def requirements() -> list:
     return [line for line in lines if line and not line.startswith('onedl-')]
 
 
-if __name__ == '__main__':
-    link_configs()
+def main() -> None:
+    """Run setuptools."""
     version = {}
     exec((ROOT / 'psaq_mm' / 'version.py').read_text(), version)
     setup(
@@ -64,3 +63,11 @@ if __name__ == '__main__':
             'lint': ['ruff>=0.6,<1', 'mypy>=1.8'],
         },
     )
+
+
+if __name__ == '__main__':
+    place_configs(copy=bool({'bdist_wheel', 'sdist'} & set(sys.argv)))
+    try:
+        main()
+    finally:
+        place_configs(copy=False)  # a checkout keeps links, whatever was built from it

@@ -122,9 +122,11 @@ def test_nested_ops_unwrap():
     for name in (prefix, f'{prefix}.attn.w_msa', f'{prefix}.attn.w_msa.qkv', 'patch_embed',
                  'patch_embed.projection'):
         assert name in names
-    # A float module never reaches a quantized one while its op stands in for it.
-    block = model.get_submodule(prefix)
-    assert block.float_module is dict(before)[prefix]
+    assert model.get_submodule(prefix).float_module is dict(before)[prefix]
+    # A float module keeps its own children while their ops stand in for them.
+    for name in (f'{prefix}.attn.w_msa', 'patch_embed'):
+        origin = model.get_submodule(name).float_module
+        assert not any(isinstance(m, (QuantOp, Quantizer)) for m in origin.modules())
     unwrap(model)
     assert_same_tree(model, before)
 
