@@ -36,7 +36,8 @@ def requirements() -> list:
     """Ranges from requirements.txt, comments and blank lines dropped."""
     lines = (line.split('#')[0].strip() for line in
              (ROOT / 'requirements.txt').read_text().splitlines())
-    return [line for line in lines if line and not line.startswith('onedl-')]
+    # The hosts, and the setuptools that each family needs, are the user's to install.
+    return [line for line in lines if line and not line.startswith(('onedl-', 'setuptools'))]
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ class QuantSwinBlock(QuantOp, SwinBlock):
     Modifications: as said; activation checkpointing is not supported.
     """
 
-    roles = dict(residual=-1)
+    roles = dict(attention_residual=-1, ffn_residual=-1)
 
     norm1: nn.Module
     norm2: nn.Module
@@ -95,9 +95,8 @@ class QuantSwinBlock(QuantOp, SwinBlock):
         Returns:
             Tensor: Shape (B, H*W, C).
         """
-        # One range serves both additions: it covers what passes either.
-        x = self.quantize('residual', x + self.attn(self.norm1(x), hw_shape))
-        return self.quantize('residual', self.ffn(self.norm2(x), identity=x))
+        x = self.quantize('attention_residual', x + self.attn(self.norm1(x), hw_shape))
+        return self.quantize('ffn_residual', self.ffn(self.norm2(x), identity=x))
 
 
 @register_op(PatchEmbed)

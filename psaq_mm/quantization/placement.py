@@ -3,20 +3,21 @@
 
 A *role* is a tensor of a float module that may be quantized:
 
-==============  ==============================================================
-role            tensor
-==============  ==============================================================
-``weight``      weight of Linear or Conv2d
-``input``       input of Linear or Conv2d
-``output``      output of the modules that an adapter lists as output points
-``query``       left operand of the first attention matmul (scaled)
-``key``         right operand of the first attention matmul
-``attention``   left operand of the second attention matmul (softmax output)
-``value``       right operand of the second attention matmul
-``logits``      result of the first attention matmul
-``bias_table``  relative position bias of an attention block
-``residual``    residual stream after each addition
-==============  ==============================================================
+======================  ======================================================
+role                    tensor
+======================  ======================================================
+``weight``              weight of Linear or Conv2d
+``input``               input of Linear or Conv2d
+``output``              output of modules that an adapter lists
+``query``               left operand of the first attention matmul (scaled)
+``key``                 right operand of the first attention matmul
+``attention``           left operand of the second one (softmax output)
+``value``               right operand of the second attention matmul
+``logits``              result of the first attention matmul
+``bias_table``          relative position bias of an attention block
+``attention_residual``  residual stream after the attention is added
+``ffn_residual``        residual stream after the FFN is added
+======================  ======================================================
 """
 from typing import FrozenSet, Sequence, Union
 
@@ -24,7 +25,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.sections import nearest
 
 ROLES = ('weight', 'input', 'output', 'query', 'key', 'attention', 'value', 'logits',
-         'bias_table', 'residual')
+         'bias_table', 'attention_residual', 'ffn_residual')
 
 PLACEMENTS = dict(
     # [choice] Where int8 kernels take their operands, and nowhere else: the
@@ -32,7 +33,8 @@ PLACEMENTS = dict(
     operands=('weight', 'input', 'query', 'key', 'attention', 'value'),
     # [v1] Image, patch embedding, norms, qkv, logits, bias table, attn @ v,
     # projections, residual stream, GELU; the softmax output stays float.
-    v1=('weight', 'input', 'output', 'logits', 'bias_table', 'residual'),
+    v1=('weight', 'input', 'output', 'logits', 'bias_table', 'attention_residual',
+        'ffn_residual'),
 )
 
 

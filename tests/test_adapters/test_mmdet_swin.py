@@ -203,12 +203,16 @@ def test_masked_logits_do_not_widen_the_range(msa):
 
 # Swin block
 
+def both_residuals(*arguments):
+    return {role: QuantSpec(*arguments) for role in ('attention_residual', 'ffn_residual')}
+
+
 @pytest.mark.parametrize('height, width', [(14, 14), (7, 7), (13, 9), (5, 3), (8, 15)])
 @pytest.mark.parametrize('shift', [True, False])
 def test_block_off_equals_float(shift, height, width):
     block = randomized(SwinBlock(16, 2, 32, window_size=7, shift=shift))
     x = torch.randn(2, height * width, 16)
-    op = convert(block, QuantSwinBlock, dict(residual=QuantSpec()))
+    op = convert(block, QuantSwinBlock, both_residuals())
     op.attn.w_msa = QuantWindowMSA.from_float(op.attn.w_msa, dict(attention=QuantSpec()))
     expected = block(x, (height, width))
     assert torch.equal(op(x, (height, width)), expected)
@@ -219,7 +223,7 @@ def test_block_off_equals_float(shift, height, width):
 
 def test_block_with_checkpointing_off_equals_float():
     block = randomized(SwinBlock(16, 2, 32, window_size=4, shift=True, with_cp=True))
-    op = convert(block, QuantSwinBlock, dict(residual=QuantSpec()))
+    op = convert(block, QuantSwinBlock, both_residuals())
     x = torch.randn(2, 30, 16, requires_grad=True)
     assert torch.equal(op(x, (5, 6)), block(x, (5, 6)))
 
@@ -228,19 +232,16 @@ def test_block_with_checkpointing_off_equals_float():
 def test_residual_is_quantized_twice(shift):
     block = randomized(SwinBlock(16, 2, 32, window_size=4, shift=shift))
     x, hw = torch.randn(2, 30, 16), (5, 6)
-    op = calibrate(convert(block, QuantSwinBlock, dict(residual=QuantSpec(8, False))), x, hw)
-    calls = []
-    op.quantizers['residual'].register_forward_hook(lambda *args: calls.append(1))
+    op = calibrate(convert(block, QuantSwinBlock, both_residuals(8, False)), x, hw)
     y = op(x, hw)
-    assert len(calls) == 2
     with torch.no_grad():
         first = x + block.attn(block.norm1(x), hw)
         second = first + block.ffn.layers(block.norm2(first))
-        # One range holds what both additions gave in float.
-        scale, zero_point = min_max(first, second)
-        first = torch.fake_quantize_per_tensor_affine(first, scale, zero_point, 0, 255)
+        # Each addition has the range of what it gave in float.
+        first_range, second_range = min_max(first), min_max(second)
+        first = torch.fake_quantize_per_tensor_affine(first, *first_range, 0, 255)
         once = first + block.ffn.layers(block.norm2(first))
-        twice = torch.fake_quantize_per_tensor_affine(once, scale, zero_point, 0, 255)
+        twice = torch.fake_quantize_per_tensor_affine(once, *second_range, 0, 255)
     assert torch.equal(y, twice)
     assert not torch.equal(y, once)
 
@@ -289,7 +290,7 @@ def test_quantizers_of_v1():
              if isinstance(m, Quantizer)}
     block = 'stages.0.blocks.1'
     assert {name[len(block) + 1:] for name in names if name.startswith(block)} == {
-        'residual', 'attn.w_msa.logits', 'attn.w_msa.bias_table',
+        'attention_residual', 'ffn_residual', 'attn.w_msa.logits', 'attn.w_msa.bias_table',
         *(f'{layer}.{role}' for role in ('weight', 'input', 'output')
           for layer in ('attn.w_msa.qkv', 'attn.w_msa.proj', 'ffn.layers.1')),
         'ffn.layers.0.0.weight', 'ffn.layers.0.0.input'}

@@ -75,7 +75,7 @@ SETTINGS = {
     'v1': dict(placement='v1'),
     'v1 W4A4 learnable': dict(placement='v1', learnable_ranges=True, **bits(4, 4)),
     'weights alone': dict(placement=['weight']),
-    'activations alone': dict(placement=['input', 'query', 'residual']),
+    'activations alone': dict(placement=['input', 'query', 'ffn_residual']),
     'part': dict(include='stages.1.*', exclude='*.qkv'),
     'mixed': dict(overrides={'stages.0.*': dict(weight=dict(bits=2)),
                              '*.ffn.*': dict(weight=dict(bits=5, symmetric=False))}),
@@ -249,7 +249,7 @@ def test_no_float_copy_in_the_file(tmp_path):
     (dict(weight=dict(symmetric=False)), 33536, 2 * 912 + 2 * 34),
     (dict(activation=dict(symmetric=True)), 33536, 912 + 34),
     (dict(placement=['weight']), 33536, 912),
-    (dict(placement='v1'), 33536, 912 + 2 * 44),
+    (dict(placement='v1'), 33536, 912 + 2 * 48),
 ])
 def test_size_by_hand(settings, weights, ranges):
     """33536 = 768 of the patch embedding, 2 x 3072 and 2 x 12288 of the blocks

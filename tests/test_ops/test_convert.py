@@ -21,7 +21,7 @@ from psaq_mm.ops import (
 from psaq_mm.quantization import Quantizer
 from psaq_mm.quantization.settings import QuantizationSettings
 
-PLACEMENTS = ['operands', 'v1', ['weight'], ['residual', 'attention', 'input']]
+PLACEMENTS = ['operands', 'v1', ['weight'], ['ffn_residual', 'attention', 'input']]
 
 
 def swin(**changes):
@@ -116,7 +116,7 @@ def test_nested_ops_unwrap():
     # 'v1' replaces a block, and its layers within it; 'operands' its w_msa.
     model = swin()
     before = tree(model)
-    quantize(model, placement=['residual', 'attention', 'input', 'output'])
+    quantize(model, placement=['ffn_residual', 'attention', 'input', 'output'])
     names = [name for name, _ in named_quant_ops(model)]
     prefix = 'stages.0.blocks.1'
     for name in (prefix, f'{prefix}.attn.w_msa', f'{prefix}.attn.w_msa.qkv', 'patch_embed',
@@ -208,7 +208,7 @@ def test_type_of_the_model_is_kept():
 def test_copy_of_a_quantized_model():
     model, x = swin(), images()
     before = tree(model)
-    quantize(model, placement=['residual', 'attention', 'input', 'weight'])
+    quantize(model, placement=['ffn_residual', 'attention', 'input', 'weight'])
     calibrate(model, x)
     expected = forward(model, x)
     twin = copy.deepcopy(model)

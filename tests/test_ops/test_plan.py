@@ -73,7 +73,7 @@ def test_v1():
     roles = {name: set(specs) for name, specs in plan(swin(), placement='v1').items()}
     assert set(roles) == {*LAYERS, *ATTENTION, *BLOCKS, 'patch_embed'}
     for block in BLOCKS:
-        assert roles[block] == {'residual'}
+        assert roles[block] == {'attention_residual', 'ffn_residual'}
         assert roles[f'{block}.attn.w_msa'] == {'logits', 'bias_table'}
         for layer in ('attn.w_msa.qkv', 'attn.w_msa.proj', 'ffn.layers.1'):
             assert roles[f'{block}.{layer}'] == {'weight', 'input', 'output'}

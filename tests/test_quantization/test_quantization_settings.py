@@ -117,7 +117,7 @@ def test_placement_names():
     assert resolve_placement('operands') == {'weight', 'input', 'query', 'key', 'attention',
                                              'value'}
     assert resolve_placement('v1') == {'weight', 'input', 'output', 'logits', 'bias_table',
-                                       'residual'}
+                                       'attention_residual', 'ffn_residual'}
     assert resolve_placement(['weight', 'value', 'weight']) == {'weight', 'value'}
     assert set().union(*PLACEMENTS.values()) == set(ROLES)
     assert settings(placement='v1').placed_roles == resolve_placement('v1')

@@ -133,7 +133,8 @@ def test_paper_preset(tmp_path, call_tool, demo_config, demo_checkpoint):
                                '--cfg-options', *FEW)
     assert status == 0, err
     modules = torch.load(tmp_path / 'quantized.pth', weights_only=True)['psaq_mm']['modules']
-    assert set(modules['backbone.stages.0.blocks.0']['roles']) == {'residual'}
+    assert set(modules['backbone.stages.0.blocks.0']['roles']) == {
+        'attention_residual', 'ffn_residual'}
     assert set(modules['backbone.stages.0.blocks.0.attn.w_msa']['roles']) == {'logits',
                                                                              'bias_table'}
     assert set(modules['backbone.stages.0.blocks.0.attn.w_msa.qkv']['roles']) == {
