@@ -76,7 +76,11 @@ class QuantOp(nn.Module):
         return self.quantizers[role](x) if role in self.quantizers else x
 
     def quantized_weight(self) -> Tensor:
-        """The weight after quantization, kept while nothing changes it."""
+        """The weight after quantization, kept while nothing changes it.
+
+        Changes through ``weight.data`` go unnoticed, as torch does not count
+        them: use ``torch.no_grad()`` and an in-place method.
+        """
         weight, quantizer = self.weight, self.weight_quantizer
         if quantizer is None or not quantizer.enabled:
             return weight

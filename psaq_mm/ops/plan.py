@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which modules of a model are quantized, and how: a plan, before any change."""
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Dict, List
+from typing import TYPE_CHECKING, Dict, List, Sequence
 
 from torch import nn
 
@@ -18,8 +18,18 @@ Plan = Dict[str, Dict[str, QuantSpec]]
 """Module name -> role name -> spec, in the model's own order."""
 
 
-def _any_match(name: str, patterns: List[str]) -> bool:
+def _any_match(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _require_matches(key: str, patterns: Sequence[str], names: List[str],
+                     where: str = '') -> None:
+    """Raise for a wildcard that matches none of the names: a likely typo."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            examples = f'; names look like {names[0]}, {names[-1]}' if names else ''
+            raise UserError(f'quantization.{key}: {pattern!r} matches no module that can be '
+                            f'quantized{where}{examples}')
 
 
 def plan_quantization(model: nn.Module, settings: QuantizationSettings,
@@ -35,35 +45,32 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
         dict: The plan.
 
     Raises:
-        UserError: If the model is quantized already, an ``include`` wildcard
-            matches nothing that can be quantized, or nothing is left.
+        UserError: If the model is quantized already, an ``include``,
+            ``exclude`` or ``overrides`` wildcard matches nothing that can be
+            quantized, or nothing is left.
     """
-    candidates = []
+    roles: Dict[str, List[str]] = {}  # of every module that the placement could quantize
     for name, module in model.named_modules():
         if isinstance(module, QuantOp):
             raise UserError(f'the model is quantized already (module {name}); pass the float '
                             'model, or unwrap it first')
-        if op_for(module) is not None and adapter.in_scope(model, name, settings.scope):
-            candidates.append(name)
-    include, exclude = list(settings.include), list(settings.exclude)
-    for pattern in include:
-        if not any(fnmatchcase(name, pattern) for name in candidates):
-            examples = f' names look like {candidates[0]}, {candidates[-1]}' if candidates else ''
-            raise UserError(f'quantization.include: {pattern!r} matches no module that can be '
-                            f'quantized in scope {settings.scope!r};{examples}')
+        op = op_for(module)
+        placed = [role for role in op.roles if role in settings.placed_roles] if op else []
+        if 'output' in placed and not adapter.is_output_point(model, name):
+            placed.remove('output')
+        if placed:
+            roles[name] = placed
+    candidates = [name for name in roles if adapter.in_scope(model, name, settings.scope)]
+    _require_matches('include', settings.include, candidates, f' in scope {settings.scope!r}')
+    # These may name what another scope would hold.
+    _require_matches('exclude', settings.exclude, list(roles))
+    _require_matches('overrides', [p for p in settings.overrides if p != '_scope_'],
+                     list(roles))
     plan: Plan = {}
-    modules = dict(model.named_modules())
     for name in candidates:
-        if not _any_match(name, include) or _any_match(name, exclude):
-            continue
-        op = op_for(modules[name])
-        assert op is not None
-        roles = [role for role in op.roles if role in settings.placed_roles]
-        if 'output' in roles and not adapter.is_output_point(model, name):
-            roles.remove('output')
-        if roles:
+        if _any_match(name, settings.include) and not _any_match(name, settings.exclude):
             patch_embed = adapter.is_patch_embed(model, name)
-            plan[name] = {r: settings.spec_for(name, r, patch_embed) for r in roles}
+            plan[name] = {r: settings.spec_for(name, r, patch_embed) for r in roles[name]}
     if not plan:
         raise UserError('quantization: nothing is left to quantize after include, exclude and '
                         'placement')

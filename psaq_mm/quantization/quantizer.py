@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The module that quantizes one tensor of a network."""
-from typing import Any, Mapping, Optional, Tuple
+from typing import Any, Callable, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,8 @@ class Quantizer(nn.Module):
             upper (Tensor): Upper ends, same shape.
         """
         scale, zero_point = scale_and_zero_point(lower, upper, self.spec)
+        with torch.inference_mode(False):  # else they could not be loaded over
+            scale, zero_point = scale.clone(), zero_point.clone()
         if self.axis is None:
             scale, zero_point = scale.reshape(()), zero_point.reshape(())
         self._store('scale', scale)
@@ -110,6 +112,15 @@ class Quantizer(nn.Module):
     def extra_repr(self) -> str:
         kind = 'symmetric' if self.spec.symmetric else 'asymmetric'
         return f'bits={self.spec.bits}, {kind}, {self.spec.granularity}'
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any,
+               **kwargs: Any) -> 'Quantizer':
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        # model.half() must not round scales: a small one would become 0.
+        return super()._apply(move_only, *args, **kwargs)
 
     def reshape_like(self, state: Mapping[str, Tensor], prefix: str) -> None:
         """Take the shapes that a state dict has for this range.

@@ -178,7 +178,6 @@ def test_include_outside_of_the_scope():
 
 @pytest.mark.parametrize('settings', [
     dict(exclude='*'), dict(include='*.qkv', exclude='stages.*'),
-    dict(include='*.qkv', placement=['attention']),
 ])
 def test_nothing_left(settings):
     with pytest.raises(UserError, match='nothing is left to quantize'):
@@ -230,3 +229,19 @@ def test_overrides_by_name():
     for name in ATTENTION:
         assert chosen[name]['attention'] == QuantSpec(6, True)
         assert chosen[name]['value'] == QuantSpec(8, False)
+
+
+@pytest.mark.parametrize('settings', [
+    dict(exclude=['stages.0.*', 'patch_embd.*']), dict(overrides={'patch_embd.*': {}}),
+    dict(include=['*.qkv', 'patch_embd.*'])])
+def test_wildcard_that_matches_nothing(settings):
+    with pytest.raises(UserError, match=f"quantization.{next(iter(settings))}: 'patch_embd"):
+        plan(swin(), **settings)
+
+
+def test_include_that_matches_only_what_the_placement_leaves_float():
+    # 'operands' has no role for the patch embedding itself, only for its projection.
+    with pytest.raises(UserError, match="include: 'patch_embed' matches no module"):
+        plan(swin(), include=['*.qkv', 'patch_embed'])
+    with pytest.raises(UserError, match='include: .* matches no module'):
+        plan(swin(), include='*.qkv', placement=['attention'])

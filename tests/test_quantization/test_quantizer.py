@@ -234,3 +234,21 @@ def test_repr():
     assert repr(Quantizer(QuantSpec(4, False))) == 'Quantizer(bits=4, asymmetric, per_tensor)'
     assert repr(Quantizer(QuantSpec(**PER_CHANNEL), 0)) == (
         'Quantizer(bits=8, symmetric, per_channel)')
+
+
+def test_half_precision_model_keeps_float32_ranges():
+    quantizer = Quantizer(QuantSpec(8, False))
+    quantizer.set_range(torch.tensor([0.]), torch.tensor([1e-6]))  # scale 4e-9: 0 in float16
+    scale = quantizer.scale.clone()
+    quantizer.half()
+    assert quantizer.scale.dtype == torch.float32 and torch.equal(quantizer.scale, scale)
+
+
+def test_range_set_in_inference_mode_can_be_loaded_over():
+    quantizer = Quantizer(QuantSpec())
+    with torch.inference_mode():
+        quantizer.set_range(torch.tensor([-1.]), torch.tensor([1.]))
+    other = Quantizer(QuantSpec())
+    other.set_range(torch.tensor([-2.]), torch.tensor([2.]))
+    quantizer.load_state_dict(other.state_dict())
+    assert torch.equal(quantizer.scale, other.scale)
