@@ -75,7 +75,7 @@ def test_ranges_are_what_hooks_saw(placement, granularity, symmetric, images):
     seen = seen_by_hooks(model, images)
     quantizers = {name: quantizer for name, quantizer in named_quantizers(model)
                   if 'weight' not in name}
-    assert len(seen) == len(quantizers) == (34 if placement == 'operands' else 44)
+    assert len(seen) == len(quantizers) == (34 if placement == 'operands' else 48)
     for name, quantizer in quantizers.items():
         low, high = seen[name]
         low, high = low.clamp(max=0.), high.clamp(min=0.)  # 0 is always in the range
