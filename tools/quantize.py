@@ -17,6 +17,7 @@ from psaq_mm.engine import (
     resolve_device,
 )
 from psaq_mm.engine.command_line import choose_work_dir, run_tool
+from psaq_mm.errors import UserError
 from psaq_mm.ops import plan_quantization
 
 
@@ -44,6 +45,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     # Everything that can be wrong is checked before anything is written.
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f'--seed must be from 0 to 2^32 - 1, got {args.seed}')
     config = load_config(args.config, args.cfg_options)
     sections = read_sections(config)
     device = resolve_device(args.device)

@@ -279,6 +279,13 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, call_tool, monkeypatch,
     assert not [p for p in tmp_path.iterdir() if 'tmp' in p.name]
 
 
+@pytest.mark.parametrize('seed', [-1, 2**32])
+def test_seed_out_of_range(seed, tmp_path, call_tool, quantization_config, demo_checkpoint):
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--seed', seed,
+                               '--work-dir', tmp_path / 'o')
+    assert status == 2 and '--seed must be' in err and not (tmp_path / 'o').exists()
+
+
 def test_config_in_the_work_dir_stays_as_it_is(tmp_path, call_tool, quantization_config,
                                                demo_checkpoint):
     """mmengine alone would write the merged config over it."""
