@@ -152,9 +152,12 @@ def calibrate(model: nn.Module, images: Tensor,
     chosen = CalibrationSettings.from_dict(settings)
     if next(named_quant_ops(model), None) is None:
         raise UserError('the model has no quantized modules: call psaq_mm.quantize first')
-    if images.dim() != 4 or len(images) == 0:
-        raise UserError('calibration needs images of shape (N, C, H, W) with N of at least 1, '
-                        f'got {tuple(images.shape)}')
+    if not isinstance(images, Tensor) or not images.is_floating_point() \
+            or images.dim() != 4 or len(images) == 0:
+        got = f'{images.dtype} {tuple(images.shape)}' if isinstance(images, Tensor) \
+            else type(images).__name__
+        raise UserError('calibration needs float images of shape (N, C, H, W) with N of at '
+                        f'least 1, got {got}')
     adapter = find_adapter(model)
     scope, device = scope_of(model, adapter), module_device(model)
     training = {m: m.training for m in model.modules()}

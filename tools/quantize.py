@@ -5,8 +5,6 @@
 """
 import argparse
 
-from mmengine.config import DictAction
-
 from psaq_mm.adapters import find_adapter
 from psaq_mm.checkpoint import ensure_writable_dir, load_float_weights, sha256_of_file
 from psaq_mm.engine import (
@@ -16,7 +14,7 @@ from psaq_mm.engine import (
     read_sections,
     resolve_device,
 )
-from psaq_mm.engine.command_line import choose_work_dir, run_tool
+from psaq_mm.engine.command_line import ConfigOptions, choose_work_dir, run_tool
 from psaq_mm.errors import UserError
 from psaq_mm.ops import plan_quantization
 
@@ -30,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='float checkpoint of the same model')
     parser.add_argument('--work-dir', help='where to write '
                         '(default: work_dirs/<name of the config>)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
                         help='override config keys, e.g. quantization.weight.bits=4 '
                         'synthesis.num_images=16')
     parser.add_argument('--seed', type=int, default=0, help='seed of all randomness')
@@ -55,6 +53,7 @@ def main() -> None:
     adapter = find_adapter(model)
     plan_quantization(model, sections.quantization, adapter)
     meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint)
+    PSAQRunner.hooks_for_quantization(config)
     config.work_dir = choose_work_dir(args.work_dir, config)
     ensure_writable_dir(config.work_dir)
 

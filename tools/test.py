@@ -6,11 +6,14 @@
 import argparse
 import os
 
-from mmengine.config import DictAction
-
 from psaq_mm.checkpoint import ensure_writable_dir, save_json
 from psaq_mm.engine import PSAQRunner, load_config, read_sections, resolve_device
-from psaq_mm.engine.command_line import choose_work_dir, require_test_data, run_tool
+from psaq_mm.engine.command_line import (
+    ConfigOptions,
+    choose_work_dir,
+    require_test_data,
+    run_tool,
+)
 from psaq_mm.engine.runner import describe_checkpoint
 
 HOOK = 'psaq_mm.QuantizedCheckpointHook'
@@ -23,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='float checkpoint or quantized.pth')
     parser.add_argument('--work-dir', help='where logs go '
                         '(default: work_dirs/<name of the config>)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
                         help='override config keys')
     parser.add_argument('--show-dir', help='draw the predictions to this folder '
                         'inside the log folder')

@@ -1,13 +1,24 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The shell around the tools: clear errors and exit statuses."""
+import argparse
 import os
 import sys
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 
 from psaq_mm.errors import UserError
+
+
+class ConfigOptions(DictAction):
+    """mmengine's ``--cfg-options``, with a usage error for what is no KEY=VALUE."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__call__(parser, *args, **kwargs)
+        except (ValueError, AssertionError) as error:
+            parser.error(f'--cfg-options takes KEY=VALUE pairs ({error})')
 
 
 def run_tool(main: Callable[[], Any]) -> None:

@@ -11,8 +11,13 @@ from mmengine.config.utils import MODULE2PACKAGE
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import CalibrationSettings, SynthesisSettings
 from psaq_mm.quantization.settings import QuantizationSettings
+from psaq_mm.sections import nearest
 
 SECTIONS = ('quantization', 'synthesis', 'calibration')
+
+OPTIONAL_KEYS = ('work_dir', 'log_level', 'default_scope', 'default_hooks', 'custom_hooks',
+                 'custom_imports', 'visualizer', 'experiment_name', 'env_cfg', 'randomness')
+"""Keys of mmengine that a config need not have, and an option may set."""
 
 # mmengine looks a config package up by its distribution's name. Those of the
 # onedl family differ from what it knows, and ours it does not know at all; an
@@ -43,17 +48,23 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
     Raises:
         UserError: If a file is missing or cannot be parsed.
     """
+    if Path(path).suffix in ('.pth', '.pt', '.safetensors'):
+        raise UserError(f'config {path} looks like a checkpoint; the config comes first, then '
+                        'the checkpoint')
     if not Path(path).is_file():
         raise UserError(f'config {path} does not exist; expected a Python config file such as '
                         'configs/mask_rcnn_swin_t_w8a8.py')
     try:
         config = Config.fromfile(str(path))
         if options:
+            _reject_new_keys(config, options)
             config.merge_from_dict(options)
     except UserError:
         raise
     except Exception as error:  # configs are programs: anything may be raised
         reason = ' '.join(str(error).split())[:500]
+        if '.mim' in reason:
+            reason += '. Is psaq_mm installed? Run make, or pip install it.'
         raise UserError(f'config {path} cannot be read ({type(error).__name__}): {reason}') \
             from error
     if config.get('model') is None:
@@ -61,6 +72,16 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
                         'checkpoint was trained with')
     _reject_misspelt_sections(config)
     return config
+
+
+def _reject_new_keys(config: Config, options: Dict[str, Any]) -> None:
+    """An option may change a config's keys, or set one that mmengine knows."""
+    known = {*config, *SECTIONS, *OPTIONAL_KEYS}
+    for key in options:
+        top = key.split('.')[0]
+        if top not in known:
+            raise UserError(f'--cfg-options {key}: the config has no key {top!r}.'
+                            f'{nearest(top, known)}')
 
 
 def _reject_misspelt_sections(config: Config) -> None:

@@ -22,6 +22,7 @@ from psaq_mm.checkpoint import (
     load_checkpoint_file,
     require_match,
 )
+from psaq_mm.errors import UserError
 from psaq_mm.registry import HOOKS, LOOPS, RUNNERS
 
 from .config import SECTIONS
@@ -93,6 +94,26 @@ class PSAQRunner(Runner):
         return checkpoint
 
     @classmethod
+    def hooks_for_quantization(cls, config: Config) -> List[Any]:
+        """Our hooks, and those of ``custom_hooks`` that are a :class:`PSAQHook`.
+
+        Raises:
+            UserError: If ``custom_hooks`` names a hook that is not registered.
+        """
+        hooks: List[Any] = [dict(type=f'psaq_mm.{name}') for name in cls.default_psaq_hooks]
+        custom_hooks = config.get('custom_hooks') or []
+        if not isinstance(custom_hooks, (list, tuple)):
+            raise UserError(f'custom_hooks must be a list of hooks, got {custom_hooks!r}')
+        for hook in custom_hooks:
+            kind = HOOKS.get(hook.get('type')) if isinstance(hook, Mapping) else type(hook)
+            if kind is None:
+                raise UserError(f'custom_hooks: {hook.get("type")!r} is not registered; import '
+                                'its file by custom_imports')
+            if isinstance(kind, type) and issubclass(kind, PSAQHook):
+                hooks.append(hook)
+        return hooks
+
+    @classmethod
     def for_quantization(cls, config: Config, model: nn.Module, *, source: Mapping[str, Any],
                          meta: Mapping[str, Any], seed: int = 0, resume: bool = False,
                          device: Union[str, torch.device] = 'cpu') -> 'PSAQRunner':
@@ -112,11 +133,7 @@ class PSAQRunner(Runner):
         Returns:
             PSAQRunner: The runner.
         """
-        hooks: List[Any] = [dict(type=f'psaq_mm.{name}') for name in cls.default_psaq_hooks]
-        for hook in config.get('custom_hooks') or []:
-            kind = HOOKS.get(hook['type']) if isinstance(hook, Mapping) else type(hook)
-            if isinstance(kind, type) and issubclass(kind, PSAQHook):
-                hooks.append(hook)
+        hooks = cls.hooks_for_quantization(config)
         # mmengine's default hooks count iterations of a data loader; there is
         # none here.
         no_hooks: Dict[str, Optional[Hook]] = dict.fromkeys(

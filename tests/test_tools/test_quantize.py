@@ -202,6 +202,8 @@ def test_bad_checkpoints(kind, message, tmp_path, call_tool, quantization_config
     ('synthesis.priors.total_variation.weihgt=1', 'weihgt'),
     ('quantization.include=backbone.layers.*', "'backbone.layers.*' matches no module"),
     ('quantization.weight.observer.type=MinMaxx', "'MinMaxx' is not registered"),
+    ('quant.weight.bits=4', "the config has no key 'quant'"),
+    ('custom_hooks.0.type=Foo', "'Foo' is not registered"),
     ('model.backbone.depths=2', 'the model of config'),
 ])
 def test_bad_settings(option, message, tmp_path, call_tool, quantization_config,
@@ -277,6 +279,17 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, call_tool, monkeypatch,
     assert status == 2 and 'quantized.pth' in err and 'No space left' in err
     assert (tmp_path / 'quantized.pth').read_bytes() == b'old'
     assert not [p for p in tmp_path.iterdir() if 'tmp' in p.name]
+
+
+def test_option_that_is_no_pair(call_tool, quantization_config, demo_checkpoint):
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint,
+                               '--cfg-options', 'synthesis.steps')
+    assert status == 2 and 'KEY=VALUE' in err and 'Traceback' not in err
+
+
+def test_arguments_the_wrong_way_round(call_tool, quantization_config, demo_checkpoint):
+    status, _, err = call_tool('quantize', demo_checkpoint, quantization_config)
+    assert status == 2 and 'the config comes first' in err
 
 
 @pytest.mark.parametrize('seed', [-1, 2**32])
