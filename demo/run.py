@@ -21,7 +21,7 @@ TOOLS = HERE.parent / 'tools'
 
 
 def call(tool: str, *arguments: str) -> float:
-    """Run one of the tools; its output goes to a log, its progress is shown.
+    """Run one of the tools, its output shown.
 
     Returns:
         float: Wall seconds.

@@ -47,6 +47,20 @@ def load_script(path: Path) -> ModuleType:
     return sys.modules[name]
 
 
+def calibrated_op(op, x):
+    """Set the ranges of a quantized op on its input, and switch it on."""
+    activations = [q for role, q in op.quantizers.items() if role != 'weight']
+    for quantizer in activations:
+        quantizer.start_observing()
+    with torch.no_grad():
+        op(x)
+    for quantizer in activations:
+        quantizer.finish_observing()
+    for quantizer in op.quantizers.values():
+        quantizer.enabled = True
+    return op
+
+
 @pytest.fixture
 def call_tool(monkeypatch, capsys):
     """Call a tool as the shell would; returns exit status, stdout, stderr."""

@@ -76,8 +76,7 @@ def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = 
     state: Dict[str, Tensor] = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     manifest = build_manifest(model, plain(about or {}))
     for name, op in ops.items():
-        for role, quantizer in op.quantizers.items():
-            assert isinstance(quantizer, Quantizer)
+        for role, quantizer in _quantizers(op):
             if not quantizer.calibrated:
                 raise UserError(f'{name} ({role}) has no range: call psaq_mm.calibrate first')
         weight = op.weight_quantizer

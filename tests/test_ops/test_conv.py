@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import calibrated_op
 from torch import nn
 
 from psaq_mm.adapters import MMCV_LINEAR
@@ -15,17 +16,7 @@ from psaq_mm.quantization import QuantSpec
 
 def calibrated(module, x, learnable=False, **specs):
     """A quantized op with ranges from ``x``, switched on."""
-    op = QuantConv2d.from_float(module, specs, learnable)
-    activations = [q for role, q in op.quantizers.items() if role != 'weight']
-    for quantizer in activations:
-        quantizer.start_observing()
-    with torch.no_grad():
-        op(x)
-    for quantizer in activations:
-        quantizer.finish_observing()
-    for quantizer in op.quantizers.values():
-        quantizer.enabled = True
-    return op
+    return calibrated_op(QuantConv2d.from_float(module, specs, learnable), x)
 
 
 def symmetric_per_channel(x, bits, axis):

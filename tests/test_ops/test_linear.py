@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import calibrated_op
 from torch import nn
 
 from psaq_mm.ops import QuantLinear, QuantOp, op_for, register_op
@@ -17,17 +18,7 @@ INPUT = QuantSpec(symmetric=False)
 
 def calibrated(module, x, learnable=False, **specs):
     """A quantized op with ranges from ``x``, switched on."""
-    op = QuantLinear.from_float(module, specs, learnable)
-    activations = [q for role, q in op.quantizers.items() if role != 'weight']
-    for quantizer in activations:
-        quantizer.start_observing()
-    with torch.no_grad():
-        op(x)
-    for quantizer in activations:
-        quantizer.finish_observing()
-    for quantizer in op.quantizers.values():
-        quantizer.enabled = True
-    return op
+    return calibrated_op(QuantLinear.from_float(module, specs, learnable), x)
 
 
 def reference(x, bits, symmetric, axis=None):
