@@ -8,6 +8,9 @@ Image ``i`` of a split is a function of ``(split, i)`` alone, so a split can be
 rendered again, anywhere, to the same pixels.
 
     python demo/scenes.py --split val --out demo/data
+
+From a rendered split, :func:`write_semantic` makes the label maps of the
+segmentor and :func:`write_crops` the class folders of the classifiers.
 """
 import argparse
 import json
@@ -214,6 +217,63 @@ def write_split(split: str, out: Path, count: int = 0) -> Path:
     path.write_text(json.dumps(
         dict(images=images, annotations=annotations, categories=categories)))
     return path
+
+
+def write_semantic(split: str, out: Path) -> Path:
+    """Label maps of a rendered split: 0 is the ground, class i is i + 1.
+
+    Args:
+        split (str): ``train`` or ``val``; its COCO json must be there.
+        out (Path): Folder that receives ``<split>_semantic/*.png``.
+
+    Returns:
+        Path: The folder of the maps.
+    """
+    coco = json.loads((out / f'{split}.json').read_text())
+    folder = out / f'{split}_semantic'
+    folder.mkdir(exist_ok=True)
+    labels = {image['id']: np.zeros((SIZE, SIZE), np.uint8) for image in coco['images']}
+    for instance in coco['annotations']:
+        visible = coco_mask.decode(instance['segmentation']).astype(bool)
+        labels[instance['image_id']][visible] = instance['category_id']
+    for image in coco['images']:
+        cv2.imwrite(str(folder / image['file_name']), labels[image['id']])
+    return folder
+
+
+def write_crops(split: str, out: Path, size: int = 112, smallest: float = 20.) -> Path:
+    """Square crops around the objects of a rendered split, in class folders.
+
+    Args:
+        split (str): ``train`` or ``val``; its images and json must be there.
+        out (Path): Folder that receives ``<split>_crops/<class>/*.png``.
+        size (int): Side of a crop in pixels. Defaults to 112.
+        smallest (float): Objects whose box is smaller, in pixels, are left
+            out. Defaults to 20.
+
+    Returns:
+        Path: The folder of the class folders.
+    """
+    coco = json.loads((out / f'{split}.json').read_text())
+    folder = out / f'{split}_crops'
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    files = {image['id']: image['file_name'] for image in coco['images']}
+    for instance in coco['annotations']:
+        x, y, width, height = instance['bbox']
+        side = max(width, height)
+        if side < smallest:
+            continue
+        side *= 1.3  # some of the surroundings
+        corner = np.array([x + width / 2 - side / 2, y + height / 2 - side / 2])
+        image = cv2.imread(str(out / split / files[instance['image_id']]))
+        scale = size / side
+        move = np.array([[scale, 0, -corner[0] * scale], [0, scale, -corner[1] * scale]])
+        crop = cv2.warpAffine(image, move, (size, size), flags=cv2.INTER_LINEAR,
+                              borderMode=cv2.BORDER_REFLECT)
+        name = CLASSES[instance['category_id'] - 1]
+        cv2.imwrite(str(folder / name / f'{instance["id"]:06d}.png'), crop)
+    return folder
 
 
 def main() -> None:

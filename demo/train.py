@@ -1,38 +1,53 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Train the demo detector from scratch: the script behind its checkpoint.
+"""Train a demo model from scratch: the script behind the demo's checkpoints.
 
-    python demo/train.py --work-dir work_dirs/demo_train        # --resume goes on
+    python demo/train.py demo/mask_rcnn_swin_demo.py          # --resume goes on
 
-Renders the scenes, trains demo/mask_rcnn_swin_demo.py with the settings in
-that file, evaluates, and writes the weights alone (no optimizer, no history)
-to ``--out``.
+Renders the scenes, trains the config with the settings in that file,
+evaluates, and writes the weights alone (no optimizer, no history) to ``--out``.
 """
 import argparse
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
 from mmengine.runner import Runner
-from scenes import CLASSES, SPLITS, write_split
+from scenes import SPLITS, write_crops, write_semantic, write_split
+
+from psaq_mm.engine import load_config
 
 HERE = Path(__file__).resolve().parent
+DATA = HERE / 'data'
+
+
+def render(split: str) -> None:
+    """Render a split in all its forms, unless it is there."""
+    if not (DATA / f'{split}.json').exists():
+        print(f'rendering {SPLITS[split][1]} scenes of {split} ...', flush=True)
+        write_split(split, DATA)
+    if not (DATA / f'{split}_semantic').exists():
+        write_semantic(split, DATA)
+    if not (DATA / f'{split}_crops').exists():
+        write_crops(split, DATA)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--work-dir', default='work_dirs/demo_train')
+    parser.add_argument('config', type=Path, nargs='?', default=HERE / 'mask_rcnn_swin_demo.py')
+    parser.add_argument('--work-dir', type=Path, default=None,
+                        help='default: work_dirs/train/<name of the config>')
     parser.add_argument('--out', type=Path, default=None,
-                        help='weights to write (default: <work-dir>/mask_rcnn_swin_demo.pth)')
+                        help='weights to write (default: <work-dir>/<name of the config>.pth)')
+    parser.add_argument('--half', action='store_true',
+                        help='write the weights as float16, in half of the size')
     parser.add_argument('--resume', action='store_true')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     args = parser.parse_args()
 
     for split in SPLITS:
-        if not (HERE / 'data' / f'{split}.json').exists():
-            print(f'rendering {SPLITS[split][1]} scenes of {split} ...', flush=True)
-            write_split(split, HERE / 'data')
-    cfg = Config.fromfile(str(HERE / 'mask_rcnn_swin_demo.py'))
-    cfg.work_dir = args.work_dir
+        render(split)
+    cfg = load_config(args.config)
+    work_dir = args.work_dir or Path('work_dirs/train') / args.config.stem
+    cfg.work_dir = str(work_dir)
     cfg.resume = args.resume
     cfg.randomness = dict(seed=0)
     cfg.env_cfg = dict(
@@ -42,9 +57,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     runner = Runner.from_cfg(cfg)
     runner.train()
-    out = args.out or Path(args.work_dir) / 'mask_rcnn_swin_demo.pth'
+    out = args.out or work_dir / f'{args.config.stem}.pth'
     weights = {k: v.detach().cpu() for k, v in runner.model.state_dict().items()}
-    torch.save(dict(meta=dict(dataset_meta=dict(classes=CLASSES)), state_dict=weights), out)
+    if args.half:
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    meta = dict(dataset_meta=dict(runner.val_dataloader.dataset.metainfo))
+    torch.save(dict(meta=meta, state_dict=weights), out)
     print(f'weights: {out}, {out.stat().st_size / 1e6:.1f} MB')
 
 

@@ -2,7 +2,7 @@
 """The verbs: what a script calls, and what the tools themselves call."""
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Union
 
 import torch
 from mmengine.logging import print_log
@@ -21,7 +21,7 @@ from psaq_mm.checkpoint import (
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import CalibrationSettings, SynthesisSettings, Synthesizer, calibrate_ranges
 from psaq_mm.ops import apply_plan, left_float, named_quant_ops, plan_quantization, unwrap
-from psaq_mm.prior import AttentionRecord
+from psaq_mm.prior import TeacherRecord
 from psaq_mm.quantization.settings import QuantizationSettings
 
 __all__ = ['calibrate', 'load', 'quantize', 'save', 'scope_of', 'synthesize', 'synthesizer',
@@ -79,18 +79,25 @@ def synthesizer(model: nn.Module, seed: int = 0, **settings: Any) -> Iterator[Sy
     lower, upper = adapter.valid_range(model)
     training = {m: m.training for m in model.modules()}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    with adapter.record_attention(model) as recorder:
+    adapter.check_image_size(model, chosen.size)
+    heads = any(term.needs_batch_norm for term in chosen.build_priors().values())
+    with adapter.record_attention(model) as attention, \
+            adapter.record_batch_norm(model) as batch_norms:
 
-        def attention(images: Tensor) -> List[AttentionRecord]:
-            recorder.take()
-            adapter.forward_backbone(model, images)
-            return recorder.take()
+        def teacher(images: Tensor) -> TeacherRecord:
+            attention.take()
+            batch_norms.take()
+            if heads:
+                adapter.forward_norms(model, images)
+            else:
+                adapter.forward_backbone(model, images)
+            return TeacherRecord(attention.take(), batch_norms.take())
 
         model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
         try:
-            yield Synthesizer(chosen, attention, lower, upper, seed, module_device(model))
+            yield Synthesizer(chosen, teacher, lower, upper, seed, module_device(model))
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)

@@ -51,6 +51,7 @@ def main() -> None:
     source = dict(file=args.checkpoint, sha256=sha256_of_file(args.checkpoint))
     model = build_float_model(config)
     adapter = find_adapter(model)
+    adapter.check_image_size(model, sections.synthesis.size)
     plan_quantization(model, sections.quantization, adapter)
     meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint)
     PSAQRunner.hooks_for_quantization(config)

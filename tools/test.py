@@ -11,6 +11,7 @@ from psaq_mm.engine import PSAQRunner, load_config, read_sections, resolve_devic
 from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
+    draw_predictions,
     require_test_data,
     run_tool,
 )
@@ -22,14 +23,14 @@ HOOK = 'psaq_mm.QuantizedCheckpointHook'
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Evaluate a float or quantized checkpoint with the config\'s own evaluator.')
-    parser.add_argument('config', help='ours, or a plain mmdet config')
+    parser.add_argument('config', help='ours, or a plain config of mmdet or mmseg')
     parser.add_argument('checkpoint', help='float checkpoint or quantized.pth')
     parser.add_argument('--work-dir', help='where logs go '
                         '(default: work_dirs/<name of the config>)')
     parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
                         help='override config keys')
-    parser.add_argument('--show-dir', help='draw the predictions to this folder '
-                        'inside the log folder')
+    parser.add_argument('--show-dir', help='draw the predictions to this folder inside '
+                        'the log folder, as mmdet and mmseg do')
     parser.add_argument('--metrics', metavar='FILE', help='write the metrics to a JSON file')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -51,6 +52,8 @@ def main() -> None:
     require_test_data(config)
     kind = describe_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     config.work_dir = choose_work_dir(args.work_dir, config)
+    if args.show_dir:
+        draw_predictions(config, args.show_dir)
     ensure_writable_dir(config.work_dir)
 
     config.load_from = args.checkpoint
@@ -61,9 +64,6 @@ def main() -> None:
     hooks = list(config.get('custom_hooks') or [])
     if not any(hook.get('type') == HOOK for hook in hooks):
         config.custom_hooks = [*hooks, dict(type=HOOK)]  # a plain mmdet config
-    if args.show_dir:
-        config.default_hooks.visualization.draw = True
-        config.default_hooks.visualization.test_out_dir = args.show_dir
     runner = PSAQRunner.from_cfg(config)
     metrics = runner.test()
     print(f'{args.checkpoint}: {kind}')

@@ -1,27 +1,39 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What the rest of the project asks of a host library."""
+import importlib
 import itertools
+import sys
 from contextlib import contextmanager
-from typing import Iterator, List, Tuple
+from typing import Any, ClassVar, Dict, Generic, Iterator, List, Mapping, Optional, Tuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from psaq_mm.errors import UserError
-from psaq_mm.prior import AttentionRecord
+from psaq_mm.prior import AttentionRecord, BatchNormRecord, channel_statistics
 from psaq_mm.registry import ADAPTERS
 
+RecordT = TypeVar('RecordT')
 
-class AttentionRecorder:
-    """Collects the attention outputs of one forward pass after another."""
+
+class Recorder(Generic[RecordT]):
+    """Collects what one forward pass after another leaves behind."""
 
     def __init__(self) -> None:
-        self.records: List[AttentionRecord] = []
+        self.records: List[RecordT] = []
 
-    def take(self) -> List[AttentionRecord]:
-        """The records since the last call, in the order of the blocks."""
+    def take(self) -> List[RecordT]:
+        """The records since the last call, in the order of the layers."""
         records, self.records = self.records, []
         return records
+
+
+AttentionRecorder = Recorder[AttentionRecord]
+"""Collects the attention outputs."""
+
+BatchNormRecorder = Recorder[BatchNormRecord]
+"""Collects the statistics of what goes into BatchNorm layers."""
 
 
 class Adapter:
@@ -31,6 +43,10 @@ class Adapter:
     it holds no state, the model comes with each call. The quantized
     counterparts of the host's own modules live in the same file.
     """
+
+    layouts: ClassVar[Mapping[str, str]] = {}
+    """Name of each layout of weights that :meth:`convert_state` recognises,
+    to how its keys look."""
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -59,6 +75,31 @@ class Adapter:
         """Whether a module runs on regions that the model itself proposes, so
         that quantization changes its input and not only its values."""
         return False
+
+    def is_rgb(self, model: nn.Module) -> bool:
+        """Whether the model sees RGB images; else BGR."""
+        raise NotImplementedError
+
+    def check_image_size(self, model: nn.Module, size: Tuple[int, int]) -> None:
+        """Raise if the model cannot take images of this height and width.
+
+        Raises:
+            UserError: If so; by default any size will do.
+        """
+
+    def convert_state(self, model: nn.Module,
+                      state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], str]:
+        """Bring published weights into the keys and channel order of the model.
+
+        Args:
+            model (nn.Module): The float model.
+            state (Mapping[str, Tensor]): Weights by name.
+
+        Returns:
+            tuple: The weights, and the name of the layout they came in;
+            unchanged and an empty name if it is not recognised.
+        """
+        raise NotImplementedError
 
     def valid_range(self, model: nn.Module) -> Tuple[Tensor, Tensor]:
         """Smallest and largest pixel after the model's own normalization.
@@ -89,6 +130,55 @@ class Adapter:
         raise NotImplementedError
         yield  # pragma: no cover
 
+    def forward_norms(self, model: nn.Module, images: Tensor) -> None:
+        """Run everything that carries BatchNorm statistics, heads that only
+        train included, on normalized images."""
+        self.forward_model(model, images)
+
+    @contextmanager
+    def record_batch_norm(self, model: nn.Module) -> Iterator[BatchNormRecorder]:
+        """Within the block, record the input's statistics of each BatchNorm."""
+        recorder = BatchNormRecorder()
+
+        def note(module: nn.Module, args: Any) -> None:
+            mean, var = channel_statistics(args[0])
+            recorder.records.append(BatchNormRecord(
+                mean, var, module.running_mean, module.running_var,  # type: ignore[arg-type]
+                module.eps))  # type: ignore[arg-type]
+
+        handles = [module.register_forward_pre_hook(note) for module in model.modules()
+                   if isinstance(module, _BatchNorm) and module.running_mean is not None]
+        try:
+            yield recorder
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+HOSTS = dict(mmdet=('mmdet_swin', ), mmseg=('mmseg_swin', ), timm=('timm_swin', 'timm_vit'))
+"""Host library -> the files of this folder that know it."""
+
+
+def import_hosts() -> None:
+    """Import what knows the host libraries that are in use.
+
+    A model of a host exists only where that host is imported; the others may
+    be absent, and importing them would cost seconds.
+    """
+    for host, files in HOSTS.items():
+        if host in sys.modules:
+            for file in files:
+                importlib.import_module(f'psaq_mm.adapters.{file}')
+
+
+def matching_adapter(model: nn.Module) -> Optional[Adapter]:
+    """The adapter that serves a model, if there is one."""
+    import_hosts()
+    for cls in ADAPTERS.module_dict.values():
+        if cls.matches(model):
+            return cls()
+    return None
+
 
 def find_adapter(model: nn.Module) -> Adapter:
     """The adapter that serves a model.
@@ -96,18 +186,44 @@ def find_adapter(model: nn.Module) -> Adapter:
     Raises:
         UserError: If there is none, e.g. since the backbone is not Swin.
     """
-    ADAPTERS.import_from_location()
-    for cls in ADAPTERS.module_dict.values():
-        if cls.matches(model):
-            return cls()
-    backbone = getattr(model, 'backbone', model)
-    raise UserError(
-        f'model.backbone is {type(backbone).__name__}; expected a Swin Transformer '
-        f'(adapters: {", ".join(sorted(ADAPTERS.module_dict))}). Its attention is what '
-        'images are synthesized from, so other backbones cannot be quantized without data.')
+    adapter = matching_adapter(model)
+    if adapter is None:
+        backbone = getattr(model, 'backbone', model)
+        raise UserError(
+            f'model.backbone is {type(backbone).__name__}; expected a Swin Transformer of mmdet, '
+            'mmseg or timm, or a DeiT of timm. Its attention is what images are synthesized '
+            'from, so other backbones cannot be quantized without data.')
+    return adapter
 
 
 def module_device(module: nn.Module) -> torch.device:
     """Device of a module's first parameter or buffer."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     return next((tensor.device for tensor in tensors), torch.device('cpu'))
+
+
+def pixel_range(channels: int, mean: Optional[Tensor], std: Optional[Tensor],
+                highest: float = 255.) -> Tuple[Tensor, Tensor]:
+    """Smallest and largest pixel after a normalization.
+
+    Args:
+        channels (int): Channels C of an image.
+        mean (Tensor, optional): Subtracted from pixels in [0, highest]; one
+            value, or one for each channel. None for no normalization.
+        std (Tensor, optional): Divided by, likewise.
+        highest (float): The largest pixel before it. Defaults to 255.
+
+    Returns:
+        tuple[Tensor, Tensor]: Shape (1, C, 1, 1) each.
+
+    Raises:
+        UserError: If there are more or fewer values, or std is not positive.
+    """
+    low, high = torch.zeros(channels), torch.full((channels, ), highest)
+    if mean is not None and std is not None:
+        mean, std = mean.flatten().cpu(), std.flatten().cpu()
+        if mean.numel() not in (1, channels) or (std <= 0).any():
+            raise UserError('model.data_preprocessor: mean and std must have one value for '
+                            f'each of {channels} channels, and std must be positive')
+        low, high = (low - mean) / std, (high - mean) / std
+    return low.view(1, -1, 1, 1), high.view(1, -1, 1, 1)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from psaq_mm.adapters import import_hosts
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, apply_plan, named_quant_ops, set_quantization, unwrap
 from psaq_mm.quantization import (
@@ -134,6 +135,7 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
     if not isinstance(packed, Mapping) or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in packed.items()):
         raise _damaged(path, 'its state_dict does not hold tensors by name')
+    import_hosts()  # their ops
     require_same_modules(model, manifest, plan, path)
     with _undone_on_failure(model):
         if next(named_quant_ops(model), None) is None:
@@ -185,7 +187,7 @@ def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str) -> Dict[s
     state = dict(packed)
     for name, op in named_quant_ops(model):
         for role, quantizer in _quantizers(op):
-            channels = op.weight.shape[0] if role == 'weight' else None
+            channels = op.weight.shape[op.roles['weight']] if role == 'weight' else None
             _require_range(state, f'{name}.quantizers.{role}.', quantizer.spec, channels, path)
         weight = op.weight_quantizer
         if weight is None:

@@ -64,11 +64,30 @@ def require_test_data(config: Config) -> None:
     while dataset.get('dataset') is not None:  # wrappers
         dataset = dataset.dataset
     root = dataset.get('data_root') or ''
-    paths = [dataset.get('ann_file') or '', *(dataset.get('data_prefix') or {}).values()]
+    paths = [dataset.get('ann_file') or '', *(dataset.get('data_prefix') or {}).values(),
+             dataset.get('root') or '']
     for path in paths:
         if not isinstance(path, str) or not path or '://' in root + path:
             continue
         full = os.path.join(root, path)
         if not os.path.exists(full):
             raise UserError(f'test_dataloader.dataset: {full} does not exist; put the data '
-                            'there, or set test_dataloader.dataset.data_root')
+                            'there, or set test_dataloader.dataset.data_root (classifiers: .root)')
+
+
+def draw_predictions(config: Config, folder: str) -> None:
+    """Let the config's own hook draw predictions, as the hosts' ``--show-dir``.
+
+    Raises:
+        UserError: If the config has no such hook.
+    """
+    hook = (config.get('default_hooks') or {}).get('visualization')
+    if hook is None:
+        raise UserError('--show-dir: the config has no default_hooks.visualization that would '
+                        'draw predictions')
+    hook.draw = True
+    if 'Seg' in hook.type:  # of mmseg: the visualizer knows the folder
+        hook.interval = 1
+        config.visualizer.save_dir = os.path.join(config.work_dir, folder)
+    else:
+        hook.test_out_dir = folder

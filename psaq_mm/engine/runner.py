@@ -16,12 +16,7 @@ from torch import Tensor, nn
 
 from psaq_mm import api
 from psaq_mm.adapters import find_adapter
-from psaq_mm.checkpoint import (
-    extract_state_dict,
-    is_quantized,
-    load_checkpoint_file,
-    require_match,
-)
+from psaq_mm.checkpoint import fit_float_state, is_quantized, load_checkpoint_file
 from psaq_mm.errors import UserError
 from psaq_mm.registry import HOOKS, LOOPS, RUNNERS
 
@@ -86,8 +81,9 @@ class PSAQRunner(Runner):
         if is_model_wrapper(model):
             model = cast(nn.Module, model.module)
         if not is_quantized(checkpoint):  # the hook checks those that are
-            checkpoint = dict(checkpoint, state_dict=extract_state_dict(checkpoint, filename))
-            require_match(model, checkpoint['state_dict'], filename, allow_extra=True)
+            meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
+            checkpoint = dict(meta=meta or {},
+                              state_dict=fit_float_state(model, checkpoint, filename))
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
         self._has_loaded = True

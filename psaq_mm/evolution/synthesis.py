@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Optional
 import torch
 from torch import Tensor
 
-from psaq_mm.prior import AttentionRecord, PriorState, random_flip, random_roll
+from psaq_mm.prior import PriorState, TeacherRecord, random_flip, random_roll
 
 from .settings import SynthesisSettings
 
@@ -38,8 +38,9 @@ class Synthesizer:
 
     Args:
         settings (SynthesisSettings): The ``synthesis`` section.
-        attention (Callable): Runs the teacher on images of shape
-            (B, C, H, W) and returns one record per attention block.
+        teacher (Callable): Runs the teacher on images of shape (B, C, H, W)
+            and returns a record of what the terms need. Not called if they
+            need nothing.
         lower (Tensor): Smallest valid pixels, shape (1, C, 1, 1).
         upper (Tensor): Largest valid pixels, same shape.
         seed (int): Seed of the generator. Defaults to 0.
@@ -48,14 +49,15 @@ class Synthesizer:
     """
 
     def __init__(self, settings: SynthesisSettings,
-                 attention: Callable[[Tensor], List[AttentionRecord]], lower: Tensor,
+                 teacher: Callable[[Tensor], TeacherRecord], lower: Tensor,
                  upper: Tensor, seed: int = 0, device: Any = 'cpu') -> None:
         self.settings = settings
-        self.attention = attention
+        self.teacher = teacher
         self.device = torch.device(device)
         self.lower, self.upper = lower.to(self.device), upper.to(self.device)
         self.terms = settings.build_priors()
-        self.needs_attention = any(t.needs_attention for t in self.terms.values())
+        self.needs_teacher = any(t.needs_attention or t.needs_batch_norm
+                                 for t in self.terms.values())
         self.generator = torch.Generator().manual_seed(seed)
         self.step_index = 0
         self.finished: List[Tensor] = []
@@ -126,8 +128,9 @@ class Synthesizer:
         shift = settings.shifts[phase]
         images = random_roll(images, (round(shift * height / 224), round(shift * width / 224)),
                              self.generator)
-        records = self.attention(images) if self.needs_attention else []
-        state = PriorState(images=images, attention=records, generator=self.generator)
+        record = self.teacher(images) if self.needs_teacher else TeacherRecord()
+        state = PriorState(images=images, attention=record.attention,
+                           batch_norms=record.batch_norms, generator=self.generator)
         terms = {name: term(state) for name, term in self.terms.items()}
         total = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(total):

@@ -1,13 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Quantized counterparts of float modules, registered by what they replace."""
-from .conv import QuantConv2d
+from .conv import QuantConv2d, QuantConvTranspose2d
 from .convert import apply_plan, named_quant_ops, quantization_enabled, set_quantization, unwrap
 from .linear import QuantLinear
 from .op import QuantOp, op_for, register_op
 from .plan import left_float, plan_quantization
 
 __all__ = [
-    'QuantConv2d', 'QuantLinear', 'QuantOp', 'apply_plan', 'left_float', 'named_quant_ops',
-    'op_for', 'plan_quantization', 'quantization_enabled', 'register_op', 'set_quantization',
-    'unwrap'
+    'QuantConv2d', 'QuantConvTranspose2d', 'QuantLinear', 'QuantOp', 'apply_plan', 'left_float',
+    'named_quant_ops', 'op_for', 'plan_quantization', 'quantization_enabled', 'register_op',
+    'set_quantization', 'unwrap'
 ]

@@ -1,5 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Quantized ``nn.Conv2d``."""
+"""Quantized ``nn.Conv2d`` and ``nn.ConvTranspose2d``."""
+from typing import List, Optional
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .op import QuantOp, register_op
@@ -15,3 +18,25 @@ class QuantConv2d(QuantOp, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x = self.quantize('input', x)
         return self.quantize('output', self._conv_forward(x, self.quantized_weight(), self.bias))
+
+
+@register_op(nn.ConvTranspose2d)
+class QuantConvTranspose2d(QuantOp, nn.ConvTranspose2d):
+    """Transposed convolution with quantized weight (in, out / groups, kh, kw),
+    input and output (B, C, H, W).
+
+    The channel axis of the weight is 1: the output's, as int8 kernels and
+    QuantizeLinear want it. With groups, the channels that stand at the same
+    place of their groups share a range.
+    """
+
+    roles = dict(weight=1, input=1, output=1)
+
+    def forward(self, x: Tensor, output_size: Optional[List[int]] = None) -> Tensor:
+        x = self.quantize('input', x)
+        padding = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size,  # type: ignore[arg-type]
+            2, self.dilation)  # type: ignore[arg-type]
+        out = F.conv_transpose2d(x, self.quantized_weight(), self.bias, self.stride, self.padding,
+                                 padding, self.groups, self.dilation)
+        return self.quantize('output', out)

@@ -1,6 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What images made without data should be like: terms of the synthesis loss."""
 from psaq_mm.prior.augmentation import random_flip, random_roll
+from psaq_mm.prior.batch_norm import channel_statistics, gaussian_divergence
+from psaq_mm.prior.batch_norm_term import BatchNormPrior
 from psaq_mm.prior.density import binned_density, entropy, exact_density
 from psaq_mm.prior.patch_similarity import (
     cosine_similarity_matrix,
@@ -8,7 +10,13 @@ from psaq_mm.prior.patch_similarity import (
     patch_similarity_entropy_v1,
 )
 from psaq_mm.prior.patch_similarity_term import PatchSimilarityPrior
-from psaq_mm.prior.term import AttentionRecord, PriorState, PriorTerm
+from psaq_mm.prior.term import (
+    AttentionRecord,
+    BatchNormRecord,
+    PriorState,
+    PriorTerm,
+    TeacherRecord,
+)
 from psaq_mm.prior.total_variation import (
     total_variation,
     total_variation_loss,
@@ -17,8 +25,9 @@ from psaq_mm.prior.total_variation import (
 from psaq_mm.prior.total_variation_term import TotalVariationPrior
 
 __all__ = [
-    'AttentionRecord', 'PatchSimilarityPrior', 'PriorState', 'PriorTerm', 'TotalVariationPrior',
-    'binned_density', 'cosine_similarity_matrix', 'entropy', 'exact_density',
+    'AttentionRecord', 'BatchNormPrior', 'BatchNormRecord', 'PatchSimilarityPrior', 'PriorState',
+    'PriorTerm', 'TeacherRecord', 'TotalVariationPrior', 'binned_density', 'channel_statistics',
+    'cosine_similarity_matrix', 'entropy', 'exact_density', 'gaussian_divergence',
     'patch_similarity_entropy', 'patch_similarity_entropy_v1', 'random_flip', 'random_roll',
     'total_variation', 'total_variation_loss', 'total_variation_target'
 ]

@@ -2,7 +2,7 @@
 """What a term of the synthesis loss is, and what it may look at."""
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import List, Optional
 
 import torch
@@ -70,6 +70,40 @@ class AttentionRecord:
 
 
 @dataclass
+class BatchNormRecord:
+    """What one BatchNorm layer saw in one forward pass, and what it remembers.
+
+    Args:
+        mean (Tensor): Of its input in this batch, with shape of (C, ).
+        var (Tensor): Biased variance of the same, with shape of (C, ).
+        running_mean (Tensor): As stored in the layer, with shape of (C, ).
+        running_var (Tensor): As stored in the layer, with shape of (C, ).
+        eps (float): What the layer adds to variances.
+    """
+
+    mean: Tensor
+    var: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+
+
+@dataclass
+class TeacherRecord:
+    """What one forward pass of the teacher left behind.
+
+    Args:
+        attention (list[AttentionRecord]): One record for each attention block,
+            in the order of the forward pass.
+        batch_norms (list[BatchNormRecord]): One record for each BatchNorm
+            layer that ran, likewise.
+    """
+
+    attention: List[AttentionRecord] = field(default_factory=list)
+    batch_norms: List[BatchNormRecord] = field(default_factory=list)
+
+
+@dataclass
 class PriorState:
     """What a term may look at in one step.
 
@@ -79,11 +113,14 @@ class PriorState:
         attention (list[AttentionRecord]): One record for each attention block,
             in the order of the forward pass. Empty unless a term needs it.
         generator (torch.Generator): Source of all draws, on the CPU.
+        batch_norms (list[BatchNormRecord]): One record for each BatchNorm
+            layer. Empty unless a term needs it.
     """
 
     images: Tensor
     attention: List[AttentionRecord]
     generator: torch.Generator
+    batch_norms: List[BatchNormRecord] = field(default_factory=list)
 
 
 class PriorTerm(ABC):
@@ -92,6 +129,8 @@ class PriorTerm(ABC):
     Attributes:
         needs_attention (bool): Whether the term reads ``PriorState.attention``,
             so that a run without such a term need not record it.
+        needs_batch_norm (bool): Whether it reads ``PriorState.batch_norms``;
+            the heads then run in each step, too.
 
     Args:
         weight (float): Factor of the term. Defaults to 1.0.
@@ -101,6 +140,7 @@ class PriorTerm(ABC):
     """
 
     needs_attention: bool = False
+    needs_batch_norm: bool = False
 
     def __init__(self, weight: float = 1.0) -> None:
         require(is_number(weight) and weight >= 0, 'weight', 'a number of at least 0', weight)

@@ -12,9 +12,14 @@ from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.models.layers import PatchEmbed
 from torch import nn
 
-from psaq_mm.adapters import MMDetSwinAdapter, find_adapter
+from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import module_device
-from psaq_mm.adapters.mmdet_swin import QuantPatchEmbed, QuantSwinBlock, QuantWindowMSA
+from psaq_mm.adapters.mmdet_swin import (
+    MMDetSwinAdapter,
+    QuantPatchEmbed,
+    QuantSwinBlock,
+    QuantWindowMSA,
+)
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, apply_plan, plan_quantization, set_quantization
 from psaq_mm.quantization import Quantizer, QuantSpec, sqnr_db
@@ -586,7 +591,7 @@ def test_forward():
 
 
 def test_forward_of_a_backbone_as_a_model():
-    with pytest.raises(UserError, match="scope='model' needs a whole detector"):
+    with pytest.raises(UserError, match="scope='model' needs a whole model"):
         ADAPTER.forward(swin(), torch.randn(1, 3, 28, 28), 'model')
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from psaq_mm.evolution import SynthesisSettings, Synthesizer, learning_rate_factor
-from psaq_mm.prior import AttentionRecord
+from psaq_mm.prior import AttentionRecord, TeacherRecord
 
 LOWER = torch.tensor([-2., -1., 0.]).view(1, 3, 1, 1)
 UPPER = torch.tensor([2., 3., 0.5]).view(1, 3, 1, 1)
@@ -22,7 +22,7 @@ def attention(images):
     """A stand-in for a network: its output is the windows' pixels."""
     windows = images.unfold(2, 7, 7).unfold(3, 7, 7)  # (B, 3, rows, columns, 7, 7)
     tokens = windows.permute(0, 2, 3, 4, 5, 1).reshape(-1, 49, 1, 3)
-    return [AttentionRecord(output=tokens)]
+    return TeacherRecord(attention=[AttentionRecord(output=tokens)])
 
 
 def synthesizer(seed=0, run=attention, **changes):
@@ -186,13 +186,13 @@ def broken_at(step, value):
 
     def run(images):
         calls.append(len(images))
-        records = attention(images)
+        record = attention(images)
         if len(calls) == step + 1:
             if value == 'gradient':
-                records[0].output.register_hook(lambda grad: grad * math.nan)
+                record.attention[0].output.register_hook(lambda grad: grad * math.nan)
             else:
-                records[0].output = records[0].output * value
-        return records
+                record.attention[0].output = record.attention[0].output * value
+        return record
 
     return run
 

@@ -1,16 +1,18 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""QuantConv2d against torch's fake quantize and F.conv2d."""
+"""QuantConv2d and QuantConvTranspose2d against torch's fake quantize and F."""
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import calibrated_op
+from mmcv.cnn.bricks.wrappers import Conv2d as MMCVConv2d
+from mmcv.cnn.bricks.wrappers import ConvTranspose2d as MMCVConvTranspose2d
+from mmcv.cnn.bricks.wrappers import Linear as MMCVLinear
 from torch import nn
 
-from psaq_mm.adapters import MMCV_LINEAR
-from psaq_mm.adapters.mmcv_layers import MMCV_CONV2D
-from psaq_mm.ops import QuantConv2d, QuantLinear, op_for
+from psaq_mm.adapters import mmcv_layers  # noqa: F401 (registers what is tested)
+from psaq_mm.ops import QuantConv2d, QuantConvTranspose2d, QuantLinear, op_for
 from psaq_mm.quantization import QuantSpec
 
 
@@ -123,15 +125,52 @@ def test_gradients(learnable):
 def test_classes():
     assert op_for(nn.Conv2d(1, 1, 1)) is QuantConv2d
     assert op_for(nn.Conv1d(1, 1, 1)) is None
-    assert op_for(nn.ConvTranspose2d(1, 1, 1)) is None
-    assert op_for(MMCV_CONV2D(1, 1, 1)) is QuantConv2d
-    assert op_for(MMCV_LINEAR(1, 1)) is QuantLinear
+    assert op_for(nn.ConvTranspose1d(1, 1, 1)) is None
+    assert op_for(nn.ConvTranspose2d(1, 1, 1)) is QuantConvTranspose2d
+    assert op_for(MMCVConv2d(1, 1, 1)) is QuantConv2d
+    assert op_for(MMCVLinear(1, 1)) is QuantLinear
+    assert op_for(MMCVConvTranspose2d(1, 1, 1)) is QuantConvTranspose2d
 
 
 def test_mmcv_conv():
-    conv, x = MMCV_CONV2D(4, 6, 3, stride=2), torch.randn(2, 4, 9, 11)
+    conv, x = MMCVConv2d(4, 6, 3, stride=2), torch.randn(2, 4, 9, 11)
     op = calibrated(conv, x, weight=QuantSpec(4, True, 'per_channel'))
     expected = F.conv2d(x, symmetric_per_channel(conv.weight, 4, 0), conv.bias, stride=2)
     assert torch.equal(op(x), expected)
     empty = torch.zeros(0, 4, 9, 11)
     assert op(empty).shape == conv(empty).shape == (0, 6, 4, 5)
+
+
+# Transposed convolutions
+
+
+@pytest.mark.parametrize('kind', [nn.ConvTranspose2d, MMCVConvTranspose2d])
+@pytest.mark.parametrize('arguments', [
+    dict(kernel_size=2, stride=2), dict(kernel_size=3, padding=1, bias=False),
+    dict(kernel_size=(3, 2), stride=(2, 3), padding=(1, 0), output_padding=(1, 0),
+         dilation=(1, 2)),
+    dict(kernel_size=2, stride=2, groups=2)])
+def test_transposed(kind, arguments):
+    conv, x = kind(4, 6, **arguments), torch.randn(2, 4, 5, 7)
+    op = QuantConvTranspose2d.from_float(conv, dict(
+        weight=QuantSpec(4, True, 'per_channel'), input=QuantSpec(8, True, 'per_channel')))
+    assert torch.equal(op(x), conv(x))  # off
+    calibrated_op(op, x)
+    # the weight's ranges are the output channels': axis 1 of (in, out / groups, kh, kw)
+    assert op.weight_quantizer.scale.shape == (6 // arguments.get('groups', 1), )
+    names = ('stride', 'padding', 'output_padding', 'groups', 'dilation')
+    expected = F.conv_transpose2d(
+        symmetric_per_channel(x, 8, 1), symmetric_per_channel(conv.weight, 4, 1), conv.bias,
+        **{name: getattr(conv, name) for name in names})
+    assert torch.equal(op(x), expected)
+    empty = torch.zeros(0, 4, 5, 7)
+    assert op(empty).shape == (0, *expected.shape[1:])
+
+
+def test_transposed_output_size():
+    conv, x = nn.ConvTranspose2d(2, 3, 3, stride=2), torch.randn(1, 2, 4, 4)
+    op = QuantConvTranspose2d.from_float(conv, dict(weight=QuantSpec(8, True, 'per_channel')))
+    for size in ([9, 9], [10, 10], [9, 10]):
+        assert torch.equal(op(x, output_size=size), conv(x, output_size=size))
+    with pytest.raises(ValueError, match='requested an output size'):
+        op(x, output_size=[12, 12])

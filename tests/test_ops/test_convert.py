@@ -7,7 +7,7 @@ import torch
 from mmdet.models.backbones.swin import SwinTransformer
 from torch import nn
 
-from psaq_mm.adapters import MMDetSwinAdapter
+from psaq_mm.adapters.mmdet_swin import MMDetSwinAdapter
 from psaq_mm.ops import (
     QuantLinear,
     QuantOp,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from mmdet.models.backbones.swin import SwinTransformer
 from torch import nn
 
-from psaq_mm.adapters import MMDetSwinAdapter
+from psaq_mm.adapters.mmdet_swin import MMDetSwinAdapter
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, apply_plan, plan_quantization
 from psaq_mm.quantization import QuantSpec

@@ -54,11 +54,8 @@ class ContactSheetHook(PSAQHook):
         self.columns = columns
 
     def after_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
-        preprocessor = getattr(runner.teacher, 'data_preprocessor', None)
-        # The model sees RGB if its preprocessor turns OpenCV's BGR around.
-        rgb = bool(getattr(preprocessor, '_channel_conversion', False))
         sheet = contact_sheet(runner.images, synthesizer.lower.cpu(), synthesizer.upper.cpu(),
-                              rgb, self.columns)
+                              runner.adapter.is_rgb(runner.teacher), self.columns)
         path = Path(runner.work_dir) / 'synthetic.png'
         save_bytes(sheet, path)
         runner.logger.info(f'images: {path}')

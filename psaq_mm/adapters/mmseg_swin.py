@@ -1,0 +1,33 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""mmseg's Swin Transformer, alone or as the backbone of any model."""
+from mmseg.models.backbones.swin import ShiftWindowMSA, SwinBlock, SwinTransformer, WindowMSA
+from mmseg.models.utils import PatchEmbed
+
+from psaq_mm.ops import register_op
+from psaq_mm.registry import ADAPTERS
+
+from .openmmlab_swin import OpenMMLabSwinAdapter, PatchEmbedOp, SwinBlockOp, WindowMSAOp
+
+
+@register_op(WindowMSA)
+class QuantMMSegWindowMSA(WindowMSAOp, WindowMSA):
+    """Window attention with its two matmuls quantized."""
+
+
+@register_op(SwinBlock)
+class QuantMMSegSwinBlock(SwinBlockOp, SwinBlock):
+    """Swin block with the residual stream quantized after both additions."""
+
+
+@register_op(PatchEmbed)
+class QuantMMSegPatchEmbed(PatchEmbedOp, PatchEmbed):
+    """Patch embedding with its output, after the norm, quantized."""
+
+
+@ADAPTERS.register_module()
+class MMSegSwinAdapter(OpenMMLabSwinAdapter):
+    """Models with mmseg's Swin Transformer."""
+
+    backbone_class = SwinTransformer
+    block_class = SwinBlock
+    shift_window_class = ShiftWindowMSA

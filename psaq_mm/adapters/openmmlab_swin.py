@@ -1,0 +1,269 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What mmdet's and mmseg's Swin Transformers share.
+
+The two are classes of their own with the same submodules and the same code;
+``mmdet_swin.py`` and ``mmseg_swin.py`` bind what is here to each.
+"""
+import copy
+from contextlib import contextmanager
+from typing import Any, ClassVar, Dict, Iterator, List, Mapping, Optional, Tuple
+
+from torch import Tensor, nn
+
+from psaq_mm.errors import UserError
+from psaq_mm.ops import QuantOp
+from psaq_mm.prior import AttentionRecord
+
+from . import mmcv_layers  # noqa: F401 (registers the ops of the heads' layers)
+from .adapter import Adapter, AttentionRecorder, pixel_range
+from .swin_layouts import OPENMMLAB, SWIN_AUTHORS, convert_openmmlab_swin
+from .window_tokens import valid_tokens
+
+
+class WindowMSAOp(QuantOp):
+    """Window attention with its two matmuls quantized.
+
+    Modifications:
+        - query, key, softmax output and value pass quantizers before the
+          matmuls that consume them (placement ``operands``), or the logits
+          and the position bias do (placement ``v1``);
+        - nothing else: ``qkv`` and ``proj`` are ops of their own.
+
+    The channel axis of all of them is the head.
+    """
+
+    roles = dict(query=1, key=1, attention=1, value=1, logits=1, bias_table=0)
+
+    num_heads: int
+    scale: float
+    relative_position_bias_table: Tensor
+    relative_position_index: Tensor
+    qkv: nn.Module
+    softmax: nn.Module
+    attn_drop: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Args:
+            x (Tensor): Input features with shape of (num_windows*B, N, C).
+            mask (Tensor, optional): Shape (num_windows, N, N), 0 or -100.
+                Defaults to None.
+
+        Returns:
+            Tensor: Shape (num_windows*B, N, C).
+        """
+        n_windows, n_tokens, channels = x.shape
+        heads = self.num_heads
+        qkv = self.qkv(x).reshape(n_windows, n_tokens, 3, heads, channels // heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (num_windows*B, heads, N, head_dim) each
+        q = self.quantize('query', q * self.scale)
+        k = self.quantize('key', k)
+        logits = self.quantize('logits', q @ k.transpose(-2, -1))
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
+        bias = bias.view(n_tokens, n_tokens, heads).permute(2, 0, 1).contiguous()
+        logits = logits + self.quantize('bias_table', bias).unsqueeze(0)
+        if mask is not None:
+            logits = logits.view(-1, mask.shape[0], heads, n_tokens, n_tokens)
+            logits = logits + mask.unsqueeze(1).unsqueeze(0)
+            logits = logits.view(-1, heads, n_tokens, n_tokens)
+        attention = self.attn_drop(self.softmax(logits))
+        attention = self.quantize('attention', attention)
+        out = attention @ self.quantize('value', v)
+        out = out.transpose(1, 2).reshape(n_windows, n_tokens, channels)
+        return self.proj_drop(self.proj(out))
+
+
+class SwinBlockOp(QuantOp):
+    """Swin block with the residual stream quantized after both additions.
+
+    Modifications: as said; activation checkpointing is not supported.
+    """
+
+    roles = dict(attention_residual=-1, ffn_residual=-1)
+
+    norm1: nn.Module
+    norm2: nn.Module
+    attn: nn.Module
+    ffn: nn.Module
+
+    def forward(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
+        """Args:
+            x (Tensor): Shape (B, H*W, C).
+            hw_shape (tuple[int, int]): H and W.
+
+        Returns:
+            Tensor: Shape (B, H*W, C).
+        """
+        x = self.quantize('attention_residual', x + self.attn(self.norm1(x), hw_shape))
+        return self.quantize('ffn_residual', self.ffn(self.norm2(x), identity=x))
+
+
+class PatchEmbedOp(QuantOp):
+    """Patch embedding with its output, after the norm, quantized."""
+
+    roles = dict(output=-1)
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
+        """Args:
+            x (Tensor): Images of shape (B, C, H, W).
+
+        Returns:
+            tuple: Tokens of shape (B, h*w, embed_dims), and (h, w).
+        """
+        tokens, hw_shape = super().forward(x)
+        return self.quantize('output', tokens), hw_shape
+
+
+@contextmanager
+def _fewer_proposals(model: nn.Module, count: int = 64) -> Iterator[None]:
+    """Within the block, no more than ``count`` regions of an image reach the
+    RoI heads: 1000 would take gigabytes with gradients [choice]."""
+    head: Any = getattr(model, 'rpn_head', None)
+    if head is None or head.test_cfg is None:
+        yield
+        return
+    before = head.test_cfg
+    head.test_cfg = copy.deepcopy(before)
+    head.test_cfg.max_per_img = min(count, before.get('max_per_img', count))
+    try:
+        yield
+    finally:
+        head.test_cfg = before
+
+
+class OpenMMLabSwinAdapter(Adapter):
+    """Models whose ``backbone`` is a Swin Transformer, or that alone.
+
+    Subclasses name the host's classes.
+    """
+
+    backbone_class: ClassVar[type]
+    block_class: ClassVar[type]
+    shift_window_class: ClassVar[type]
+
+    layouts = {OPENMMLAB: 'backbone.stages.0.blocks.0.attn.w_msa.qkv.weight',
+               SWIN_AUTHORS: 'backbone.layers.0.blocks.0.attn.qkv.weight'}
+
+    V1_OUTPUTS = ('patch_embed', 'attn.w_msa.qkv', 'attn.w_msa.proj', 'ffn.layers.1',
+                  'downsample.reduction')
+    """Ends of the names of modules whose output V1 quantizes [v1]."""
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return isinstance(getattr(model, 'backbone', model), cls.backbone_class)
+
+    def backbone_name(self, model: nn.Module) -> str:
+        return '' if isinstance(model, self.backbone_class) else 'backbone'
+
+    def in_scope(self, model: nn.Module, name: str, scope: str) -> bool:
+        # An auxiliary head of mmseg has no part in inference: it stays float.
+        return super().in_scope(model, name, scope) and not (
+            name == 'auxiliary_head' or name.startswith('auxiliary_head.'))
+
+    def is_output_point(self, model: nn.Module, name: str) -> bool:
+        return self.in_scope(model, name, 'backbone') and any(
+            name == end or name.endswith('.' + end) for end in self.V1_OUTPUTS)
+
+    def is_patch_embed(self, model: nn.Module, name: str) -> bool:
+        prefix = self.backbone_name(model)
+        return name == (prefix + '.' if prefix else '') + 'patch_embed.projection'
+
+    def follows_proposals(self, model: nn.Module, name: str) -> bool:
+        return name.startswith('roi_head.')
+
+    def valid_range(self, model: nn.Module) -> Tuple[Tensor, Tensor]:
+        channels = self._backbone(model).patch_embed.projection.in_channels
+        preprocessor = getattr(model, 'data_preprocessor', None)
+        mean, std = getattr(preprocessor, 'mean', None), getattr(preprocessor, 'std', None)
+        return pixel_range(channels, mean, std)
+
+    def is_rgb(self, model: nn.Module) -> bool:
+        # The preprocessors turn OpenCV's BGR around, or not.
+        preprocessor = getattr(model, 'data_preprocessor', None)
+        return bool(getattr(preprocessor, '_channel_conversion',
+                            getattr(preprocessor, 'channel_conversion', False)))
+
+    def convert_state(self, model: nn.Module,
+                      state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], str]:
+        return convert_openmmlab_swin(state, self.backbone_name(model))
+
+    def forward_backbone(self, model: nn.Module, images: Tensor) -> Tuple[Tensor, ...]:
+        return tuple(self._backbone(model)(images))
+
+    def forward_model(self, model: nn.Module, images: Tensor) -> None:
+        if isinstance(model, self.backbone_class):
+            raise UserError("quantization.scope='model' needs a whole model, got a backbone")
+        size = (images.shape[2], images.shape[3])
+        meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
+                    scale_factor=(1.0, 1.0), padding_size=[0, 0, 0, 0])
+        if hasattr(model, 'encode_decode'):  # a segmentor, of mmseg
+            model.encode_decode(images, [dict(meta) for _ in images])
+            return
+        from mmdet.structures import DetDataSample
+        samples = []
+        for index in range(len(images)):
+            sample = DetDataSample()
+            sample.set_metainfo(dict(meta, img_id=index))
+            samples.append(sample)
+        # 'tensor' mode runs RoI heads on the region proposals themselves, so
+        # every head sees data even where nothing is detected.
+        model(images, samples, mode='tensor')
+
+    def forward_norms(self, model: nn.Module, images: Tensor) -> None:
+        if isinstance(model, self.backbone_class):
+            self.forward_backbone(model, images)
+        elif hasattr(model, 'encode_decode'):
+            features = model.extract_feat(images)
+            heads = [model.decode_head, getattr(model, 'auxiliary_head', None)]
+            for head in heads:
+                for part in head if isinstance(head, nn.ModuleList) else [head]:
+                    if part is not None:
+                        part(features)
+        else:
+            with _fewer_proposals(model):
+                self.forward_model(model, images)
+
+    @contextmanager
+    def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:
+        recorder = AttentionRecorder()
+        handles: List[Any] = []
+        checkpointed: Dict[nn.Module, bool] = {}
+        backbone = self._backbone(model)
+        for module in backbone.modules():
+            if isinstance(module, self.block_class):
+                # Recomputed activations would not be the recorded ones.
+                checkpointed[module] = module.with_cp
+                module.with_cp = False
+            if isinstance(module, self.shift_window_class):
+                self._record_block(module, recorder, handles)
+        try:
+            yield recorder
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, with_cp in checkpointed.items():
+                module.with_cp = with_cp  # type: ignore[assignment]
+
+    @staticmethod
+    def _record_block(block: Any, recorder: AttentionRecorder,
+                      handles: List[Any]) -> None:
+        shape: Dict[str, Tuple[int, int]] = {}
+
+        def note_shape(module: nn.Module, args: Any, kwargs: Any) -> None:
+            shape['hw'] = kwargs['hw_shape'] if 'hw_shape' in kwargs else args[1]
+
+        def note_output(module: nn.Module, args: Any) -> None:
+            # The input of `proj` is attn @ v with the heads side by side.
+            heads = block.w_msa.num_heads
+            height, width = shape['hw']
+            valid = valid_tokens(int(height), int(width), block.window_size, block.shift_size)
+            recorder.records.append(AttentionRecord(
+                output=args[0].unflatten(-1, (heads, -1)),
+                valid=None if valid is None else valid.to(args[0].device)))
+
+        handles.append(block.register_forward_pre_hook(note_shape, with_kwargs=True))
+        handles.append(block.w_msa.proj.register_forward_pre_hook(note_output))
+
+    def _backbone(self, model: nn.Module) -> Any:
+        return model if isinstance(model, self.backbone_class) else model.backbone
