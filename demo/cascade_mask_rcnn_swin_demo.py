@@ -48,7 +48,7 @@ model = dict(
             pos_weight=-1,
             debug=False) for iou in (0.5, 0.6, 0.7)
     ]))
-max_iters = 5000
+max_iters = 4000
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=300),
     dict(type='CosineAnnealingLR', by_epoch=False, begin=300, end=max_iters, eta_min=0.),
