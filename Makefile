@@ -1,12 +1,14 @@
 # make demo   set up, quantize the demo detector without data, evaluate it
 # make test   set up, run the tests
 # make lint   set up, run ruff and mypy
+# make reproduce-dry-run   set up, run every shipped config end to end on random
+#             weights and two made-up images: an hour or two on a CPU
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint reproduce-dry-run clean
 
 setup: $(READY)
 
@@ -32,6 +34,9 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+reproduce-dry-run: $(READY)
+	$(BIN)/python benchmarks/reproduce_dry_run.py
 
 clean:
 	rm -rf $(VENV) work_dirs demo/data

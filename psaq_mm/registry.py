@@ -1,13 +1,16 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The ``psaq_mm`` scope: every exchangeable part is registered here.
 
-The first three registries are children of mmengine's, so any OpenMMLab config
+The first six registries are children of mmengine's, so any OpenMMLab config
 may say ``type='psaq_mm.QuantizedCheckpointHook'``; mmengine then imports this
 module by itself, and ``locations`` makes it import the parts, so configs need
 no ``custom_imports``. The others are roots: they exist in this project alone.
 """
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
+from mmengine.registry import METRICS as MMENGINE_METRICS
+from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
 from mmengine.registry import Registry
 
@@ -22,6 +25,18 @@ LOOPS = Registry(
 RUNNERS = Registry(
     'runner', parent=MMENGINE_RUNNERS, scope='psaq_mm', locations=['psaq_mm.engine.runner'])
 """Runners that drive the phases."""
+
+MODELS = Registry(
+    'model', parent=MMENGINE_MODELS, scope='psaq_mm', locations=['psaq_mm.classification'])
+"""Models of libraries that do not know mmengine."""
+
+DATASETS = Registry(
+    'dataset', parent=MMENGINE_DATASETS, scope='psaq_mm', locations=['psaq_mm.classification'])
+"""Data sets to evaluate those models on."""
+
+METRICS = Registry(
+    'metric', parent=MMENGINE_METRICS, scope='psaq_mm', locations=['psaq_mm.classification'])
+"""What is measured on those data sets."""
 
 OBSERVERS = Registry(
     'observer', scope='psaq_mm', locations=['psaq_mm.quantization.observers'])

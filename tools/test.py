@@ -6,7 +6,7 @@
 import argparse
 import os
 
-from psaq_mm.checkpoint import ensure_writable_dir, save_json
+from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json
 from psaq_mm.engine import PSAQRunner, load_config, read_sections, resolve_device
 from psaq_mm.engine.command_line import (
     ConfigOptions,
@@ -65,7 +65,7 @@ def main() -> None:
     if not any(hook.get('type') == HOOK for hook in hooks):
         config.custom_hooks = [*hooks, dict(type=HOOK)]  # a plain mmdet config
     runner = PSAQRunner.from_cfg(config)
-    metrics = runner.test()
+    metrics = plain(runner.test())  # mmseg returns numpy's numbers
     print(f'{args.checkpoint}: {kind}')
     for name, value in metrics.items():
         print(f'  {name}: {value}')

@@ -138,9 +138,9 @@ class OpenMMLabSwinAdapter(Adapter):
     Subclasses name the host's classes.
     """
 
-    backbone_class: ClassVar[type]
-    block_class: ClassVar[type]
-    shift_window_class: ClassVar[type]
+    backbone_class: ClassVar[Any]
+    block_class: ClassVar[Any]
+    shift_window_class: ClassVar[Any]
 
     layouts = {OPENMMLAB: 'backbone.stages.0.blocks.0.attn.w_msa.qkv.weight',
                SWIN_AUTHORS: 'backbone.layers.0.blocks.0.attn.qkv.weight'}
@@ -191,7 +191,7 @@ class OpenMMLabSwinAdapter(Adapter):
     def forward_backbone(self, model: nn.Module, images: Tensor) -> Tuple[Tensor, ...]:
         return tuple(self._backbone(model)(images))
 
-    def forward_model(self, model: nn.Module, images: Tensor) -> None:
+    def forward_model(self, model: Any, images: Tensor) -> None:
         if isinstance(model, self.backbone_class):
             raise UserError("quantization.scope='model' needs a whole model, got a backbone")
         size = (images.shape[2], images.shape[3])
@@ -210,7 +210,7 @@ class OpenMMLabSwinAdapter(Adapter):
         # every head sees data even where nothing is detected.
         model(images, samples, mode='tensor')
 
-    def forward_norms(self, model: nn.Module, images: Tensor) -> None:
+    def forward_norms(self, model: Any, images: Tensor) -> None:
         if isinstance(model, self.backbone_class):
             self.forward_backbone(model, images)
         elif hasattr(model, 'encode_decode'):
@@ -228,8 +228,9 @@ class OpenMMLabSwinAdapter(Adapter):
     def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:
         recorder = AttentionRecorder()
         handles: List[Any] = []
-        checkpointed: Dict[nn.Module, bool] = {}
+        checkpointed: Dict[Any, bool] = {}
         backbone = self._backbone(model)
+        module: Any
         for module in backbone.modules():
             if isinstance(module, self.block_class):
                 # Recomputed activations would not be the recorded ones.
@@ -243,7 +244,7 @@ class OpenMMLabSwinAdapter(Adapter):
             for handle in handles:
                 handle.remove()
             for module, with_cp in checkpointed.items():
-                module.with_cp = with_cp  # type: ignore[assignment]
+                module.with_cp = with_cp
 
     @staticmethod
     def _record_block(block: Any, recorder: AttentionRecorder,

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Does a checkpoint fit a model? Where not, the first differences by name."""
+import re
 from typing import Any, Iterator, List, Mapping, Optional
 
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ def first_differences(model: nn.Module, state: Mapping[str, Tensor],
         model (nn.Module): The model.
         state (Mapping[str, Tensor]): The state dict.
         allow_extra (bool): Whether keys that the model does not have are
-            fine. Defaults to False.
+            fine, but for those of further blocks: every other weight of a
+            deeper model may fit. Defaults to False.
 
     Returns:
         str: Empty if it fits.
@@ -49,7 +51,9 @@ def first_differences(model: nn.Module, state: Mapping[str, Tensor],
         parts.append(f'of another shape: {_some(shapes)}')
     if types:
         parts.append(f'of another type: {_some(types)}')
-    if extra and not allow_extra:
+    if allow_extra:
+        extra = [k for k in extra if re.search(r'(^|\.)blocks\.\d+\.', k)]
+    if extra:
         parts.append(f'unexpected: {_some(extra)}')
     return '; '.join(parts)
 

@@ -10,7 +10,6 @@ a float weight without a word.
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,29 +27,8 @@ from psaq_mm.quantization.spec import PER_TENSOR
 
 from .manifest import MANIFEST_KEY, build_manifest, plan_of_manifest, read_manifest
 from .matching import require_match, require_same_modules
+from .plain import plain
 from .safe_load import require_finite
-
-
-def plain(value: Any) -> Any:
-    """A copy of nested dicts and lists without what is not a plain value.
-
-    What ``torch.load(weights_only=True)`` reads: str, numbers, None, lists
-    and dicts of them. Tuples become lists, numbers of numpy and subclasses
-    of str, int and float lose their class, and None takes the place of
-    anything else.
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool):
-        return value
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, Mapping):
-        return {plain(k): plain(v) for k, v in value.items() if isinstance(k, (str, int))}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return None
 
 
 def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = None,

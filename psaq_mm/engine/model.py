@@ -41,7 +41,7 @@ def resolve_device(name: str) -> torch.device:
 def build_float_model(config: Config) -> nn.Module:
     """Build the model of a config on the CPU, without weights.
 
-    SyncBN becomes BN: quantization runs in one process. The ``Pretrained``
+    SyncBN becomes BN: here it runs in one process. The ``Pretrained``
     weights that a config names are not read: the checkpoint replaces them.
 
     Raises:
@@ -50,6 +50,8 @@ def build_float_model(config: Config) -> nn.Module:
     init_default_scope(config.get('default_scope') or 'mmdet')
     try:
         model = MODELS.build(copy.deepcopy(config.model))
+    except UserError:
+        raise
     except Exception as error:  # a config may name anything
         raise UserError(f'the model of config {config.filename} cannot be built '
                         f'({type(error).__name__}): {" ".join(str(error).split())[:500]}') \

@@ -37,6 +37,7 @@ class QuantConvTranspose2d(QuantOp, nn.ConvTranspose2d):
         padding = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size,  # type: ignore[arg-type]
             2, self.dilation)  # type: ignore[arg-type]
-        out = F.conv_transpose2d(x, self.quantized_weight(), self.bias, self.stride, self.padding,
-                                 padding, self.groups, self.dilation)
+        out = F.conv_transpose2d(
+            x, self.quantized_weight(), self.bias, self.stride,
+            self.padding, padding, self.groups, self.dilation)  # type: ignore[arg-type]
         return self.quantize('output', out)

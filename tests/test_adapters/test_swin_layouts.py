@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
+from conftest import ROOT, load_script
 from mmdet.models.backbones import SwinTransformer as MMDetSwin
 from mmseg.models.backbones import SwinTransformer as MMSegSwin
-from published_layouts import concatenated, to_swin_authors_detection
 from torch import nn
 
 from psaq_mm import UserError
@@ -18,6 +18,9 @@ from psaq_mm.adapters.swin_layouts import (
 )
 from psaq_mm.checkpoint import load_float_weights
 
+LAYOUTS = load_script(ROOT / 'benchmarks' / 'published_layouts.py')
+concatenated = LAYOUTS.concatenated
+to_swin_authors_detection = LAYOUTS.to_swin_authors_detection
 SMALL = dict(embed_dims=16, depths=(2, 2), num_heads=(1, 2), strides=(4, 2), out_indices=(0, 1))
 
 

@@ -126,12 +126,18 @@ def test_other_models(other, match, state, tmp_path):
     assert_refused(swin(**other), saved(state, tmp_path), match)
 
 
-def test_smaller_model_only_warns(state, tmp_path, warnings):
-    """All that it needs is there: the rest may be a head."""
-    model = swin(depths=(2, 1))
-    load_float_weights(model, saved(state, tmp_path))
+def test_further_head_only_warns(state, tmp_path, warnings):
+    """All that the model needs is there: the rest is of no use to it."""
+    model = swin()
+    load_float_weights(model, saved({**state, 'head.fc.weight': torch.ones(2, 2)}, tmp_path))
     assert_loaded(model, state)
-    assert 'stages.1.blocks.1' in warnings.text
+    assert 'head.fc.weight' in warnings.text
+
+
+def test_further_blocks_are_of_another_model(state, tmp_path):
+    """Every weight of the smaller model is there, and it is another network."""
+    assert_refused(swin(depths=(2, 1)), saved(state, tmp_path),
+                   'unexpected: stages.1.blocks.1.')
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])

@@ -7,17 +7,24 @@ from mmengine.config import Config
 from psaq_mm import UserError
 from psaq_mm.engine import load_config, read_sections
 
-SHIPPED = sorted((ROOT / 'configs').glob('*.py'))
-BASES = sorted((ROOT / 'configs' / '_base_').glob('*.py'))
+QUANTIZED = sorted((ROOT / 'configs').glob('*_w?a?.py'))
+BASES = sorted((ROOT / 'configs' / '_base_').glob('*w?a?.py'))
+DEPTHS = dict(t=[2, 2, 6, 2], s=[2, 2, 18, 2], b=[2, 2, 18, 2])
+WIDTHS = dict(t=96, s=96, b=128)
 
 
 def test_all_configs_are_there():
-    names = {p.stem for p in SHIPPED}
-    assert names >= {f'mask_rcnn_swin_{size}_{bits}' for size in 'ts'
-                     for bits in ('w8a8', 'w6a6', 'w4a8', 'w4a4')}
+    names = {p.stem for p in QUANTIZED}
+    every = ('w8a8', 'w6a6', 'w4a8', 'w4a4')
+    detectors = {f'{family}_{size}_{bits}' for bits in every for family, sizes in (
+        ('mask_rcnn_swin', 'ts'), ('cascade_mask_rcnn_swin', 'tsb'), ('upernet_swin', 'tsb'),
+        ('retinanet_swin', 't')) for size in sizes}
+    classifiers = {f'{name}_{bits}' for bits in ('w8a8', 'w4a8')
+                   for name in ('deit_t', 'deit_s', 'deit_b', 'swin_t', 'swin_s')}
+    assert names == detectors | classifiers
 
 
-@pytest.mark.parametrize('path', SHIPPED, ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', QUANTIZED, ids=lambda p: p.stem)
 def test_shipped_config(path):
     config = load_config(path)
     settings = read_sections(config).quantization
@@ -25,8 +32,11 @@ def test_shipped_config(path):
     assert f'w{settings.spec_for("x", "weight").bits}a{settings.spec_for("x", "input").bits}' \
         == bits
     assert settings.spec_for('x', 'weight', patch_embed=True).bits == 8
-    assert config.model.backbone.type == 'SwinTransformer'
-    assert config.model.backbone.depths[2] == (6 if '_t_' in path.stem else 18)
+    if config.model.type != 'psaq_mm.TimmClassifier':
+        assert config.model.backbone.type == 'SwinTransformer'
+        size = path.stem.split('swin_')[1][0]
+        assert config.model.backbone.depths == DEPTHS[size]
+        assert config.model.backbone.embed_dims == WIDTHS[size]
     assert len(path.read_text().splitlines()) <= 5
 
 

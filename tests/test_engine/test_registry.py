@@ -23,15 +23,24 @@ def test_hook_is_found_from_another_scope(scope, module):
 
 
 def test_every_kind_of_part_is_registered():
+    import mmdet.models
+    import mmseg.models
+    import timm
+
     from psaq_mm import registry
+    from psaq_mm.adapters import import_hosts
+    assert mmdet.models and mmseg.models and timm  # their parts come with them
+    import_hosts()
     expected = dict(
         HOOKS={'QuantizedCheckpointHook', 'ProgressHook', 'ReportHook', 'ResumeHook',
                'ContactSheetHook'},
         LOOPS={'SynthesisLoop', 'CalibrationLoop'}, RUNNERS={'PSAQRunner'},
         OBSERVERS={'MinMaxObserver', 'MSEObserver', 'PercentileObserver'},
-        PRIORS={'PatchSimilarityPrior', 'TotalVariationPrior'},
-        QUANT_OPS={'QuantLinear', 'QuantConv2d', 'QuantWindowMSA'},
-        ADAPTERS={'MMDetSwinAdapter'})
+        PRIORS={'PatchSimilarityPrior', 'TotalVariationPrior', 'BatchNormPrior'},
+        QUANT_OPS={'QuantLinear', 'QuantConv2d', 'QuantConvTranspose2d', 'QuantWindowMSA',
+                   'QuantMMSegWindowMSA', 'QuantTimmWindowAttention', 'QuantTimmAttention'},
+        ADAPTERS={'MMDetSwinAdapter', 'MMSegSwinAdapter', 'TimmSwinAdapter', 'TimmViTAdapter'},
+        MODELS={'TimmClassifier'}, DATASETS={'ImageFolder'}, METRICS={'TopKAccuracy'})
     for name, parts in expected.items():
         found = getattr(registry, name)
         found.import_from_location()

@@ -2,7 +2,8 @@
 """Weights in the layouts that they were published in, made from models of today.
 
 Written from the layouts' documented names and formulas, the other way round
-than the converter, and shared with the dry run of all configs.
+than the converter. The dry run of all configs and the tests make checkpoints
+with it.
 """
 from typing import Dict, Mapping
 
@@ -42,3 +43,24 @@ def concatenated(value: Tensor) -> Tensor:
     for row, column in ((0, 0), (1, 0), (0, 1), (1, 1)):
         parts.append(value[..., [c * 4 + row * 2 + column for c in range(channels)]])
     return torch.cat(parts, -1)
+
+
+def to_swin_authors_classification(state: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """The keys of the Swin-Transformer repository's classifiers.
+
+    Patch mergings stand at the end of a stage (timm has them at the beginning
+    of the next one), the classifier is ``head``, and index tables are saved.
+
+    Args:
+        state (Mapping[str, Tensor]): Of a timm Swin Transformer.
+    """
+    published = {}
+    for key, value in state.items():
+        if '.downsample.' in key:
+            stage = int(key.split('.')[1])
+            key = key.replace(f'layers.{stage}.', f'layers.{stage - 1}.', 1)
+        published[key.replace('head.fc.', 'head.')] = value
+        if key.endswith('.attn.relative_position_bias_table'):
+            index = key.replace('bias_table', 'index')
+            published[index] = torch.zeros(49, 49, dtype=torch.long)
+    return published

@@ -1,0 +1,2 @@
+_base_ = './cascade_mask_rcnn_swin_t.py'
+model = dict(backbone=dict(depths=[2, 2, 18, 2]))

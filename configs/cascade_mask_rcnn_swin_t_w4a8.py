@@ -1,0 +1,1 @@
+_base_ = ['./cascade_mask_rcnn_swin_t.py', './_base_/w4a8.py']

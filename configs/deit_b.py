@@ -1,0 +1,4 @@
+# DeiT-B on ImageNet, in float.
+_base_ = './_base_/imagenet_classification.py'
+model = dict(type='psaq_mm.TimmClassifier', name='deit_base_patch16_224')
+test_dataloader = dict(dataset=dict(model='deit_base_patch16_224'))

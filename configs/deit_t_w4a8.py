@@ -1,0 +1,2 @@
+_base_ = ['./deit_t.py', './_base_/w4a8.py']
+synthesis = dict(lr=0.20)  # as V1 for DeiT [v1]

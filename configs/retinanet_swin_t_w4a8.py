@@ -1,0 +1,1 @@
+_base_ = ['mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py', './_base_/w4a8.py']

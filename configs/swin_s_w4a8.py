@@ -1,0 +1,1 @@
+_base_ = ['./swin_s.py', './_base_/w4a8.py']

@@ -1,0 +1,159 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What timm's Swin and ViT have in common, alone or in a ``TimmClassifier``."""
+from contextlib import contextmanager
+from typing import Any, ClassVar, Dict, Iterator, List, Mapping, Tuple
+
+import torch
+from timm.data import resolve_model_data_config
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+from psaq_mm.errors import UserError
+from psaq_mm.ops import QuantOp, register_op
+
+from .adapter import Adapter, AttentionRecorder, pixel_range
+
+PSAQ_MM = 'psaq_mm'
+TIMM = 'timm'
+
+
+@register_op(PatchEmbed)
+class QuantTimmPatchEmbed(QuantOp, PatchEmbed):
+    """Patch embedding with its output, after the norm, quantized."""
+
+    roles = dict(output=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args:
+            x (Tensor): Images of shape (B, C, H, W).
+
+        Returns:
+            Tensor: Tokens of shape (B, h*w, embed_dim) or (B, h, w, embed_dim),
+            as the model wants them.
+        """
+        return self.quantize('output', super().forward(x))
+
+
+class TimmAdapter(Adapter):
+    """Models of timm, alone or as the attribute ``model`` of a classifier.
+
+    Subclasses name the class of the model, and find its attention.
+    """
+
+    model_class: ClassVar[type]
+
+    block_prefix: ClassVar[str]
+    """What the names of a model's blocks begin with."""
+
+    HEADS = ('attn_pool', 'fc_norm', 'head', 'head_dist')
+    """Modules that run after ``forward_features``."""
+
+    V1_OUTPUTS = ('patch_embed', 'attn.qkv', 'attn.proj', 'mlp.fc2', 'downsample.reduction')
+    """Ends of the names of modules whose output V1 quantizes [v1]."""
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        return isinstance(cls._timm_model(model), cls.model_class)
+
+    def backbone_name(self, model: nn.Module) -> str:
+        return '' if isinstance(model, self.model_class) else 'model'
+
+    def in_scope(self, model: nn.Module, name: str, scope: str) -> bool:
+        if scope == 'model':
+            return True
+        prefix = self._prefix(model)
+        return super().in_scope(model, name, scope) and not any(
+            name == prefix + head or name.startswith(prefix + head + '.') for head in self.HEADS)
+
+    def is_output_point(self, model: nn.Module, name: str) -> bool:
+        return self.in_scope(model, name, 'backbone') and any(
+            name == end or name.endswith('.' + end) for end in self.V1_OUTPUTS)
+
+    def is_patch_embed(self, model: nn.Module, name: str) -> bool:
+        return name == self._prefix(model) + 'patch_embed.proj'
+
+    def is_rgb(self, model: nn.Module) -> bool:
+        return True
+
+    def check_image_size(self, model: nn.Module, size: Tuple[int, int]) -> None:
+        embed = self._timm_model(model).patch_embed
+        if not isinstance(embed, PatchEmbed) or embed.img_size is None:
+            return
+        if embed.strict_img_size and tuple(size) != tuple(embed.img_size):
+            raise UserError(f'synthesis.image_size must be {_side(embed.img_size)}, the only size '
+                            f'that the model takes, got {_side(size)}')
+        if not embed.dynamic_img_pad and any(s % p for s, p in zip(size, embed.patch_size)):
+            raise UserError(f'synthesis.image_size must be a multiple of {_side(embed.patch_size)}'
+                            f', the patches of the model, got {_side(size)}')
+
+    def convert_state(self, model: nn.Module,
+                      state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], str]:
+        prefix = self._prefix(model)
+        if any(key.startswith(prefix + self.block_prefix) for key in state) \
+                and not self._is_foreign(state):
+            return dict(state), PSAQ_MM
+        if not any(key.startswith(self.block_prefix) for key in state):
+            return dict(state), ''
+        converted, layout = self._from_timm(self._timm_model(model), state)
+        return {prefix + key: value for key, value in converted.items()}, layout
+
+    def _is_foreign(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether keys that begin as the model's own are of another layout."""
+        raise NotImplementedError
+
+    def _from_timm(self, model: Any, state: Mapping[str, Tensor]) \
+            -> Tuple[Dict[str, Tensor], str]:
+        """Bring weights into the keys of a bare timm model, and name their layout."""
+        raise NotImplementedError
+
+    def valid_range(self, model: nn.Module) -> Tuple[Tensor, Tensor]:
+        channels = self._timm_model(model).in_chans
+        preprocessor = getattr(model, 'data_preprocessor', None)
+        if preprocessor is not None:
+            return pixel_range(channels, getattr(preprocessor, 'mean', None),
+                               getattr(preprocessor, 'std', None))
+        data = resolve_model_data_config(model)
+        return pixel_range(channels, torch.tensor(data['mean']), torch.tensor(data['std']),
+                           highest=1.)
+
+    def forward_backbone(self, model: nn.Module, images: Tensor) -> Tuple[Tensor, ...]:
+        return (self._timm_model(model).forward_features(images), )
+
+    def forward_model(self, model: nn.Module, images: Tensor) -> None:
+        self._timm_model(model)(images)
+
+    @contextmanager
+    def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:
+        recorder = AttentionRecorder()
+        handles: List[Any] = []
+        timm_model = self._timm_model(model)
+        # Recomputed activations would not be the recorded ones.
+        checkpointed = [module for module in timm_model.modules()
+                        if getattr(module, 'grad_checkpointing', False)]
+        try:
+            for module in checkpointed:
+                module.grad_checkpointing = False
+            self._record(timm_model, recorder, handles)
+            yield recorder
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in checkpointed:
+                module.grad_checkpointing = True
+
+    def _record(self, model: Any, recorder: AttentionRecorder, handles: List[Any]) -> None:
+        """Add hooks that record the attention of a bare timm model."""
+        raise NotImplementedError
+
+    def _prefix(self, model: nn.Module) -> str:
+        name = self.backbone_name(model)
+        return name + '.' if name else ''
+
+    @classmethod
+    def _timm_model(cls, model: nn.Module) -> Any:
+        return model if isinstance(model, cls.model_class) else getattr(model, 'model', None)
+
+
+def _side(size: Tuple[int, ...]) -> str:
+    """A size as it stands in a config: one number for a square."""
+    return str(size[0]) if len(set(size)) == 1 else str(list(size))

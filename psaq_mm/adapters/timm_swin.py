@@ -1,0 +1,159 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""timm's Swin Transformer, alone or in a ``TimmClassifier``."""
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer import (
+    SwinTransformer,
+    SwinTransformerBlock,
+    WindowAttention,
+    checkpoint_filter_fn,
+    window_partition,
+)
+from torch import Tensor, nn
+
+from psaq_mm.ops import QuantOp, register_op
+from psaq_mm.prior import AttentionRecord
+from psaq_mm.registry import ADAPTERS
+
+from .adapter import AttentionRecorder
+from .timm_adapter import PSAQ_MM, TIMM, TimmAdapter
+
+SWIN_AUTHORS = 'Swin authors (classification)'
+
+
+@register_op(WindowAttention)
+class QuantTimmWindowAttention(QuantOp, WindowAttention):
+    """Window attention with its two matmuls quantized.
+
+    Modifications:
+        - query, key, softmax output and value pass quantizers before the
+          matmuls that consume them (placement ``operands``), or the logits
+          and the position bias do (placement ``v1``);
+        - the fused attention of torch, which shows none of them, is not used.
+
+    The channel axis of all of them is the head.
+    """
+
+    roles = dict(query=1, key=1, attention=1, value=1, logits=1, bias_table=0)
+
+    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Args:
+            x (Tensor): Input features with shape of (num_windows*B, N, C).
+            mask (Tensor, optional): Shape (num_windows, N, N), 0 or -100.
+                Defaults to None.
+
+        Returns:
+            Tensor: Shape (num_windows*B, N, C).
+        """
+        n_windows, n_tokens, _ = x.shape
+        heads = self.num_heads
+        qkv = self.qkv(x).reshape(n_windows, n_tokens, 3, heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (num_windows*B, heads, N, head_dim) each
+        q = self.quantize('query', q * self.scale)
+        k = self.quantize('key', k)
+        logits = self.quantize('logits', q @ k.transpose(-2, -1))
+        bias = self._get_rel_pos_bias().squeeze(0)  # (heads, N, N)
+        logits = logits + self.quantize('bias_table', bias).unsqueeze(0)
+        if mask is not None:
+            logits = logits.view(-1, mask.shape[0], heads, n_tokens, n_tokens)
+            logits = logits + mask.unsqueeze(1).unsqueeze(0)
+            logits = logits.view(-1, heads, n_tokens, n_tokens)
+        attention = self.attn_drop(self.softmax(logits))
+        attention = self.quantize('attention', attention)
+        out = attention @ self.quantize('value', v)
+        out = out.transpose(1, 2).reshape(n_windows, n_tokens, -1)
+        return self.proj_drop(self.proj(out))
+
+
+@register_op(SwinTransformerBlock)
+class QuantTimmSwinBlock(QuantOp, SwinTransformerBlock):
+    """Swin block with the residual stream quantized after both additions."""
+
+    roles = dict(attention_residual=-1, ffn_residual=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args:
+            x (Tensor): Shape (B, H, W, C).
+
+        Returns:
+            Tensor: Shape (B, H, W, C).
+        """
+        shape = x.shape
+        x = x + self.drop_path1(self._attn(self.norm1(x)))
+        x = self.quantize('attention_residual', x).reshape(shape[0], -1, shape[-1])
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return self.quantize('ffn_residual', x).reshape(shape)
+
+
+@ADAPTERS.register_module()
+class TimmSwinAdapter(TimmAdapter):
+    """timm's Swin Transformer, alone or in a ``TimmClassifier``."""
+
+    model_class = SwinTransformer
+    block_prefix = 'layers.'
+    layouts = {PSAQ_MM: 'model.layers.0.blocks.0.attn.qkv.weight',
+               TIMM: 'layers.0.blocks.0.attn.qkv.weight',
+               SWIN_AUTHORS: 'layers.0.downsample.reduction.weight'}
+
+    def _is_foreign(self, state: Mapping[str, Tensor]) -> bool:
+        # The authors merge patches at the end of a stage, timm at the start.
+        return 'layers.0.downsample.reduction.weight' in state
+
+    def _from_timm(self, model: Any, state: Mapping[str, Tensor]) \
+            -> Tuple[Dict[str, Tensor], str]:
+        # timm's filter would fit these to the model by resizing, or fail where
+        # the model lacks the block. It leaves their names alone: held back,
+        # those of another model are reported as different.
+        held = {key: value for key, value in state.items() if key.endswith(
+            ('patch_embed.proj.weight', 'relative_position_bias_table'))}
+        rest = {key: value for key, value in state.items() if key not in held}
+        return {**checkpoint_filter_fn(rest, model), **held}, \
+            SWIN_AUTHORS if self._is_foreign(state) else TIMM
+
+    def _record(self, model: Any, recorder: AttentionRecorder, handles: List[Any]) -> None:
+        for module in model.modules():
+            if isinstance(module, SwinTransformerBlock):
+                self._record_block(module, recorder, handles)
+
+    @staticmethod
+    def _record_block(block: Any, recorder: AttentionRecorder,
+                      handles: List[Any]) -> None:
+        shape: List[int] = []
+
+        def note_shape(module: nn.Module, args: Any) -> None:
+            shape[:] = args[0].shape[1:3]
+
+        def note_output(module: nn.Module, args: Any) -> None:
+            # The input of `proj` is attn @ v with the heads side by side.
+            valid = window_validity(shape[0], shape[1], block.window_size)
+            recorder.records.append(AttentionRecord(
+                output=args[0].unflatten(-1, (block.attn.num_heads, -1)),
+                valid=None if valid is None else valid.to(args[0].device)))
+
+        handles.append(block.register_forward_pre_hook(note_shape))
+        handles.append(block.attn.proj.register_forward_pre_hook(note_output))
+
+
+def window_validity(height: int, width: int, window: Tuple[int, int]) -> Optional[Tensor]:
+    """Mark the real tokens of each window.
+
+    timm's Swin rolls a feature map first and then zero-pads it at the right
+    and bottom, so that padding always stands there; mmdet's pads first.
+    Windows need not be square: timm shrinks them to small feature maps.
+
+    Args:
+        height (int): Height of the feature map.
+        width (int): Width of the feature map.
+        window (tuple[int, int]): Height and width of a window.
+
+    Returns:
+        Tensor, optional: Boolean of shape (num_windows, window area), True
+        for real tokens; None if there is no padding.
+    """
+    pad_h, pad_w = -height % window[0], -width % window[1]
+    if not pad_h and not pad_w:
+        return None
+    valid = F.pad(torch.ones(1, height, width, 1), (0, 0, 0, pad_w, 0, pad_h))
+    return window_partition(valid, window).flatten(1) == 1

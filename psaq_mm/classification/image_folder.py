@@ -1,0 +1,90 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Images in one folder for each class, prepared as timm prepares them."""
+import inspect
+import os
+from typing import Any, Dict, List, Mapping, Optional
+
+import timm
+import torchvision
+from timm.data import create_transform, resolve_data_config
+from torch.utils.data import Dataset
+
+from psaq_mm.errors import UserError
+from psaq_mm.registry import DATASETS
+from psaq_mm.sections import nearest
+
+from .timm_classifier import require_timm_model
+
+# These change what an item is, or act on normalized images alone.
+_FIXED = ('is_training', 'normalize', 'separate', 'use_prefetcher', 'naflex', 'patchify',
+          'patchify_channels_last', 'patchify_flatten', 'patch_size', 'max_seq_len', 're_prob',
+          're_mode', 're_count', 're_num_splits')
+
+
+@DATASETS.register_module()
+class ImageFolder(Dataset):
+    """Images in ``<root>/<class>/<image>``, as ImageNet's validation set is laid
+    out once it is sorted into folders by WordNet id.
+
+    Labels count the folders in alphabetical order. Images go through timm's
+    own transform, but for the normalization: that is the model's.
+
+    Args:
+        root (str): Folder of the class folders.
+        model (str): Name of a timm model; images are resized and cropped as
+            timm does for it.
+        transform (dict, optional): Arguments of ``timm.data.create_transform``
+            to set otherwise, e.g. ``dict(crop_pct=1.0)``. Defaults to None.
+        training (bool): Whether to augment. Defaults to False.
+
+    Raises:
+        UserError: If the folder is missing or is not laid out so, timm has no
+            such model, or an argument of the transform is unknown.
+    """
+
+    def __init__(self, root: str, model: str, transform: Optional[Mapping[str, Any]] = None,
+                 training: bool = False) -> None:
+        require_timm_model(model)
+        settings = timm.get_pretrained_cfg(model)
+        if settings is None:
+            raise UserError(f'ImageFolder: timm has no preprocessing settings for {model!r}; name '
+                            'a model that has the same')
+        config = resolve_data_config(pretrained_cfg=settings.to_dict())
+        config.update(_checked(transform or {}))
+        # Without normalization timm leaves pixels as they are, uint8.
+        self.transform = create_transform(**config, is_training=training, normalize=False)
+        expected = 'expected <root>/<class>/<image>, e.g. val/n01440764/0293.JPEG'
+        if not os.path.isdir(root):
+            raise UserError(f'ImageFolder: the folder {root} does not exist; {expected}')
+        try:
+            self.images = torchvision.datasets.ImageFolder(root, self.transform)
+        except FileNotFoundError as error:
+            raise UserError(f'ImageFolder: {error}; {expected}') from error
+
+    @property
+    def metainfo(self) -> Dict[str, List[str]]:
+        """dict: Names of the ``classes``, in the order of the labels."""
+        return dict(classes=list(self.images.classes))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        """Returns:
+            dict: ``inputs``, an RGB image of shape (3, H, W) in uint8, and
+            ``data_samples``, its label.
+        """
+        image, label = self.images[index]
+        return dict(inputs=image, data_samples=label)
+
+
+def _checked(transform: Mapping[str, Any]) -> Dict[str, Any]:
+    """The user's arguments of ``create_transform``."""
+    known = [name for name in inspect.signature(create_transform).parameters
+             if name not in _FIXED]
+    given = {key: value for key, value in transform.items() if key != '_scope_'}
+    for key in given:
+        if key not in known:
+            raise UserError(f'ImageFolder: transform has the unknown key {key!r}.'
+                            f'{nearest(key, known)} Known keys: {", ".join(known)}')
+    return given

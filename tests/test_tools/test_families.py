@@ -1,0 +1,187 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The two commands on every family: segmentors, cascades, classifiers."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mmseg
+import pytest
+import torch
+from conftest import DEMO, ROOT, load_script
+from safetensors.torch import save_file
+
+from psaq_mm.engine import build_float_model, load_config
+
+FAST = ['synthesis.num_images=2', 'synthesis.steps=2', 'synthesis.image_size=112']
+SMALLEST = ('mask_rcnn_swin_t_w8a8', 'cascade_mask_rcnn_swin_t_w4a8', 'upernet_swin_t_w8a8',
+            'retinanet_swin_t_w6a6', 'deit_t_w4a8', 'swin_t_w8a8')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """A few validation scenes in all their forms."""
+    scenes = load_script(DEMO / 'scenes.py')
+    folder = tmp_path_factory.mktemp('scenes')
+    scenes.write_split('val', folder, 4)
+    scenes.write_semantic('val', folder)
+    scenes.write_crops('val', folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def make(data):
+    """A quantized config of a demo model on those scenes, and random float weights."""
+    def build(name, base='w8a8', with_checkpoint=True):
+        points = dict(
+            upernet_swin_demo=dict(data_root=f'{data}/'),
+            cascade_mask_rcnn_swin_demo=dict(data_root=f'{data}/'),
+            swin_demo=dict(root=f'{data}/val_crops'), deit_demo=dict(root=f'{data}/val_crops'))
+        config = data / f'{name}_{base}.py'
+        bases = [str(DEMO / f'{name}.py'), str(ROOT / 'configs' / '_base_' / f'{base}.py')]
+        config.write_text(f'_base_ = {bases!r}\n'
+                          f'test_dataloader = dict(dataset={points[name]!r})\n')
+        if 'cascade' in name:
+            config.write_text(config.read_text()
+                              + f"test_evaluator = dict(ann_file='{data}/val.json')\n")
+        torch.manual_seed(0)
+        model = build_float_model(load_config(config))
+        checkpoint = data / f'{name}.pth'
+        torch.save(dict(state_dict=model.state_dict()), checkpoint)
+        return config, checkpoint
+    return build
+
+
+@pytest.mark.parametrize('name, metric', [
+    ('upernet_swin_demo', 'mIoU'), ('cascade_mask_rcnn_swin_demo', None),
+    ('swin_demo', 'accuracy/top1'), ('deit_demo', 'accuracy/top1')])
+@pytest.mark.parametrize('scope', ['backbone', 'model'])
+def test_two_commands(call_tool, make, name, metric, scope, tmp_path):
+    config, checkpoint = make(name)
+    status, _, err = call_tool('quantize', config, checkpoint, '--work-dir', tmp_path,
+                               '--cfg-options', *FAST, f'quantization.scope={scope}')
+    assert status == 0, err
+    report = json.loads((tmp_path / 'report.json').read_text())
+    prefix = 'model.head' if name in ('swin_demo', 'deit_demo') else 'backbone.'
+    heads = [m['name'] for m in report['modules']
+             if m['name'].startswith(prefix) is (prefix == 'model.head')]
+    assert bool(heads) is (scope == 'model')
+    assert (tmp_path / 'synthetic.png').stat().st_size > 1000
+    for file, kind in ((checkpoint, 'float'), (tmp_path / 'quantized.pth', 'quantized (W8A8')):
+        status, out, err = call_tool('test', config, file, '--work-dir', tmp_path,
+                                     '--metrics', tmp_path / 'metrics.json')
+        assert status == 0, err
+        assert f'{file}: {kind}' in out
+        metrics = json.loads((tmp_path / 'metrics.json').read_text())['metrics']
+        assert metric is None or 0 <= metrics[metric] <= 100
+
+
+def test_stock_mmseg_tool(call_tool, make, data, tmp_path):
+    """mmseg's own script on a config that inherits by path: the same mIoU.
+    (With mmseg:: in it, mmengine of one family fails before any code of ours.)"""
+    config, checkpoint = make('upernet_swin_demo', 'w4a4')
+    status, _, err = call_tool('quantize', config, checkpoint, '--work-dir', tmp_path,
+                               '--cfg-options', *FAST)
+    assert status == 0, err
+    by_path = tmp_path / 'by_path.py'
+    host = Path(mmseg.__file__).parent / '.mim' / 'configs' / '_base_'
+    text = (DEMO / 'upernet_swin_demo.py').read_text()
+    for name in ('models/upernet_swin.py', 'default_runtime.py'):
+        assert f"'mmseg::_base_/{name}'" in text
+        text = text.replace(f'mmseg::_base_/{name}', str(host / name))
+    own = ROOT / 'configs' / '_base_' / 'w4a4.py'
+    text = text.replace("default_runtime.py']", f"default_runtime.py', '{own}']")
+    text = text.replace("'{{ fileDirname }}/data/'", f"'{data}/'")
+    by_path.write_text(text)
+    stock = Path(mmseg.__file__).parent / '.mim' / 'tools' / 'test.py'
+    run = subprocess.run(
+        [sys.executable, str(stock), str(by_path), str(tmp_path / 'quantized.pth'),
+         '--work-dir', str(tmp_path / 'stock')], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert 'is quantized: 44 modules' in run.stdout
+    miou = re.findall(r'mIoU: (\d+\.\d+)', run.stdout)[-1]
+    status, out, err = call_tool('test', config, tmp_path / 'quantized.pth', '--work-dir',
+                                 tmp_path, '--metrics', tmp_path / 'metrics.json')
+    assert status == 0, err
+    ours = json.loads((tmp_path / 'metrics.json').read_text())['metrics']['mIoU']
+    assert f'{ours:.4f}' == miou
+
+
+def test_segmentations_are_drawn(make, tmp_path):
+    """In a process of its own: mmengine keeps one visualizer of a name in each."""
+    config, checkpoint = make('upernet_swin_demo')
+    subprocess.run([sys.executable, str(ROOT / 'tools' / 'test.py'), str(config),
+                    str(checkpoint), '--work-dir', str(tmp_path), '--show-dir', 'drawn'],
+                   check=True, stdout=subprocess.DEVNULL)
+    assert len(list(tmp_path.glob('drawn/**/*.png'))) == 4
+
+
+def test_nothing_to_draw_with(call_tool, make, tmp_path):
+    config, checkpoint = make('swin_demo')
+    status, _, err = call_tool('test', config, checkpoint, '--work-dir', tmp_path / 'out',
+                               '--show-dir', 'drawn')
+    assert status == 2
+    assert 'default_hooks.visualization' in err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_timm_weights_from_safetensors(call_tool, make, tmp_path, caplog):
+    """timm's own keys and file format give the same quantized model."""
+    config, checkpoint = make('deit_demo')
+    state = torch.load(checkpoint)['state_dict']
+    save_file({k[len('model.'):]: v for k, v in state.items() if k.startswith('model.')},
+              str(tmp_path / 'model.safetensors'))
+    results = []
+    for file in (checkpoint, tmp_path / 'model.safetensors'):
+        status, _, err = call_tool('quantize', config, file, '--work-dir', tmp_path / 'out',
+                                   '--cfg-options', *FAST)
+        assert status == 0, err
+        results.append(torch.load(tmp_path / 'out' / 'quantized.pth')['state_dict'])
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def test_images_of_another_size(call_tool, make, tmp_path):
+    config, checkpoint = make('deit_demo')
+    status, _, err = call_tool('quantize', config, checkpoint, '--work-dir', tmp_path / 'out',
+                               '--cfg-options', 'synthesis.image_size=224')
+    assert status == 2
+    assert 'synthesis.image_size' in err
+    assert '112' in err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_classifier_of_another_size(call_tool, make, tmp_path):
+    """The differences are named; nothing is resized in silence."""
+    config, _ = make('swin_demo')
+    other = build_float_model(load_config(ROOT / 'configs' / 'swin_t.py'))
+    torch.save(dict(model=other.model.state_dict()), tmp_path / 'swin_t.pth')
+    status, _, err = call_tool('quantize', config, tmp_path / 'swin_t.pth', '--work-dir',
+                               tmp_path / 'out', '--cfg-options', *FAST)
+    assert status == 2
+    assert 'is not a checkpoint of this model' in err
+
+
+@pytest.mark.parametrize('name', SMALLEST)
+def test_full_run_would_start(name):
+    """The smallest shipped config of each family at full size; make
+    reproduce-dry-run does all."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / 'benchmarks' / 'reproduce_dry_run.py'), name],
+        capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.splitlines()[-1].startswith(f'| {name} |')
+
+
+def test_deeper_model(call_tool, make, tmp_path):
+    """All weights of the config's model are there, and more: of another model."""
+    config, checkpoint = make('upernet_swin_demo')
+    state = torch.load(checkpoint)['state_dict']
+    state['backbone.stages.2.blocks.2.norm1.weight'] = torch.ones(96)
+    torch.save(dict(state_dict=state), tmp_path / 'deeper.pth')
+    status, _, err = call_tool('quantize', config, tmp_path / 'deeper.pth', '--work-dir',
+                               tmp_path / 'out')
+    assert status == 2
+    assert 'unexpected: backbone.stages.2.blocks.2.norm1.weight' in err
