@@ -15,6 +15,7 @@ from typing import Callable, Dict
 import torch
 from mmdet.models.backbones import SwinTransformer
 from timing import interleave, median_ratio, peak_memory_mib, pin, run_in_process, timing_parser
+from torch import nn
 
 from psaq_mm.adapters import find_adapter
 from psaq_mm.prior import PatchSimilarityPrior, PriorState
@@ -22,30 +23,40 @@ from psaq_mm.prior import PatchSimilarityPrior, PriorState
 SIZES = {'4x224': (4, 224), '1x448': (1, 448)}
 
 
-def build_sides(batch: int, side: int) -> Dict[str, Callable[[], None]]:
-    """The functions that take one step each."""
-    torch.manual_seed(0)
-    model = SwinTransformer(drop_path_rate=0.)
-    model.init_weights()
+def sides_of(model: nn.Module, images: torch.Tensor) -> Dict[str, Callable[[], None]]:
+    """The functions that take one step each: a plain pass, ours, and V1's density.
+
+    Args:
+        model (nn.Module): With a backbone that psaq_mm knows, or that alone.
+        images (Tensor): Normalized, shape (B, C, H, W).
+    """
     model.eval()
     model.requires_grad_(False)
-    images = torch.randn(batch, 3, side, side, requires_grad=True)
+    images = images.requires_grad_(True)
     adapter = find_adapter(model)
     generator = torch.Generator().manual_seed(0)
 
     def plain() -> None:
         images.grad = None
-        sum(f.pow(2).sum() for f in model(images)).backward()
+        sum(f.pow(2).sum() for f in adapter.forward_backbone(model, images)).backward()
 
     def sample(term: PatchSimilarityPrior) -> None:
         images.grad = None
         with adapter.record_attention(model) as recorder:
-            model(images)
+            adapter.forward_backbone(model, images)
             state = PriorState(images=images, attention=recorder.take(), generator=generator)
             term(state).backward()
 
     binned, v1 = PatchSimilarityPrior(), PatchSimilarityPrior(form='v1')
     return dict(plain=plain, sample=lambda: sample(binned), v1=lambda: sample(v1))
+
+
+def build_sides(batch: int, side: int) -> Dict[str, Callable[[], None]]:
+    """Those of a Swin-T with random weights."""
+    torch.manual_seed(0)
+    model = SwinTransformer(drop_path_rate=0.)
+    model.init_weights()
+    return sides_of(model, torch.randn(batch, 3, side, side))
 
 
 def main() -> None:

@@ -1,26 +1,24 @@
 # A small Swin Cascade Mask R-CNN for the scenes of demo/scenes.py, with the heads
 # of configs/cascade_mask_rcnn_swin_t.py: four convolutions with BatchNorm and one
 # linear layer in each stage, and a GIoU loss on decoded boxes.
-# `demo/train.py` trains it with exactly these settings.
+# `demo/train.py` trains it with exactly these settings; backbone, neck and RPN
+# start as those of the demo detector, which saves hours.
 _base_ = './mask_rcnn_swin_demo.py'
+load_from = '{{ fileDirname }}/mask_rcnn_swin_demo.pth'
 model = dict(
     type='CascadeRCNN',
-    backbone=dict(embed_dims=24, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8]),
-    neck=dict(in_channels=[24, 48, 96, 192], out_channels=48),
-    rpn_head=dict(in_channels=48, feat_channels=48),
     roi_head=dict(
         type='CascadeRoIHead',
         num_stages=3,
         stage_loss_weights=[1, 0.5, 0.25],
-        bbox_roi_extractor=dict(out_channels=48),
         bbox_head=[
             dict(
                 type='ConvFCBBoxHead',
                 num_shared_convs=4,
                 num_shared_fcs=1,
-                in_channels=48,
-                conv_out_channels=48,
-                fc_out_channels=64,
+                in_channels=64,
+                conv_out_channels=64,
+                fc_out_channels=128,
                 roi_feat_size=7,
                 num_classes=6,
                 norm_cfg=dict(type='BN', requires_grad=True),
@@ -34,8 +32,7 @@ model = dict(
             for stds in ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1],
                          [0.033, 0.033, 0.067, 0.067])
         ],
-        mask_roi_extractor=dict(out_channels=48),
-        mask_head=dict(in_channels=48, conv_out_channels=48)),
+    ),
     train_cfg=dict(rcnn=[
         dict(
             assigner=dict(
@@ -48,9 +45,10 @@ model = dict(
             pos_weight=-1,
             debug=False) for iou in (0.5, 0.6, 0.7)
     ]))
-max_iters = 4000
+max_iters = 1600
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=300),
-    dict(type='CosineAnnealingLR', by_epoch=False, begin=300, end=max_iters, eta_min=0.),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=100, end=max_iters, eta_min=0.),
 ]
+optim_wrapper = dict(optimizer=dict(lr=4e-4))
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)

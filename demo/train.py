@@ -49,6 +49,8 @@ def main() -> None:
     work_dir = args.work_dir or Path('work_dirs/train') / args.config.stem
     cfg.work_dir = str(work_dir)
     cfg.resume = args.resume
+    if args.resume:
+        cfg.load_from = None  # else mmengine would resume from what training began with
     cfg.randomness = dict(seed=0)
     cfg.env_cfg = dict(
         cudnn_benchmark=False,

@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Union, cast
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import Tensor, nn
@@ -63,7 +63,12 @@ class PSAQRunner(Runner):
         self._running: Dict[str, float] = {}
 
     def wrap_model(self, model_wrapper_cfg: Optional[dict], model: nn.Module) -> nn.Module:
-        """Move the model to the device of ``--device``, or do as mmengine."""
+        """Move the model to the device of ``--device``, or do as mmengine.
+
+        Without a process group SyncBN becomes BN.
+        """
+        if not self.distributed:
+            model = revert_sync_batchnorm(model)
         if self.device is None or self.distributed:
             return super().wrap_model(model_wrapper_cfg, model)
         return model.to(self.device)

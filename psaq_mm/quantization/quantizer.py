@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .fake_quantize import fake_quantize, quantize_to_integers
-from .observers import Observer
+from .observers import NOTHING_OBSERVED, Observer
 from .ranges import scale_and_zero_point
 from .spec import PER_CHANNEL, QuantSpec
 
@@ -68,7 +68,7 @@ class Quantizer(nn.Module):
             ValueError: If nothing passed.
         """
         if self.observer is None or self.observer.seen == 0:
-            raise ValueError('no values were observed')
+            raise ValueError(NOTHING_OBSERVED)
         lower, upper = self.observer.range()
         self.observer = None
         self.set_range(lower, upper)

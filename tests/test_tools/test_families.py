@@ -164,6 +164,24 @@ def test_classifier_of_another_size(call_tool, make, tmp_path):
     assert 'is not a checkpoint of this model' in err
 
 
+def test_two_processes(call_tool, make, tmp_path):
+    """--launcher pytorch splits the images: the same metrics."""
+    config, checkpoint = make('swin_demo')
+    arguments = [str(config), str(checkpoint), '--work-dir', str(tmp_path)]
+    run = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2',
+         '--master_port', '29731', str(ROOT / 'tools' / 'test.py'), *arguments, '--launcher',
+         'pytorch', '--metrics', str(tmp_path / 'two.json'), '--cfg-options',
+         'env_cfg.dist_cfg.backend=gloo', 'test_dataloader.batch_size=3'],
+        capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    status, _, err = call_tool('test', *arguments, '--metrics', tmp_path / 'one.json')
+    assert status == 0, err
+    one, two = (json.loads((tmp_path / f'{n}.json').read_text())['metrics']
+                for n in ('one', 'two'))
+    assert one == two
+
+
 @pytest.mark.parametrize('name', SMALLEST)
 def test_full_run_would_start(name):
     """The smallest shipped config of each family at full size; make

@@ -2,7 +2,7 @@
 """Range rules, one a file, registered in OBSERVERS."""
 from .min_max import MinMaxObserver
 from .mse import MSEObserver
-from .observer import Observer
+from .observer import NOTHING_OBSERVED, Observer
 from .percentile import PercentileObserver
 
-__all__ = ['MSEObserver', 'MinMaxObserver', 'Observer', 'PercentileObserver']
+__all__ = ['NOTHING_OBSERVED', 'MSEObserver', 'MinMaxObserver', 'Observer', 'PercentileObserver']

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from psaq_mm.registry import OBSERVERS
 
-from .observer import Observer
+from .observer import NOTHING_OBSERVED, Observer
 
 if TYPE_CHECKING:
     from ..spec import QuantSpec
@@ -36,5 +36,5 @@ class MinMaxObserver(Observer):
 
     def range(self) -> Tuple[Tensor, Tensor]:
         if self.lower is None or self.upper is None:
-            raise ValueError('no values were observed')
+            raise ValueError(NOTHING_OBSERVED)
         return self.lower, self.upper

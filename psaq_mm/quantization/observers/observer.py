@@ -8,6 +8,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..spec import QuantSpec
 
+NOTHING_OBSERVED = ('no values were observed; if inference does not use this module, name it in '
+                    'quantization.exclude')
+
 
 class Observer:
     """Sees the values of a tensor batch by batch, then names their range.

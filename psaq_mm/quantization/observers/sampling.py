@@ -8,6 +8,7 @@ from torch import Tensor
 from psaq_mm.errors import UserError
 
 from .min_max import MinMaxObserver
+from .observer import NOTHING_OBSERVED
 
 if TYPE_CHECKING:
     from ..spec import QuantSpec
@@ -49,5 +50,5 @@ class SamplingObserver(MinMaxObserver):
             ValueError: If nothing was seen.
         """
         if not self.kept:
-            raise ValueError('no values were observed')
+            raise ValueError(NOTHING_OBSERVED)
         return torch.cat(self.kept, 1)
