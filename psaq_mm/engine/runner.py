@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Union, cast
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import is_distributed
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
@@ -62,6 +63,13 @@ class PSAQRunner(Runner):
         """dict[str, float]: Wall seconds of each phase."""
         self._running: Dict[str, float] = {}
 
+    def setup_env(self, env_cfg: Dict[str, Any]) -> None:
+        """As mmengine, but ``--launcher pytorch`` works without a GPU too, where
+        mmengine insists on one: the processes then talk by gloo."""
+        if self.launcher == 'pytorch' and not torch.cuda.is_available() and not is_distributed():
+            torch.distributed.init_process_group('gloo')
+        super().setup_env(env_cfg)
+
     def wrap_model(self, model_wrapper_cfg: Optional[dict], model: nn.Module) -> nn.Module:
         """Move the model to the device of ``--device``, or do as mmengine.
 
@@ -69,6 +77,10 @@ class PSAQRunner(Runner):
         """
         if not self.distributed:
             model = revert_sync_batchnorm(model)
+        if self.distributed and not torch.cuda.is_available():
+            # mmengine would name a GPU to it.
+            model_wrapper_cfg = dict(
+                model_wrapper_cfg or dict(broadcast_buffers=False), device_ids=None)
         if self.device is None or self.distributed:
             return super().wrap_model(model_wrapper_cfg, model)
         return model.to(self.device)

@@ -172,7 +172,7 @@ def test_two_processes(call_tool, make, tmp_path):
         [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2',
          '--master_port', '29731', str(ROOT / 'tools' / 'test.py'), *arguments, '--launcher',
          'pytorch', '--metrics', str(tmp_path / 'two.json'), '--cfg-options',
-         'env_cfg.dist_cfg.backend=gloo', 'test_dataloader.batch_size=3'],
+         'test_dataloader.batch_size=3'],
         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     status, _, err = call_tool('test', *arguments, '--metrics', tmp_path / 'one.json')
