@@ -47,7 +47,7 @@ def main() -> None:
     setup(
         name='psaq_mm',
         version=version['__version__'],
-        description='Data-free quantization of Swin detectors in OpenMMLab (PSAQ-ViT V2)',
+        description='Data-free quantization of Swin models in OpenMMLab and timm (PSAQ-ViT V2)',
         long_description=(ROOT / 'README.md').read_text(),
         long_description_content_type='text/markdown',
         license='Apache-2.0',
