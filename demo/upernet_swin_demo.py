@@ -8,6 +8,8 @@ classes = ('ground', 'disc', 'square', 'triangle', 'star', 'ring', 'cross')
 palette = [[60, 60, 60], [220, 20, 60], [0, 130, 200], [60, 180, 75], [255, 225, 25],
            [145, 30, 180], [245, 130, 48]]
 norm_cfg = dict(type='BN', requires_grad=True)
+# Nine pixels of ten are ground.
+loss = dict(type='CrossEntropyLoss', class_weight=[0.2, 1., 1., 1., 1., 1., 1.])
 model = dict(
     data_preprocessor=dict(size=(224, 224)),
     backbone=dict(
@@ -17,9 +19,10 @@ model = dict(
         drop_path_rate=0.05),
     decode_head=dict(
         in_channels=[32, 64, 128, 256], channels=48, num_classes=7, norm_cfg=norm_cfg,
-        dropout_ratio=0.),
+        dropout_ratio=0., loss_decode=dict(loss_weight=1.0, **loss)),
     auxiliary_head=dict(
-        in_channels=128, channels=32, num_classes=7, norm_cfg=norm_cfg, dropout_ratio=0.))
+        in_channels=128, channels=32, num_classes=7, norm_cfg=norm_cfg, dropout_ratio=0.,
+        loss_decode=dict(loss_weight=0.4, **loss)))
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -63,10 +66,11 @@ test_evaluator = val_evaluator
 
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2e-4, weight_decay=0.01),
     paramwise_cfg=dict(
         norm_decay_mult=0.,
-        custom_keys={'relative_position_bias_table': dict(decay_mult=0.)}),
+        custom_keys={'relative_position_bias_table': dict(decay_mult=0.),
+                     'head': dict(lr_mult=5.)}),
     clip_grad=dict(max_norm=10.0))
 max_iters = 1600
 param_scheduler = [
