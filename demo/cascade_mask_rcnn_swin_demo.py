@@ -45,7 +45,7 @@ model = dict(
             pos_weight=-1,
             debug=False) for iou in (0.5, 0.6, 0.7)
     ]))
-max_iters = 1600
+max_iters = 1000
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='CosineAnnealingLR', by_epoch=False, begin=100, end=max_iters, eta_min=0.),

@@ -24,8 +24,8 @@ from psaq_mm.ops import apply_plan, left_float, named_quant_ops, plan_quantizati
 from psaq_mm.prior import TeacherRecord
 from psaq_mm.quantization.settings import QuantizationSettings
 
-__all__ = ['calibrate', 'load', 'quantize', 'save', 'scope_of', 'synthesize', 'synthesizer',
-           'unwrap']
+__all__ = ['calibrate', 'check_synthesis', 'load', 'quantize', 'save', 'scope_of', 'synthesize',
+           'synthesizer', 'unwrap']
 
 
 def quantize(model: nn.Module, **settings: Any) -> nn.Module:
@@ -62,6 +62,25 @@ def quantize(model: nn.Module, **settings: Any) -> nn.Module:
     return model
 
 
+def check_synthesis(model: nn.Module, settings: SynthesisSettings) -> None:
+    """Raise if images cannot be made from a model so, before any step.
+
+    Args:
+        model (nn.Module): The float model.
+        settings (SynthesisSettings): The ``synthesis`` section.
+
+    Raises:
+        UserError: If the model takes no images of that size, or a term needs
+            BatchNorm statistics that the model does not have.
+    """
+    adapter = find_adapter(model)
+    adapter.check_image_size(model, settings.size)
+    for name, term in settings.build_priors().items():
+        if term.needs_batch_norm and not adapter.batch_norms(model):
+            raise UserError(f'synthesis.priors.{name} needs BatchNorm statistics, and this model '
+                            f'has none; drop it by synthesis.priors.{name}=None')
+
+
 @contextmanager
 def synthesizer(model: nn.Module, seed: int = 0, **settings: Any) -> Iterator[Synthesizer]:
     """A :class:`Synthesizer` on a float model, to be stepped within the block.
@@ -79,7 +98,7 @@ def synthesizer(model: nn.Module, seed: int = 0, **settings: Any) -> Iterator[Sy
     lower, upper = adapter.valid_range(model)
     training = {m: m.training for m in model.modules()}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    adapter.check_image_size(model, chosen.size)
+    check_synthesis(model, chosen)
     heads = any(term.needs_batch_norm for term in chosen.build_priors().values())
     with adapter.record_attention(model) as attention, \
             adapter.record_batch_norm(model) as batch_norms:

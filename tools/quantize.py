@@ -6,6 +6,7 @@
 import argparse
 
 from psaq_mm.adapters import find_adapter
+from psaq_mm.api import check_synthesis
 from psaq_mm.checkpoint import ensure_writable_dir, load_float_weights, sha256_of_file
 from psaq_mm.engine import (
     PSAQRunner,
@@ -50,9 +51,8 @@ def main() -> None:
     device = resolve_device(args.device)
     source = dict(file=args.checkpoint, sha256=sha256_of_file(args.checkpoint))
     model = build_float_model(config)
-    adapter = find_adapter(model)
-    adapter.check_image_size(model, sections.synthesis.size)
-    plan_quantization(model, sections.quantization, adapter)
+    check_synthesis(model, sections.synthesis)
+    plan_quantization(model, sections.quantization, find_adapter(model))
     meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint)
     PSAQRunner.hooks_for_quantization(config)
     config.work_dir = choose_work_dir(args.work_dir, config)

@@ -135,6 +135,11 @@ class Adapter:
         train included, on normalized images."""
         self.forward_model(model, images)
 
+    def batch_norms(self, model: nn.Module) -> List[nn.Module]:
+        """The BatchNorm layers of a model that store statistics."""
+        return [module for module in model.modules()
+                if isinstance(module, _BatchNorm) and module.running_mean is not None]
+
     @contextmanager
     def record_batch_norm(self, model: nn.Module) -> Iterator[BatchNormRecorder]:
         """Within the block, record the input's statistics of each BatchNorm."""
@@ -146,8 +151,7 @@ class Adapter:
                 mean, var, module.running_mean, module.running_var,  # type: ignore[arg-type]
                 module.eps))  # type: ignore[arg-type]
 
-        handles = [module.register_forward_pre_hook(note) for module in model.modules()
-                   if isinstance(module, _BatchNorm) and module.running_mean is not None]
+        handles = [norm.register_forward_pre_hook(note) for norm in self.batch_norms(model)]
         try:
             yield recorder
         finally:

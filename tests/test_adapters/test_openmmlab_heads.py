@@ -162,7 +162,7 @@ def test_images_descend_on_the_statistics(models, name):
 
 
 def test_statistics_need_batch_norm(models):
-    with pytest.raises(psaq_mm.UserError, match='found no BatchNorm statistics'):
+    with pytest.raises(psaq_mm.UserError, match='priors.batch_norm needs BatchNorm statistics'):
         psaq_mm.synthesize(models['mask_rcnn'], num_images=1, image_size=56, steps=1,
                            priors=dict(batch_norm=dict(type='BatchNormPrior')))
 

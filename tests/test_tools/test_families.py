@@ -153,6 +153,22 @@ def test_images_of_another_size(call_tool, make, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
+def test_batch_norm_prior(call_tool, make, quantization_config, demo_checkpoint, tmp_path):
+    """By one option where heads have the statistics; refused at once elsewhere."""
+    prior = 'synthesis.priors.batch_norm.type=BatchNormPrior'
+    config, checkpoint = make('upernet_swin_demo')
+    status, _, err = call_tool('quantize', config, checkpoint, '--work-dir', tmp_path / 'with',
+                               '--cfg-options', *FAST, prior)
+    assert status == 0, err
+    losses = json.loads((tmp_path / 'with' / 'report.json').read_text())['losses']
+    assert len(losses['batch_norm']) == 4
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
+                               tmp_path / 'without', '--cfg-options', prior)
+    assert status == 2
+    assert 'synthesis.priors.batch_norm needs BatchNorm statistics' in err
+    assert not (tmp_path / 'without').exists()
+
+
 def test_classifier_of_another_size(call_tool, make, tmp_path):
     """The differences are named; nothing is resized in silence."""
     config, _ = make('swin_demo')
