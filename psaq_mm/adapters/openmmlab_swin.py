@@ -16,6 +16,7 @@ from psaq_mm.prior import AttentionRecord
 
 from . import mmcv_layers  # noqa: F401 (registers the ops of the heads' layers)
 from .adapter import Adapter, AttentionRecorder, pixel_range
+from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
 from .swin_layouts import OPENMMLAB, SWIN_AUTHORS, convert_openmmlab_swin
 from .window_tokens import valid_tokens
 
@@ -23,23 +24,17 @@ from .window_tokens import valid_tokens
 class WindowMSAOp(QuantOp):
     """Window attention with its two matmuls quantized.
 
-    Modifications:
-        - query, key, softmax output and value pass quantizers before the
-          matmuls that consume them (placement ``operands``), or the logits
-          and the position bias do (placement ``v1``);
-        - nothing else: ``qkv`` and ``proj`` are ops of their own.
-
-    The channel axis of all of them is the head.
+    Modifications: as said in ``quantized_attention.py``, and nothing else;
+    ``qkv`` and ``proj`` are ops of their own.
     """
 
-    roles = dict(query=1, key=1, attention=1, value=1, logits=1, bias_table=0)
+    roles = WINDOW_ROLES
 
     num_heads: int
     scale: float
     relative_position_bias_table: Tensor
     relative_position_index: Tensor
     qkv: nn.Module
-    softmax: nn.Module
     attn_drop: nn.Module
     proj: nn.Module
     proj_drop: nn.Module
@@ -57,20 +52,9 @@ class WindowMSAOp(QuantOp):
         heads = self.num_heads
         qkv = self.qkv(x).reshape(n_windows, n_tokens, 3, heads, channels // heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (num_windows*B, heads, N, head_dim) each
-        q = self.quantize('query', q * self.scale)
-        k = self.quantize('key', k)
-        logits = self.quantize('logits', q @ k.transpose(-2, -1))
         bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
         bias = bias.view(n_tokens, n_tokens, heads).permute(2, 0, 1).contiguous()
-        logits = logits + self.quantize('bias_table', bias).unsqueeze(0)
-        if mask is not None:
-            logits = logits.view(-1, mask.shape[0], heads, n_tokens, n_tokens)
-            logits = logits + mask.unsqueeze(1).unsqueeze(0)
-            logits = logits.view(-1, heads, n_tokens, n_tokens)
-        attention = self.attn_drop(self.softmax(logits))
-        attention = self.quantize('attention', attention)
-        out = attention @ self.quantize('value', v)
-        out = out.transpose(1, 2).reshape(n_windows, n_tokens, channels)
+        out = attend(self, q, k, v, lambda logits: add_window_bias(self, logits, bias, mask))
         return self.proj_drop(self.proj(out))
 
 

@@ -18,6 +18,7 @@ from psaq_mm.prior import AttentionRecord
 from psaq_mm.registry import ADAPTERS
 
 from .adapter import AttentionRecorder
+from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
 from .timm_adapter import PSAQ_MM, TIMM, TimmAdapter
 
 SWIN_AUTHORS = 'Swin authors (classification)'
@@ -27,16 +28,11 @@ SWIN_AUTHORS = 'Swin authors (classification)'
 class QuantTimmWindowAttention(QuantOp, WindowAttention):
     """Window attention with its two matmuls quantized.
 
-    Modifications:
-        - query, key, softmax output and value pass quantizers before the
-          matmuls that consume them (placement ``operands``), or the logits
-          and the position bias do (placement ``v1``);
-        - the fused attention of torch, which shows none of them, is not used.
-
-    The channel axis of all of them is the head.
+    Modifications: as said in ``quantized_attention.py``; the fused attention
+    of torch, which shows none of the operands, is not used.
     """
 
-    roles = dict(query=1, key=1, attention=1, value=1, logits=1, bias_table=0)
+    roles = WINDOW_ROLES
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Args:
@@ -48,22 +44,10 @@ class QuantTimmWindowAttention(QuantOp, WindowAttention):
             Tensor: Shape (num_windows*B, N, C).
         """
         n_windows, n_tokens, _ = x.shape
-        heads = self.num_heads
-        qkv = self.qkv(x).reshape(n_windows, n_tokens, 3, heads, -1)
+        qkv = self.qkv(x).reshape(n_windows, n_tokens, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (num_windows*B, heads, N, head_dim) each
-        q = self.quantize('query', q * self.scale)
-        k = self.quantize('key', k)
-        logits = self.quantize('logits', q @ k.transpose(-2, -1))
         bias = self._get_rel_pos_bias().squeeze(0)  # (heads, N, N)
-        logits = logits + self.quantize('bias_table', bias).unsqueeze(0)
-        if mask is not None:
-            logits = logits.view(-1, mask.shape[0], heads, n_tokens, n_tokens)
-            logits = logits + mask.unsqueeze(1).unsqueeze(0)
-            logits = logits.view(-1, heads, n_tokens, n_tokens)
-        attention = self.attn_drop(self.softmax(logits))
-        attention = self.quantize('attention', attention)
-        out = attention @ self.quantize('value', v)
-        out = out.transpose(1, 2).reshape(n_windows, n_tokens, -1)
+        out = attend(self, q, k, v, lambda logits: add_window_bias(self, logits, bias, mask))
         return self.proj_drop(self.proj(out))
 
 

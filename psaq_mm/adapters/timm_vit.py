@@ -12,6 +12,7 @@ from psaq_mm.prior import AttentionRecord
 from psaq_mm.registry import ADAPTERS
 
 from .adapter import AttentionRecorder
+from .quantized_attention import ROLES, attend
 from .timm_adapter import PSAQ_MM, TIMM, TimmAdapter
 
 DEIT_III_AUTHORS = 'DeiT III authors'
@@ -21,16 +22,11 @@ DEIT_III_AUTHORS = 'DeiT III authors'
 class QuantTimmAttention(QuantOp, Attention):
     """Attention over all tokens with its two matmuls quantized.
 
-    Modifications:
-        - query, key, softmax output and value pass quantizers before the
-          matmuls that consume them (placement ``operands``), or the logits
-          do (placement ``v1``);
-        - the fused attention of torch, which shows none of them, is not used.
-
-    The channel axis of all of them is the head.
+    Modifications: as said in ``quantized_attention.py``; the fused attention
+    of torch, which shows none of the operands, is not used.
     """
 
-    roles = dict(query=1, key=1, attention=1, value=1, logits=1)
+    roles = ROLES
 
     def forward(self, x: Tensor, attn_mask: Optional[Tensor] = None,
                 is_causal: bool = False) -> Tensor:
@@ -48,14 +44,12 @@ class QuantTimmAttention(QuantOp, Attention):
         qkv = self.qkv(x).reshape(batch, n_tokens, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, head_dim) each
         q, k = self.q_norm(q), self.k_norm(k)
-        q = self.quantize('query', q * self.scale)
-        k = self.quantize('key', k)
-        logits = self.quantize('logits', q @ k.transpose(-2, -1))
-        mask = resolve_self_attn_mask(n_tokens, logits, attn_mask, is_causal)
-        attention = self.attn_drop(maybe_add_mask(logits, mask).softmax(dim=-1))
-        attention = self.quantize('attention', attention)
-        out = attention @ self.quantize('value', v)
-        out = self.norm(out.transpose(1, 2).reshape(batch, n_tokens, self.attn_dim))
+
+        def masked(logits: Tensor) -> Tensor:
+            mask = resolve_self_attn_mask(n_tokens, logits, attn_mask, is_causal)
+            return maybe_add_mask(logits, mask)
+
+        out = self.norm(attend(self, q, k, v, masked))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
