@@ -14,7 +14,10 @@ size with random weights, against a plain forward and backward pass of the same
 backbone; time interleaved in one process, memory in a process for each side.
 """
 import argparse
+import contextlib
 import copy
+import dataclasses
+import io
 import logging
 import statistics
 from pathlib import Path
@@ -71,7 +74,9 @@ def evaluate(config: Config, model: nn.Module) -> Dict[str, float]:
     with torch.no_grad():
         for batch in loader:
             evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
-    return {k: float(v) for k, v in evaluator.evaluate(len(loader.dataset)).items()}
+    with contextlib.redirect_stdout(io.StringIO()):  # the tables of pycocotools
+        metrics = evaluator.evaluate(len(loader.dataset))
+    return {k: float(v) for k, v in metrics.items()}
 
 
 def real_images(config: Config, model: nn.Module, number: int) -> Tensor:
@@ -106,33 +111,32 @@ def cells(rows: List[Dict[str, float]], names: Dict[str, str]) -> str:
     return '; '.join(parts)
 
 
+def load_preset(base: str) -> Dict[str, Any]:
+    """The ``quantization`` section of a file in configs/_base_."""
+    preset = Config.fromfile(str(ROOT / 'configs' / '_base_' / f'{base}.py'))
+    return preset.quantization.to_dict()
+
+
 def accuracy(family: str, seeds: Sequence[int], bases: Sequence[str], scope: str) -> None:
     """Print the rows of a family."""
     name, metrics = FAMILIES[family]
-    size = None
-    quantizations = {}
-    for base in bases:
-        config = load_config(DEMO / f'{name}.py')
-        preset = Config.fromfile(str(ROOT / 'configs' / '_base_' / f'{base}.py'))
-        config.merge_from_dict({k: preset[k] for k in ('quantization', 'synthesis')})
-        quantizations[base] = read_sections(config) and config.quantization.to_dict()
-    synthesis = config.synthesis.to_dict()
+    config = load_config(DEMO / f'{name}_w8a8.py')
+    sections = read_sections(config)
+    presets = {base: load_preset(base) for base in bases}
     model = build_float_model(config)
     load_float_weights(model, str(DEMO / f'{name}.pth'))
-    if family in ('swin', 'deit'):
-        size = config.model.img_size
-        synthesis.update(image_size=size, lr=0.2 if family == 'deit' else 0.25)
     print(f'| {family} | float | | {cells([evaluate(config, model)], metrics)} |', flush=True)
     images = {}
     for seed in seeds:
-        images['data-free', seed] = psaq_mm.synthesize(model, seed=seed, **synthesis)
+        images['data-free', seed] = psaq_mm.synthesize(
+            model, seed=seed, **dataclasses.asdict(sections.synthesis))
         images[f'{REAL_IMAGES} real', seed] = real_images(config, model, seed)
     for base in bases:
         for source in ('data-free', f'{REAL_IMAGES} real'):
             rows = []
             for seed in seeds:
                 student = copy.deepcopy(model)
-                psaq_mm.quantize(student, **dict(quantizations[base], scope=scope))
+                psaq_mm.quantize(student, **dict(presets[base], scope=scope))
                 psaq_mm.calibrate(student, images[source, seed])
                 rows.append(evaluate(config, student))
             print(f'| {family} | {base.upper()} | {source} | {cells(rows, metrics)} |',
