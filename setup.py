@@ -37,7 +37,10 @@ def requirements() -> list:
     lines = (line.split('#')[0].strip() for line in
              (ROOT / 'requirements.txt').read_text().splitlines())
     # The hosts, and the setuptools that each family needs, are the user's to install.
-    return [line for line in lines if line and not line.startswith(('onedl-', 'setuptools'))]
+    lines = [line for line in lines if line and not line.startswith(('onedl-', 'setuptools'))]
+    # timm needs Python 3.10; without it there are detectors and segmentors.
+    return [line + '; python_version >= "3.10"' if line.startswith('timm') else line
+            for line in lines]
 
 
 def main() -> None:

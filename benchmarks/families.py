@@ -7,7 +7,7 @@
 Accuracy: the small models of demo/, trained by demo/train.py, on the demo's
 validation scenes: float, then W8A8 and W4A8 with ranges from data-free images
 (one run for each seed) and, with the same quantizer, from 32 real training
-images (another 32 for each seed).
+images (others for each seed).
 
 Cost: one step of the prior on one image, B=1, for each shipped config at full
 size with random weights, against a plain forward and backward pass of the same
@@ -20,6 +20,7 @@ import dataclasses
 import io
 import logging
 import statistics
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
@@ -37,7 +38,9 @@ from psaq_mm.engine import build_float_model, load_config, read_sections
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'demo'
+sys.path.insert(0, str(DEMO))
 DATA = DEMO / 'data'
+TRAINING = DATA / 'families'  # a few scenes of the training split, beside all of them
 REAL_IMAGES = 32
 
 FAMILIES = dict(
@@ -50,20 +53,6 @@ FAMILIES = dict(
 FULL_SIZE = [f'{family}_{size}' for family, sizes in (
     ('mask_rcnn_swin', 'ts'), ('retinanet_swin', 't'), ('cascade_mask_rcnn_swin', 'tsb'),
     ('upernet_swin', 'tsb'), ('deit', 'tsb'), ('swin', 'ts')) for size in sizes]
-
-
-def render(seeds: Sequence[int]) -> None:
-    """Render what is evaluated, and as many training scenes as are needed."""
-    import sys
-    sys.path.insert(0, str(DEMO))
-    from scenes import write_crops, write_semantic, write_split
-    for split, count in (('val', 0), ('train', REAL_IMAGES * len(seeds))):
-        if not (DATA / f'{split}.json').exists():
-            write_split(split, DATA, count)
-        if not (DATA / f'{split}_semantic').exists():
-            write_semantic(split, DATA)
-        if not (DATA / f'{split}_crops').exists():
-            write_crops(split, DATA)
 
 
 def evaluate(config: Config, model: nn.Module) -> Dict[str, float]:
@@ -84,16 +73,16 @@ def real_images(config: Config, model: nn.Module, number: int) -> Tensor:
     loader: Any = copy.deepcopy(config.test_dataloader)
     dataset: ConfigDict = loader.dataset
     if 'root' in dataset:
-        dataset.root = dataset.root.replace('val_', 'train_')
+        dataset.root = str(TRAINING / 'train_crops')
     else:
+        dataset.data_root = f'{TRAINING}/'
         dataset.data_prefix = {k: v.replace('val', 'train')
                                for k, v in dataset.data_prefix.items()}
     if dataset.get('ann_file'):
         dataset.ann_file = 'train.json'
     data = Runner.build_dataloader(loader).dataset
-    # A class folder holds one class: step through all of them.
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(number))
-    chosen = [data[int(i)] for i in order[:REAL_IMAGES]]
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [data[i] for i in order[number * REAL_IMAGES:(number + 1) * REAL_IMAGES]]
     batch = dict(inputs=[c['inputs'] for c in chosen],
                  data_samples=[c['data_samples'] for c in chosen])
     with torch.no_grad():
@@ -130,7 +119,8 @@ def accuracy(family: str, seeds: Sequence[int], bases: Sequence[str], scope: str
     for seed in seeds:
         images['data-free', seed] = psaq_mm.synthesize(
             model, seed=seed, **dataclasses.asdict(sections.synthesis))
-        images[f'{REAL_IMAGES} real', seed] = real_images(config, model, seed)
+        images[f'{REAL_IMAGES} real', seed] = real_images(
+            config, model, seeds.index(seed))
     for base in bases:
         for source in ('data-free', f'{REAL_IMAGES} real'):
             rows = []
@@ -170,9 +160,12 @@ def main() -> None:
             work()
         print(peak_memory_mib() - before)
         return
-    render(args.seeds)
-    print(f'scope {args.scope}, seeds {args.seeds}: mean (each seed)\n')
-    print('| model | bits | ranges from | metrics |\n|---|---|---|---|', flush=True)
+    from scenes import render_split
+    if args.families:
+        render_split('val', DATA)
+        render_split('train', TRAINING, REAL_IMAGES * max(3, len(args.seeds)))
+        print(f'scope {args.scope}, seeds {args.seeds}: mean (each seed)\n')
+        print('| model | bits | ranges from | metrics |\n|---|---|---|---|', flush=True)
     for family in args.families:
         accuracy(family, args.seeds, args.bases, args.scope)
     if args.no_cost:

@@ -219,6 +219,25 @@ def write_split(split: str, out: Path, count: int = 0) -> Path:
     return path
 
 
+def render_split(split: str, out: Path, count: int = 0) -> None:
+    """Render a split in all its forms, unless it is there already.
+
+    Args:
+        split (str): ``train`` or ``val``.
+        out (Path): Folder of the scenes.
+        count (int): Images that are needed; 0 means the whole split. Defaults
+            to 0.
+    """
+    count = count or SPLITS[split][1]
+    path = out / f'{split}.json'
+    if path.exists() and len(json.loads(path.read_text())['images']) >= count:
+        return
+    print(f'rendering {count} scenes of {split} ...', flush=True)
+    write_split(split, out, count)
+    write_semantic(split, out)
+    write_crops(split, out)
+
+
 def write_semantic(split: str, out: Path) -> Path:
     """Label maps of a rendered split: 0 is the ground, class i is i + 1.
 

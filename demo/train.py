@@ -11,23 +11,11 @@ from pathlib import Path
 
 import torch
 from mmengine.runner import Runner
-from scenes import SPLITS, write_crops, write_semantic, write_split
+from scenes import SPLITS, render_split
 
 from psaq_mm.engine import load_config
 
 HERE = Path(__file__).resolve().parent
-DATA = HERE / 'data'
-
-
-def render(split: str) -> None:
-    """Render a split in all its forms, unless it is there."""
-    if not (DATA / f'{split}.json').exists():
-        print(f'rendering {SPLITS[split][1]} scenes of {split} ...', flush=True)
-        write_split(split, DATA)
-    if not (DATA / f'{split}_semantic').exists():
-        write_semantic(split, DATA)
-    if not (DATA / f'{split}_crops').exists():
-        write_crops(split, DATA)
 
 
 def main() -> None:
@@ -44,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
 
     for split in SPLITS:
-        render(split)
+        render_split(split, HERE / 'data')
     cfg = load_config(args.config)
     work_dir = args.work_dir or Path('work_dirs/train') / args.config.stem
     cfg.work_dir = str(work_dir)

@@ -35,7 +35,8 @@ def quantize(model: nn.Module, **settings: Any) -> nn.Module:
     :func:`calibrate` has set the ranges of the activations.
 
     Args:
-        model (nn.Module): A detector with a Swin backbone, or that alone.
+        model (nn.Module): A detector or segmentor with a Swin backbone, a
+            Swin or ViT of timm, or the backbone alone.
         **settings: Of :class:`QuantizationSettings`: ``weight``,
             ``activation``, ``placement``, ``scope``, ``include``, ...
 
@@ -101,7 +102,7 @@ def synthesizer(model: nn.Module, seed: int = 0, **settings: Any) -> Iterator[Sy
     check_synthesis(model, chosen)
     heads = any(term.needs_batch_norm for term in chosen.build_priors().values())
     with adapter.record_attention(model) as attention, \
-            adapter.record_batch_norm(model) as batch_norms:
+            adapter.record_batch_norm(model, heads) as batch_norms:
 
         def teacher(images: Tensor) -> TeacherRecord:
             attention.take()
@@ -140,7 +141,7 @@ def synthesize(model: nn.Module, seed: int = 0,
         Tensor: Normalized images of shape (num_images, C, H, W), on the CPU.
 
     Raises:
-        UserError: If a setting is wrong or the backbone is not Swin.
+        UserError: If a setting is wrong or the backbone is not one of those.
         FloatingPointError: If a loss is not finite.
     """
     with synthesizer(model, seed, **settings) as images:

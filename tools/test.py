@@ -6,12 +6,15 @@
 import argparse
 import os
 
+from mmengine.dist import is_main_process
+
 from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json
 from psaq_mm.engine import PSAQRunner, load_config, read_sections, resolve_device
 from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
     draw_predictions,
+    require_launcher,
     require_test_data,
     run_tool,
 )
@@ -30,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
                         help='override config keys')
     parser.add_argument('--show-dir', help='draw the predictions to this folder inside '
-                        'the log folder, as mmdet and mmseg do')
+                        'the log folder (segmentations: the work directory)')
     parser.add_argument('--metrics', metavar='FILE', help='write the metrics to a JSON file')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -48,6 +51,7 @@ def main() -> None:
     config = load_config(args.config, args.cfg_options)
     if config.get('quantization') is not None:
         read_sections(config)
+    require_launcher(args.launcher, args.device)
     device = resolve_device(args.device)
     require_test_data(config)
     kind = describe_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
@@ -66,6 +70,8 @@ def main() -> None:
         config.custom_hooks = [*hooks, dict(type=HOOK)]  # a plain mmdet config
     runner = PSAQRunner.from_cfg(config)
     metrics = plain(runner.test())  # mmseg returns numpy's numbers
+    if not is_main_process():
+        return
     print(f'{args.checkpoint}: {kind}')
     for name, value in metrics.items():
         print(f'  {name}: {value}')

@@ -2,7 +2,6 @@
 """What the rest of the project asks of a host library."""
 import importlib
 import itertools
-import sys
 from contextlib import contextmanager
 from typing import Any, ClassVar, Dict, Generic, Iterator, List, Mapping, Optional, Tuple, TypeVar
 
@@ -141,17 +140,21 @@ class Adapter:
                 if isinstance(module, _BatchNorm) and module.running_mean is not None]
 
     @contextmanager
-    def record_batch_norm(self, model: nn.Module) -> Iterator[BatchNormRecorder]:
+    def record_batch_norm(self, model: nn.Module,
+                          enabled: bool = True) -> Iterator[BatchNormRecorder]:
         """Within the block, record the input's statistics of each BatchNorm."""
         recorder = BatchNormRecorder()
 
         def note(module: nn.Module, args: Any) -> None:
+            if args[0].numel() == 0:  # no regions were proposed
+                return
             mean, var = channel_statistics(args[0])
             recorder.records.append(BatchNormRecord(
                 mean, var, module.running_mean, module.running_var,  # type: ignore[arg-type]
                 module.eps))  # type: ignore[arg-type]
 
-        handles = [norm.register_forward_pre_hook(note) for norm in self.batch_norms(model)]
+        norms = self.batch_norms(model) if enabled else []
+        handles = [norm.register_forward_pre_hook(note) for norm in norms]
         try:
             yield recorder
         finally:
@@ -163,21 +166,22 @@ HOSTS = dict(mmdet=('mmdet_swin', ), mmseg=('mmseg_swin', ), timm=('timm_swin', 
 """Host library -> the files of this folder that know it."""
 
 
-def import_hosts() -> None:
-    """Import what knows the host libraries that are in use.
+def import_hosts(model: nn.Module) -> None:
+    """Import what knows the host libraries that a model is made of.
 
-    A model of a host exists only where that host is imported; the others may
-    be absent, and importing them would cost seconds.
+    The others may be absent or too old, and importing them would cost seconds.
     """
+    packages = {cls.__module__.split('.')[0] for kind in {type(m) for m in model.modules()}
+                for cls in kind.__mro__}
     for host, files in HOSTS.items():
-        if host in sys.modules:
+        if host in packages:
             for file in files:
                 importlib.import_module(f'psaq_mm.adapters.{file}')
 
 
 def matching_adapter(model: nn.Module) -> Optional[Adapter]:
     """The adapter that serves a model, if there is one."""
-    import_hosts()
+    import_hosts(model)
     for cls in ADAPTERS.module_dict.values():
         if cls.matches(model):
             return cls()
@@ -192,11 +196,12 @@ def find_adapter(model: nn.Module) -> Adapter:
     """
     adapter = matching_adapter(model)
     if adapter is None:
-        backbone = getattr(model, 'backbone', model)
+        key = next((k for k in ('backbone', 'model') if hasattr(model, k)), '')
+        found = getattr(model, key) if key else model
         raise UserError(
-            f'model.backbone is {type(backbone).__name__}; expected a Swin Transformer of mmdet, '
-            'mmseg or timm, or a DeiT of timm. Its attention is what images are synthesized '
-            'from, so other backbones cannot be quantized without data.')
+            f'model{"." + key if key else ""} is {type(found).__name__}; expected a Swin '
+            'Transformer of mmdet, mmseg or timm, or a DeiT of timm. Its attention is what images '
+            'are synthesized from, so other backbones cannot be quantized without data.')
     return adapter
 
 

@@ -198,12 +198,17 @@ class OpenMMLabSwinAdapter(Adapter):
         if isinstance(model, self.backbone_class):
             self.forward_backbone(model, images)
         elif hasattr(model, 'encode_decode'):
-            features = model.extract_feat(images)
-            heads = [model.decode_head, getattr(model, 'auxiliary_head', None)]
-            for head in heads:
-                for part in head if isinstance(head, nn.ModuleList) else [head]:
-                    if part is not None:
-                        part(features)
+            features: List[Any] = []
+            source = model.neck if model.with_neck else model.backbone
+            handle = source.register_forward_hook(lambda m, args, out: features.append(out))
+            try:
+                self.forward_model(model, images)
+            finally:
+                handle.remove()
+            head = getattr(model, 'auxiliary_head', None)
+            for part in head if isinstance(head, nn.ModuleList) else [head]:
+                if part is not None:
+                    part(features[-1])
         else:
             with _fewer_proposals(model):
                 self.forward_model(model, images)

@@ -91,7 +91,7 @@ class TimmAdapter(Adapter):
         prefix = self._prefix(model)
         if any(key.startswith(prefix + self.block_prefix) for key in state) \
                 and not self._is_foreign(state):
-            return dict(state), PSAQ_MM
+            return dict(state), PSAQ_MM if prefix else TIMM
         if not any(key.startswith(self.block_prefix) for key in state):
             return dict(state), ''
         converted, layout = self._from_timm(self._timm_model(model), state)

@@ -113,7 +113,7 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
     if not isinstance(packed, Mapping) or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in packed.items()):
         raise _damaged(path, 'its state_dict does not hold tensors by name')
-    import_hosts()  # their ops
+    import_hosts(model)  # their ops
     require_same_modules(model, manifest, plan, path)
     with _undone_on_failure(model):
         if next(named_quant_ops(model), None) is None:

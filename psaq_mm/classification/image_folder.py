@@ -2,12 +2,13 @@
 """Images in one folder for each class, prepared as timm prepares them."""
 import inspect
 import os
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import timm
 import torchvision
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import is_image_file
 
 from psaq_mm.errors import UserError
 from psaq_mm.registry import DATASETS
@@ -51,15 +52,21 @@ class ImageFolder(Dataset):
                             'a model that has the same')
         config = resolve_data_config(pretrained_cfg=settings.to_dict())
         config.update(_checked(transform or {}))
-        # Without normalization timm leaves pixels as they are, uint8.
-        self.transform = create_transform(**config, is_training=training, normalize=False)
+        try:
+            # Without normalization timm leaves pixels as they are, uint8.
+            self.transform = create_transform(**config, is_training=training, normalize=False)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f'ImageFolder: transform {dict(transform or {})} is refused by timm '
+                            f'({type(error).__name__}: {error})') from error
         expected = 'expected <root>/<class>/<image>, e.g. val/n01440764/0293.JPEG'
         if not os.path.isdir(root):
             raise UserError(f'ImageFolder: the folder {root} does not exist; {expected}')
         try:
-            self.images = torchvision.datasets.ImageFolder(root, self.transform)
+            self.images = _ClassFolders(root, self.transform)
         except FileNotFoundError as error:
-            raise UserError(f'ImageFolder: {error}; {expected}') from error
+            raise UserError(f'ImageFolder: {str(error)[:200]}; {expected}') from error
+        if len(self.images) == 0:
+            raise UserError(f'ImageFolder: there are no images in {root}; {expected}')
 
     @property
     def metainfo(self) -> Dict[str, List[str]]:
@@ -78,6 +85,18 @@ class ImageFolder(Dataset):
         return dict(inputs=image, data_samples=label)
 
 
+class _ClassFolders(torchvision.datasets.ImageFolder):
+    """Counts empty folders as classes, so that a part of a data set keeps its
+    labels. (torchvision's ``allow_empty`` is newer than what we support.)"""
+
+    def find_classes(self, directory: str) -> Tuple[List[str], Dict[str, int]]:
+        classes, labels = super().find_classes(directory)
+        filled = {name: label for name, label in labels.items()
+                  if any(entry.is_dir() or is_image_file(entry.name)
+                         for entry in os.scandir(os.path.join(directory, name)))}
+        return classes, filled
+
+
 def _checked(transform: Mapping[str, Any]) -> Dict[str, Any]:
     """The user's arguments of ``create_transform``."""
     known = [name for name in inspect.signature(create_transform).parameters
@@ -87,4 +106,9 @@ def _checked(transform: Mapping[str, Any]) -> Dict[str, Any]:
         if key not in known:
             raise UserError(f'ImageFolder: transform has the unknown key {key!r}.'
                             f'{nearest(key, known)} Known keys: {", ".join(known)}')
+    size = given.get('input_size', (3, 1, 1))
+    if not isinstance(size, (list, tuple)) or len(size) != 3 \
+            or not all(isinstance(side, int) and side > 0 for side in size):
+        raise UserError('ImageFolder: transform.input_size must be (channels, height, width), '
+                        f'got {size!r}')
     return given

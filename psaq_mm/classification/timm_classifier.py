@@ -62,6 +62,10 @@ class TimmClassifier(BaseModel):
     def __init__(self, name: str, data_preprocessor: Union[dict, nn.Module, None] = None,
                  init_cfg: Optional[dict] = None, **model_args: Any) -> None:
         require_timm_model(name)
+        for key in model_args:
+            if key.startswith(('pretrained', 'checkpoint_path')):
+                raise UserError(f'TimmClassifier takes no {key}: the weights come from the '
+                                'checkpoint that the tool is given')
         model = timm.create_model(name, pretrained=False, **model_args)
         if data_preprocessor is None:
             data = resolve_model_data_config(model)  # for pixels in [0, 1]
@@ -89,6 +93,14 @@ class TimmClassifier(BaseModel):
             - ``predict``: a dict for each image with its ``logits``, shape
               (num_classes, ), and its ``label``, None if there is none.
         """
+        embed = getattr(self.model, 'patch_embed', None)
+        size = getattr(embed, 'img_size', None)
+        if size is not None and getattr(embed, 'strict_img_size', False) \
+                and tuple(inputs.shape[-2:]) != tuple(size):
+            got = tuple(inputs.shape[-2:])
+            raise UserError(
+                f'images of {got} pixels reach a model that takes {tuple(size)}; set '
+                f'transform.input_size=(3, {size[0]}, {size[1]}) of the data set')
         logits = self.model(inputs)
         if mode == 'tensor':
             return logits

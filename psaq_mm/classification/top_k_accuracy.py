@@ -23,16 +23,17 @@ class TopKAccuracy(BaseMetric):
         **kwargs: As of :class:`mmengine.evaluator.BaseMetric`.
 
     Raises:
-        UserError: If k is not positive, an image has no label, or a label is
-            not among the model's classes.
+        UserError: If k is not positive, an image has no label, a label is
+            not among the model's classes, or the data set has another number
+            of classes.
     """
 
     default_prefix = 'accuracy'
 
     def __init__(self, topk: Union[int, Sequence[int]] = (1, 5), **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.topk = [topk] if isinstance(topk, int) else list(topk)
-        if not self.topk or not all(isinstance(k, int) and k > 0 for k in self.topk):
+        self.topk: List[Any] = list(topk) if isinstance(topk, (list, tuple)) else [topk]
+        if not self.topk or not all(type(k) is int and k > 0 for k in self.topk):
             raise UserError(f'TopKAccuracy: topk must be positive integers, got {topk!r}')
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
@@ -48,6 +49,11 @@ class TopKAccuracy(BaseMetric):
             if label is None:
                 raise UserError('TopKAccuracy: an image has no label')
             classes = len(logits)
+            folders = len((self.dataset_meta or {}).get('classes', logits))
+            if folders != classes:
+                raise UserError(f'TopKAccuracy: the data set has {folders} class folders, the '
+                                f'model {classes} classes; labels would not agree. Add empty '
+                                'folders for classes that the data set lacks.')
             if not 0 <= label < classes:
                 raise UserError(f'TopKAccuracy: label {label} is not among the {classes} classes '
                                 'of the model; is it of another data set?')

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+import torch
 from mmengine.config import Config, DictAction
 
 from psaq_mm.errors import UserError
+from psaq_mm.registry import DATASETS
 
 
 class ConfigOptions(DictAction):
@@ -54,8 +56,8 @@ def require_test_data(config: Config) -> None:
     """Check that the test set of a config is there, before a model is built.
 
     Raises:
-        UserError: If the config evaluates nothing, or the annotation file or
-            image folder is missing.
+        UserError: If the config evaluates nothing, the annotation file or
+            image folder is missing, or a folder of classes is not one.
     """
     if config.get('test_dataloader') is None or config.get('test_evaluator') is None:
         raise UserError(f'config {config.filename} has no test_dataloader and test_evaluator: '
@@ -73,6 +75,27 @@ def require_test_data(config: Config) -> None:
         if not os.path.exists(full):
             raise UserError(f'test_dataloader.dataset: {full} does not exist; put the data '
                             'there, or set test_dataloader.dataset.data_root (classifiers: .root)')
+    if dataset.get('type') == 'psaq_mm.ImageFolder':  # as quickly built as checked
+        DATASETS.build(dataset)
+
+
+def require_launcher(launcher: str, device: str) -> None:
+    """Check that this process was started by the launcher that is named.
+
+    Raises:
+        UserError: If not, or a device is named, which the launcher chooses.
+    """
+    if launcher == 'none':
+        return
+    if device != 'auto':
+        raise UserError(f'--device {device}: with --launcher {launcher} each process takes its '
+                        'own; leave it out')
+    if launcher == 'pytorch' and 'RANK' not in os.environ:
+        raise UserError('--launcher pytorch: start it by torchrun --nproc_per_node N '
+                        'tools/test.py ...')
+    if launcher != 'pytorch' and not torch.cuda.is_available():
+        raise UserError(f'--launcher {launcher} needs GPUs, and none was found; use --launcher '
+                        'pytorch')
 
 
 def draw_predictions(config: Config, folder: str) -> None:
@@ -81,12 +104,12 @@ def draw_predictions(config: Config, folder: str) -> None:
     Raises:
         UserError: If the config has no such hook.
     """
-    hook = (config.get('default_hooks') or {}).get('visualization')
-    if hook is None:
-        raise UserError('--show-dir: the config has no default_hooks.visualization that would '
-                        'draw predictions')
+    hook: Any = (config.get('default_hooks') or {}).get('visualization')
+    if not hook or 'type' not in hook or not config.get('visualizer'):
+        raise UserError('--show-dir: the config has no default_hooks.visualization and visualizer '
+                        'that would draw predictions')
     hook.draw = True
-    if 'Seg' in hook.type:  # of mmseg: the visualizer knows the folder
+    if 'Seg' in str(hook.type):  # of mmseg: the visualizer knows the folder
         hook.interval = 1
         config.visualizer.save_dir = os.path.join(config.work_dir, folder)
     else:

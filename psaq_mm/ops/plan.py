@@ -88,8 +88,7 @@ def left_float(model: nn.Module, plan: Plan, adapter: 'Adapter', scope: str) -> 
 
     Returns:
         list[str]: ``name (class)`` of each module that has a weight matrix
-        or kernel of its own: excluded ones, and those without an op, such as
-        transposed convolutions.
+        or kernel of its own: excluded ones, and those without an op.
     """
     names = []
     for name, module in model.named_modules():

@@ -489,10 +489,10 @@ def test_find_adapter():
     assert type(find_adapter(swin())) is MMDetSwinAdapter
     assert type(find_adapter(Detector())) is MMDetSwinAdapter
     resnet = ResNet(18)
-    for model in (Detector(resnet), resnet):
-        with pytest.raises(UserError, match='^model.backbone is ResNet; expected a Swin'):
+    for model, name in ((Detector(resnet), 'model.backbone'), (resnet, 'model')):
+        with pytest.raises(UserError, match=f'^{name} is ResNet; expected a Swin'):
             find_adapter(model)
-    with pytest.raises(UserError, match='^model.backbone is Linear; expected a Swin'):
+    with pytest.raises(UserError, match='^model is Linear; expected a Swin'):
         find_adapter(nn.Linear(2, 2))
 
 

@@ -532,7 +532,7 @@ def as_of_the_authors(model):
 
 
 @pytest.mark.parametrize('build, layout', [
-    (swin, 'psaq_mm'), (swin, SWIN_AUTHORS), (classifier, 'psaq_mm'), (classifier, 'timm'),
+    (swin, 'timm'), (swin, SWIN_AUTHORS), (classifier, 'psaq_mm'), (classifier, 'timm'),
     (classifier, SWIN_AUTHORS)])
 def test_layouts(build, layout, tmp_path):
     stages = dict(depths=(2, 2, 1), num_heads=(1, 2, 4))
@@ -542,7 +542,7 @@ def test_layouts(build, layout, tmp_path):
         state = as_of_the_authors(source)
         assert 'layers.1.downsample.reduction.weight' in state and 'head.weight' in state
         assert any('attn_mask' in key for key in state)
-    elif layout == 'psaq_mm' and build is classifier:
+    elif layout == 'psaq_mm':
         state = {f'model.{key}': value for key, value in state.items()}
     if build is classifier:
         assert ADAPTER.layouts[layout] in state

@@ -459,7 +459,7 @@ def as_of_deit_iii(model):
 
 
 @pytest.mark.parametrize('name, build, layout', [
-    (DEIT, vit, 'psaq_mm'), (DEIT, classifier, 'psaq_mm'), (DEIT, classifier, 'timm'),
+    (DEIT, vit, 'timm'), (DEIT, classifier, 'psaq_mm'), (DEIT, classifier, 'timm'),
     (DISTILLED, classifier, 'timm'), (DEIT_III, vit, DEIT_III_AUTHORS),
     (DEIT_III, classifier, DEIT_III_AUTHORS)])
 def test_layouts(name, build, layout, tmp_path):
@@ -468,7 +468,7 @@ def test_layouts(name, build, layout, tmp_path):
     if layout == DEIT_III_AUTHORS:
         state = as_of_deit_iii(source)
         assert set(state) != set(source.state_dict())
-    elif layout == 'psaq_mm' and build is classifier:
+    elif layout == 'psaq_mm':
         state = {f'model.{key}': value for key, value in state.items()}
     if build is classifier:
         assert ADAPTER.layouts[layout] in state

@@ -90,9 +90,19 @@ def test_no_folder(root):
         ImageFolder(str(root / 'none'), MODELS[0])
     with pytest.raises(UserError, match=r'class folder.*; expected <root>/<class>/<image>'):
         ImageFolder(str(root / 'n2'), MODELS[0])  # images, but no folders
-    (root / 'n3').mkdir()
-    with pytest.raises(UserError, match=r'n3.*; expected <root>/<class>/<image>'):
-        ImageFolder(str(root), MODELS[0])
+    for name in ('empty/a', 'empty/b'):
+        (root / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=r'no images in .*empty; expected <root>/<class>/<image>'):
+        ImageFolder(str(root / 'empty'), MODELS[0])
+
+
+def test_empty_folders_keep_their_place(root):
+    """A part of a data set keeps the labels of all of it."""
+    before = [images['data_samples'] for images in ImageFolder(str(root), MODELS[0])]
+    (root / 'a_before_all').mkdir()
+    images = ImageFolder(str(root), MODELS[0])
+    assert images.metainfo['classes'][0] == 'a_before_all'
+    assert [image['data_samples'] for image in images] == [label + 1 for label in before]
 
 
 def test_wrong_arguments(root):

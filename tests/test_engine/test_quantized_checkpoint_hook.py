@@ -33,7 +33,9 @@ def loaded(model, checkpoint):
 
 
 @pytest.mark.parametrize('convert', [dict, LAYOUTS.to_swin_authors_detection])
-@pytest.mark.parametrize('wrap', [lambda s: dict(state_dict=s, meta={}), lambda s: s])
+@pytest.mark.parametrize('wrap', [
+    lambda s: dict(state_dict=s, meta={}), lambda s: s, lambda s: dict(model=s),
+    lambda s: dict(state_dict={f'module.{k}': v for k, v in s.items()})])
 def test_float_checkpoints_of_published_layouts(model, convert, wrap):
     """The stock test scripts, too, see the weights in the model's own layout."""
     state = model.state_dict()

@@ -77,6 +77,29 @@ def test_two_commands(call_tool, make, name, metric, scope, tmp_path):
         assert metric is None or 0 <= metrics[metric] <= 100
 
 
+@pytest.mark.parametrize('name, metric, least, margin', [
+    ('upernet_swin_demo', 'mIoU', 40, 4), ('swin_demo', 'accuracy/top1', 70, 9),
+    ('deit_demo', 'accuracy/top1', 50, 9)])  # two of 24 crops are 8.3 points
+def test_trained_models_keep_what_they_know(call_tool, make, name, metric, least, margin,
+                                            tmp_path):
+    """The demo's trained weights, on scenes that they never saw: at 8 bits they
+    are as good as in float, within what so few images can tell."""
+    config, _ = make(name)
+    checkpoint = DEMO / f'{name}.pth'
+    status, _, err = call_tool('quantize', config, checkpoint, '--work-dir', tmp_path,
+                               '--cfg-options', 'synthesis.num_images=4', 'synthesis.steps=20',
+                               'synthesis.image_size=112')
+    assert status == 0, err
+    found = {}
+    for file in (checkpoint, tmp_path / 'quantized.pth'):
+        status, _, err = call_tool('test', config, file, '--work-dir', tmp_path, '--metrics',
+                                   tmp_path / 'metrics.json')
+        assert status == 0, err
+        found[file.stem] = json.loads((tmp_path / 'metrics.json').read_text())['metrics'][metric]
+    assert found[name] > least
+    assert abs(found['quantized'] - found[name]) < margin
+
+
 def test_stock_mmseg_tool(call_tool, make, data, tmp_path):
     """mmseg's own script on a config that inherits by path: the same mIoU.
     (With mmseg:: in it, mmengine of one family fails before any code of ours.)"""
@@ -180,15 +203,16 @@ def test_classifier_of_another_size(call_tool, make, tmp_path):
     assert 'is not a checkpoint of this model' in err
 
 
-def test_two_processes(call_tool, make, tmp_path):
+@pytest.mark.parametrize('name', ['swin_demo', 'upernet_swin_demo'])
+def test_two_processes(call_tool, make, name, tmp_path):
     """--launcher pytorch splits the images: the same metrics."""
-    config, checkpoint = make('swin_demo')
+    config, checkpoint = make(name)
     arguments = [str(config), str(checkpoint), '--work-dir', str(tmp_path)]
     run = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2',
-         '--master_port', '29731', str(ROOT / 'tools' / 'test.py'), *arguments, '--launcher',
+         '--standalone', str(ROOT / 'tools' / 'test.py'), *arguments, '--launcher',
          'pytorch', '--metrics', str(tmp_path / 'two.json'), '--cfg-options',
-         'test_dataloader.batch_size=3'],
+         'test_dataloader.batch_size=1'],
         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     status, _, err = call_tool('test', *arguments, '--metrics', tmp_path / 'one.json')
@@ -196,6 +220,78 @@ def test_two_processes(call_tool, make, tmp_path):
     one, two = (json.loads((tmp_path / f'{n}.json').read_text())['metrics']
                 for n in ('one', 'two'))
     assert one == two
+
+
+def test_launcher_without_processes(call_tool, make, tmp_path, monkeypatch):
+    monkeypatch.delenv('RANK', raising=False)
+    config, checkpoint = make('swin_demo')
+    for options, expected in ((['--launcher', 'pytorch'], 'torchrun'),
+                              (['--launcher', 'pytorch', '--device', 'cpu'], '--device cpu')):
+        status, _, err = call_tool('test', config, checkpoint, '--work-dir', tmp_path / 'out',
+                                   *options)
+        assert status == 2
+        assert expected in err
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('options, expected', [
+    (['test_dataloader.dataset.transform.interpolation=foo'], 'ImageFolder: transform'),
+    (['test_dataloader.dataset.transform.crop_pct=abc'], 'ImageFolder: transform'),
+    (['test_dataloader.dataset.transform.input_size=112'], 'transform.input_size must be'),
+    (['test_dataloader.dataset.model=swin_tinny'], "'swin_tinny' is no model of timm"),
+    (['model.pretrained=True'], 'takes no pretrained'),
+    (['model.name=resnet18', 'model.embed_dim=3'], 'cannot be built')])
+def test_mistakes_in_a_classifier(call_tool, make, options, expected, tmp_path):
+    config, checkpoint = make('swin_demo')
+    status, _, err = call_tool('test', config, checkpoint, '--work-dir', tmp_path / 'out',
+                               '--cfg-options', *options)
+    assert status == 2
+    assert expected in err
+
+
+@pytest.mark.parametrize('options, expected', [
+    (["test_dataloader.dataset.transform.input_size=(3,224,224)"],
+     r'transform.input_size=(3, 112, 112)'),
+    (['test_evaluator.topk=None'], 'topk must be')])
+def test_mistakes_found_later(call_tool, make, options, expected, tmp_path):
+    config, checkpoint = make('swin_demo')
+    status, _, err = call_tool('test', config, checkpoint, '--work-dir', tmp_path / 'out',
+                               '--cfg-options', *options)
+    assert status == 2
+    assert expected in err
+
+
+def test_folders_of_other_classes(call_tool, make, data, tmp_path):
+    """Labels are places in a list of folders: another list is another task."""
+    config, checkpoint = make('swin_demo')
+    part = tmp_path / 'part'
+    for name in ('ring', 'star'):
+        (part / name).mkdir(parents=True)
+        source = next((data / 'val_crops' / name).glob('*.png'))
+        (part / name / source.name).write_bytes(source.read_bytes())
+    arguments = ['test', config, checkpoint, '--work-dir', tmp_path, '--cfg-options',
+                 f'test_dataloader.dataset.root={part}']
+    status, _, err = call_tool(*arguments)
+    assert status == 2
+    assert 'the data set has 2 class folders, the model 6 classes' in err
+    for name in ('cross', 'disc', 'square', 'triangle'):  # what the message suggests
+        (part / name).mkdir()
+    status, _, err = call_tool(*arguments)
+    assert status == 0, err
+
+
+def test_layout_is_named_once(make, tmp_path):
+    """A published segmentor through tools/test.py."""
+    config, checkpoint = make('upernet_swin_demo')
+    layouts = load_script(ROOT / 'benchmarks' / 'published_layouts.py')
+    state = torch.load(checkpoint)['state_dict']
+    torch.save(dict(model=layouts.to_swin_authors_detection(state)), tmp_path / 'swin.pth')
+    run = subprocess.run([sys.executable, str(ROOT / 'tools' / 'test.py'), str(config),
+                          str(tmp_path / 'swin.pth'), '--work-dir', str(tmp_path)],
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    named = re.findall('layout of the weights: (.*)', run.stdout + run.stderr)
+    assert named == ['Swin authors (mmdet 2 and mmseg 0 keys)']
 
 
 @pytest.mark.parametrize('name', SMALLEST)

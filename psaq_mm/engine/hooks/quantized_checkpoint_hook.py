@@ -5,10 +5,16 @@ from typing import Any, Dict
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 
 from psaq_mm.adapters import matching_adapter
-from psaq_mm.checkpoint import is_quantized, prepare_for_loading
+from psaq_mm.checkpoint import (
+    extract_state_dict,
+    first_differences,
+    is_quantized,
+    prepare_for_loading,
+)
+from psaq_mm.errors import UserError
 from psaq_mm.registry import HOOKS
 
 
@@ -42,10 +48,13 @@ class QuantizedCheckpointHook(Hook):
     @staticmethod
     def _convert(runner: Runner, model: nn.Module, checkpoint: Dict[str, Any]) -> None:
         adapter = matching_adapter(model)
-        # mmengine takes the weights from 'state_dict', else from the top.
-        state = checkpoint.get('state_dict', checkpoint)
-        if adapter is None or not all(isinstance(v, Tensor) for v in state.values()):
+        if adapter is None:
             return
-        checkpoint['state_dict'], layout = adapter.convert_state(model, state)
-        if layout:
-            runner.logger.info(f'layout of the weights: {layout}')
+        try:
+            state = extract_state_dict(checkpoint, 'the checkpoint')
+        except UserError:
+            return  # mmengine says what it makes of it
+        if first_differences(model, state, allow_extra=True):
+            state, layout = adapter.convert_state(model, state)
+            runner.logger.info(f'layout of the weights: {layout or "unknown"}')
+        checkpoint['state_dict'] = state
