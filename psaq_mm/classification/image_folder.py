@@ -65,8 +65,6 @@ class ImageFolder(Dataset):
             self.images = _ClassFolders(root, self.transform)
         except FileNotFoundError as error:
             raise UserError(f'ImageFolder: {str(error)[:200]}; {expected}') from error
-        if len(self.images) == 0:
-            raise UserError(f'ImageFolder: there are no images in {root}; {expected}')
 
     @property
     def metainfo(self) -> Dict[str, List[str]]:
@@ -94,6 +92,8 @@ class _ClassFolders(torchvision.datasets.ImageFolder):
         filled = {name: label for name, label in labels.items()
                   if any(entry.is_dir() or is_image_file(entry.name)
                          for entry in os.scandir(os.path.join(directory, name)))}
+        if not filled:
+            raise FileNotFoundError(f'there are no images in {directory}')
         return classes, filled
 
 
