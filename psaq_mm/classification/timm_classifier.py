@@ -66,7 +66,11 @@ class TimmClassifier(BaseModel):
             if key.startswith(('pretrained', 'checkpoint_path')):
                 raise UserError(f'TimmClassifier takes no {key}: the weights come from the '
                                 'checkpoint that the tool is given')
-        model = timm.create_model(name, pretrained=False, **model_args)
+        try:
+            model = timm.create_model(name, pretrained=False, **model_args)
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f'TimmClassifier: timm cannot build {name!r} with {model_args} '
+                            f'({type(error).__name__}: {error})') from error
         if data_preprocessor is None:
             data = resolve_model_data_config(model)  # for pixels in [0, 1]
             data_preprocessor = ImgDataPreprocessor(
