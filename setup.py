@@ -57,7 +57,8 @@ def main() -> None:
         python_requires='>=3.8',
         packages=find_packages(include=['psaq_mm', 'psaq_mm.*']),
         package_data={'psaq_mm': [
-            '.mim/*.yml', '.mim/configs/*.py', '.mim/configs/*/*.py', 'py.typed']},
+            '.mim/*.yml', '.mim/configs/*.py', '.mim/configs/*/*.py',
+            '.mim/configs/*/*/*.py', 'py.typed']},
         # The host libraries exist under two families of names (onedl-* and
         # upstream) with the same import names. Naming one here would pull it
         # over the other, so the user installs the hosts first: see README.md.

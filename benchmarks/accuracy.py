@@ -1,86 +1,154 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Box and mask AP, float beside data-free, by the two commands of the README.
+"""What each way to quantize keeps, beside the float model, by several seeds.
 
-    python benchmarks/accuracy.py                 # the demo detector
-    python benchmarks/accuracy.py --model bccd    # real photographs, if present
+    python benchmarks/accuracy.py                              # the demo detector
+    python benchmarks/accuracy.py --model bccd                 # real photographs, if present
+    python benchmarks/accuracy.py --settings w4a4 --rows real32 prior default --scope model
+    python benchmarks/accuracy.py --table                      # what is measured so far
 
-Every row comes from tools/quantize.py (a seed each) and tools/test.py, run
-here. The float row is evaluated in the same run, on the same images.
+All rows but ``paper`` have the quantizer of the preset ``default`` and differ in
+the images that ranges are set on, and in what the student then learns:
+
+    noise      8 images of Gaussian noise
+    tv         8 images optimised for total variation alone, from clamped noise
+    real1      1 training image; real32: 32 of them ("Standard")
+    v1         8 images by V1's form of the prior (10 points)
+    prior      8 images by the prior alone: the preset ``fast``
+    real32+    as real32, and then the game's student steps on these images
+    paper      the preset ``paper``, with 8 images and 100 steps in a phase
+               instead of 32 and 500, and as many student steps as ``default``
+    default    the preset ``default``: the prior, then the game
+
+SQNR is that of the backbone's feature maps on real test images. Every value is
+kept in a JSON file as soon as it is there; a run that was cut off goes on.
 """
 import argparse
-import json
-import statistics
-import subprocess
-import sys
+import time
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
-ROOT = Path(__file__).resolve().parents[1]
-BCCD = ROOT.parent / 'shared' / 'real' / 'bccd'
-MODELS = dict(
-    demo=(ROOT / 'demo' / 'mask_rcnn_swin_demo.py', ROOT / 'demo' / 'mask_rcnn_swin_demo.pth'),
-    bccd=(BCCD / 'mask_rcnn_swin_bccd.py', BCCD / 'mask_rcnn_swin_bccd.pth'))
+from experiment import METRICS, MODELS, ROOT, Results, Subject, bits_of, cell, merged, quiet
+from torch import nn
 
-
-def call(log: Path, tool: str, *arguments: str) -> None:
-    """Run one of the tools with its output in a log."""
-    with log.open('a') as file:
-        subprocess.run([sys.executable, str(ROOT / 'tools' / tool), *arguments], check=True,
-                       stdout=file, stderr=subprocess.STDOUT)
+NO_GAME = dict(rounds=0)
+NO_PATCH_SIMILARITY = dict(priors=dict(patch_similarity=None))
+V1_FORM = dict(priors=dict(patch_similarity=dict(
+    type='PatchSimilarityPrior', weight=1.0, form='v1', points=10)))
+ROWS = ('noise', 'tv', 'real1', 'real32', 'v1', 'prior', 'real32+', 'paper', 'default')
 
 
-def evaluate(config: Path, checkpoint: Path, work_dir: Path) -> Dict[str, float]:
-    """Metrics of a checkpoint, in points."""
-    file = work_dir / f'{checkpoint.parent.name}_{checkpoint.stem}.json'
-    call(work_dir / 'log.txt', 'test.py', str(config), str(checkpoint), '--work-dir',
-         str(work_dir), '--metrics', str(file))
-    metrics = json.loads(file.read_text())['metrics']
-    return {k: 100 * metrics[f'coco/{k}_mAP'] for k in ('bbox', 'segm')}
+class Rows:
+    """Makes the student of a row.
+
+    Args:
+        model (str): In ``experiment.MODELS``.
+        work_dir (Path): Where images are kept.
+    """
+
+    def __init__(self, model: str, work_dir: Path) -> None:
+        self.subject = Subject(model, work_dir)
+        self._paper: Optional[Subject] = None
+        self.work_dir = work_dir
+
+    def student(self, row: str, setting: str, scope: str, seed: int) -> nn.Module:
+        """The student of a row; ``seconds`` is the time that it took."""
+        subject = self.subject
+        quantization = merged(bits_of(setting), dict(scope=scope))
+        before = 0.
+        evolution: Optional[Dict] = NO_GAME
+        synthesis: Dict = {}
+        if row == 'noise':
+            images = subject.noise(8, seed)
+        elif row.startswith('real'):
+            images = subject.real_images(int(row[4:].rstrip('+')), seed)
+            if row.endswith('+'):
+                evolution = dict(sample_steps=0)
+        else:
+            label = row
+            if row == 'tv':
+                synthesis = NO_PATCH_SIMILARITY
+            elif row == 'v1':
+                synthesis = V1_FORM
+            elif row == 'paper':
+                rules = subject.config.evolution
+                subject = self.paper
+                label = 'v1'  # the same images: the prior does not depend on the quantizer
+                synthesis = dict(V1_FORM, num_images=8, batch_size=8, steps=100)
+                evolution = dict(rounds=rules.rounds, sample_steps=rules.sample_steps,
+                                 student_steps=rules.student_steps,
+                                 batch_size=rules.batch_size)
+            elif row == 'default':
+                evolution, label = None, 'prior'
+            images = subject.synthetic(label, seed, **synthesis)
+            before = subject.seconds
+        start = time.perf_counter()
+        student = subject.student(images, seed, quantization=quantization,
+                                  evolution=evolution, synthesis=synthesis,
+                                  real_size=row.startswith('real'))
+        self.seconds = before + time.perf_counter() - start
+        return student
+
+    @property
+    def paper(self) -> Subject:
+        """Subject: The same model with the settings of the preset ``paper``."""
+        if self._paper is None:
+            self._paper = Subject(self.subject.name, self.work_dir, 'paper')
+        return self._paper
+
+
+def print_table(results: Results, scope: str, seeds: List[int], settings: List[str],
+                rows: List[str]) -> None:
+    """A table for each metric, from what is there."""
+    float_rows = results.over_seeds([0], 'float')
+    for key, (name, _) in METRICS.items():
+        if not any(key in value for value in results.values.values()):
+            continue
+        print(f'\n{name}, scope `{scope}`: mean (lowest to highest seed)\n')
+        print(f'| | {" | ".join(s.upper() for s in settings)} |')
+        print('|---' * (len(settings) + 1) + '|')
+        if key != 'sqnr':
+            print(f'| float | {" | ".join([cell(float_rows, key)] * len(settings))} |')
+        for row in rows:
+            cells = [cell(results.over_seeds(seeds, row, setting, scope), key)
+                     for setting in settings]
+            if any(cells):
+                print(f'| {row} | {" | ".join(cells)} |')
+    print(f'\nseconds to quantize, scope `{scope}`, mean over bits and seeds\n')
+    print('| | seconds |\n|---|---|')
+    for row in rows:
+        values = [v['seconds'] for s in settings
+                  for v in results.over_seeds(seeds, row, s, scope)]
+        if values:
+            print(f'| {row} | {sum(values) / len(values):.0f} |')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--model', choices=sorted(MODELS), default='demo')
-    parser.add_argument('--bases', nargs='+', default=['w8a8'],
-                        help='names in configs/_base_, e.g. w8a8 w4a8')
+    parser.add_argument('--settings', nargs='+',
+                        default=['w8a8', 'w6a6', 'w4a8', 'w4a4', 'w3a3'])
+    parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS))
+    parser.add_argument('--scope', choices=['backbone', 'model'], default='backbone')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--work-dir', type=Path, default=None)
-    parser.add_argument('--cfg-options', nargs='+', default=[])
+    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
+    parser.add_argument('--table', action='store_true', help='measure nothing, print')
     args = parser.parse_args()
-    base_config, checkpoint = MODELS[args.model]
-    if not checkpoint.exists():
-        sys.exit(f'{checkpoint} is not here: nothing to measure')
-    if args.model == 'demo':
-        sys.path.insert(0, str(ROOT / 'demo'))
-        from scenes import write_split
-        write_split('val', ROOT / 'demo' / 'data')
-    work_dir = (args.work_dir or ROOT / 'work_dirs' / f'accuracy_{args.model}').resolve()
-    work_dir.mkdir(parents=True, exist_ok=True)
-
-    reference = evaluate(base_config, checkpoint, work_dir)
-    print(f'{args.model}, seeds {args.seeds}; AP in points: mean (each seed)\n')
-    print('| | box AP | mask AP | seconds to quantize |\n|---|---|---|---|')
-    print(f'| float | {reference["bbox"]:.1f} | {reference["segm"]:.1f} | |', flush=True)
-    for base in args.bases:
-        config = work_dir / f'{args.model}_{base}.py'
-        config.write_text(f"_base_ = ['{base_config}', 'psaq_mm::_base_/{base}.py']\n")
-        metrics: List[Dict[str, float]] = []
-        seconds = []
+    quiet()
+    results = Results(args.work_dir / f'{args.model}.json')
+    if not args.table:
+        rows = Rows(args.model, args.work_dir)
+        if not results.has('float', 0):
+            results.add(rows.subject.evaluate(rows.subject.model), 'float', 0)
         for seed in args.seeds:
-            run = work_dir / f'{base}_seed{seed}'
-            options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
-            call(work_dir / 'log.txt', 'quantize.py', str(config), str(checkpoint),
-                 '--work-dir', str(run), '--seed', str(seed), *options)
-            metrics.append(evaluate(config, run / 'quantized.pth', work_dir))
-            report = json.loads((run / 'report.json').read_text())
-            seconds.append(sum(report['seconds'].values()))
-        cells = []
-        for key in ('bbox', 'segm'):
-            values = [m[key] for m in metrics]
-            cells.append(f'{statistics.mean(values):.2f} '
-                         f'({", ".join(f"{v:.1f}" for v in values)})')
-        print(f'| data-free {base.upper()} | {" | ".join(cells)} '
-              f'| {statistics.mean(seconds):.0f} |', flush=True)
+            for setting in args.settings:
+                for row in args.rows:
+                    key = (row, setting, args.scope, seed)
+                    if not results.has(*key):
+                        student = rows.student(row, setting, args.scope, seed)
+                        found = rows.subject.evaluate(student)
+                        results.add(dict(found, seconds=rows.seconds), *key)
+    print(f'{args.model}, seeds {args.seeds}')
+    print_table(results, args.scope, args.seeds, args.settings, args.rows)
 
 
 if __name__ == '__main__':

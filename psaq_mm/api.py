@@ -2,13 +2,13 @@
 """The verbs: what a script calls, and what the tools themselves call."""
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters import TapRecord, find_adapter
 from psaq_mm.adapters.adapter import Adapter, module_device
 from psaq_mm.checkpoint import (
     is_quantized,
@@ -19,13 +19,23 @@ from psaq_mm.checkpoint import (
     save_torch,
 )
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import CalibrationSettings, SynthesisSettings, Synthesizer, calibrate_ranges
+from psaq_mm.evolution import (
+    CalibrationSettings,
+    EvolutionSettings,
+    Evolver,
+    Student,
+    SynthesisSettings,
+    Synthesizer,
+    calibrate_ranges,
+    carry_ranges_over,
+    mosaics,
+)
 from psaq_mm.ops import apply_plan, left_float, named_quant_ops, plan_quantization, unwrap
 from psaq_mm.prior import TeacherRecord
 from psaq_mm.quantization.settings import QuantizationSettings
 
-__all__ = ['calibrate', 'check_synthesis', 'load', 'quantize', 'save', 'scope_of', 'synthesize',
-           'synthesizer', 'unwrap']
+__all__ = ['calibrate', 'check_evolution', 'check_synthesis', 'evolve', 'evolver', 'load',
+           'quantize', 'refit', 'save', 'scope_of', 'synthesize', 'synthesizer', 'unwrap']
 
 
 def quantize(model: nn.Module, **settings: Any) -> nn.Module:
@@ -82,6 +92,67 @@ def check_synthesis(model: nn.Module, settings: SynthesisSettings) -> None:
                             f'has none; drop it by synthesis.priors.{name}=None')
 
 
+def check_evolution(model: nn.Module, settings: EvolutionSettings) -> None:
+    """Raise if teacher and student cannot be compared so, before any step.
+
+    Args:
+        model (nn.Module): The float model.
+        settings (EvolutionSettings): The ``evolution`` section.
+
+    Raises:
+        UserError: If the model has none of the taps.
+    """
+    if settings.rounds:
+        settings.chosen_groups(find_adapter(model).tap_groups(model))
+
+
+@contextmanager
+def _frozen(*models: nn.Module) -> Iterator[None]:
+    """Within the block models are in evaluation mode and need no gradient."""
+    modes = {m: m.training for model in models for m in model.modules()}
+    trainable = [p for model in models for p in model.parameters() if p.requires_grad]
+    for model in models:
+        model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _teacher(model: nn.Module, settings: SynthesisSettings,
+             groups: Tuple[str, ...] = ()) -> Iterator[
+                 Callable[[Tensor], Tuple[TeacherRecord, TapRecord]]]:
+    """Within the block, a function that runs a float model on images and gives
+    what the prior and the taps need."""
+    adapter = find_adapter(model)
+    heads = any(term.needs_batch_norm for term in settings.build_priors().values())
+    with adapter.record_attention(model) as attention, \
+            adapter.record_batch_norm(model, heads) as batch_norms:
+
+        def run(images: Tensor) -> Tuple[TeacherRecord, TapRecord]:
+            attention.take()
+            batch_norms.take()
+            taps = TapRecord({})
+            if groups:
+                taps = adapter.forward_taps(model, images, groups)
+            if groups and heads:  # the taps' pass ran some heads, not all
+                attention.take()
+                batch_norms.take()
+            if heads:
+                adapter.forward_norms(model, images)
+            elif not groups:
+                adapter.forward_backbone(model, images)
+            return TeacherRecord(attention.take(), batch_norms.take()), taps
+
+        yield run
+
+
 @contextmanager
 def synthesizer(model: nn.Module, seed: int = 0, **settings: Any) -> Iterator[Synthesizer]:
     """A :class:`Synthesizer` on a float model, to be stepped within the block.
@@ -95,34 +166,11 @@ def synthesizer(model: nn.Module, seed: int = 0, **settings: Any) -> Iterator[Sy
         **settings: Of :class:`SynthesisSettings`.
     """
     chosen = SynthesisSettings.from_dict(settings)
-    adapter = find_adapter(model)
-    lower, upper = adapter.valid_range(model)
-    training = {m: m.training for m in model.modules()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    lower, upper = find_adapter(model).valid_range(model)
     check_synthesis(model, chosen)
-    heads = any(term.needs_batch_norm for term in chosen.build_priors().values())
-    with adapter.record_attention(model) as attention, \
-            adapter.record_batch_norm(model, heads) as batch_norms:
-
-        def teacher(images: Tensor) -> TeacherRecord:
-            attention.take()
-            batch_norms.take()
-            if heads:
-                adapter.forward_norms(model, images)
-            else:
-                adapter.forward_backbone(model, images)
-            return TeacherRecord(attention.take(), batch_norms.take())
-
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        try:
-            yield Synthesizer(chosen, teacher, lower, upper, seed, module_device(model))
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-            for module, mode in training.items():
-                module.training = mode
+    with _frozen(model), _teacher(model, chosen) as teacher:
+        yield Synthesizer(chosen, lambda images: teacher(images)[0], lower, upper, seed,
+                          module_device(model))
 
 
 def synthesize(model: nn.Module, seed: int = 0,
@@ -198,6 +246,114 @@ def calibrate(model: nn.Module, images: Tensor,
     finally:
         for module, mode in training.items():
             module.training = mode
+    return model
+
+
+@contextmanager
+def evolver(student: nn.Module, teacher: nn.Module, images: Tensor, seed: int = 0,
+            synthesis: Optional[Mapping[str, Any]] = None,
+            **settings: Any) -> Iterator[Evolver]:
+    """An :class:`Evolver`, to be stepped within the block.
+
+    Both models are in evaluation mode inside, and as before after it.
+
+    Args:
+        student (nn.Module): From :func:`quantize` and :func:`calibrate`.
+        teacher (nn.Module): The float model.
+        images (Tensor): From :func:`synthesize`, shape (N, C, H, W).
+        seed (int): Seed of all randomness. Defaults to 0.
+        synthesis (Mapping, optional): The ``synthesis`` section: the prior of
+            the images. Defaults to None: its defaults.
+        **settings: Of :class:`EvolutionSettings`.
+
+    Raises:
+        UserError: If a setting is wrong, or the student is not calibrated.
+    """
+    chosen = EvolutionSettings.from_dict(settings)
+    prior = SynthesisSettings.from_dict(synthesis)
+    if not any(quantizer.enabled for _, op in named_quant_ops(student)
+               for quantizer in op.quantizers.values()):
+        raise UserError('the student is not calibrated: call psaq_mm.quantize and '
+                        'psaq_mm.calibrate first')
+    adapter = find_adapter(student)
+    groups = chosen.chosen_groups(adapter.tap_groups(student))
+    lower, upper = adapter.valid_range(teacher)
+
+    def forward(batch: Tensor, regions: Optional[List[Tensor]]) -> TapRecord:
+        return adapter.forward_taps(student, batch, groups, regions)
+
+    with _frozen(teacher, student), _teacher(teacher, prior, groups) as run:
+        game = Evolver(chosen, prior, run, Student(student, forward, chosen), images,
+                       lower, upper, seed, module_device(teacher))
+        try:
+            yield game
+        finally:
+            game.student.require_grad(False)
+
+
+def evolve(student: nn.Module, teacher: nn.Module, images: Tensor, seed: int = 0,
+           synthesis: Optional[Mapping[str, Any]] = None,
+           progress: Optional[Callable[[Dict[str, float]], None]] = None,
+           **settings: Any) -> nn.Module:
+    """Let images and student evolve against each other, in place.
+
+    Args:
+        student (nn.Module): From :func:`quantize` and :func:`calibrate`.
+        teacher (nn.Module): The float model.
+        images (Tensor): From :func:`synthesize`, shape (N, C, H, W).
+        seed (int): Seed of all randomness. Defaults to 0.
+        synthesis (Mapping, optional): The ``synthesis`` section. Defaults to
+            None.
+        progress (Callable, optional): Called with the losses of each step.
+            Defaults to None.
+        **settings: Of :class:`EvolutionSettings`, e.g. ``rounds=10``.
+
+    Returns:
+        nn.Module: The student.
+
+    Raises:
+        UserError: If a setting is wrong or the student is not calibrated.
+        FloatingPointError: If a loss is not finite; the student is then that
+            of the step before.
+    """
+    with evolver(student, teacher, images, seed, synthesis, **settings) as game:
+        while not game.done:
+            losses = game.step()
+            if progress is not None:
+                progress(losses)
+        game.finish()
+    return student
+
+
+def refit(model: nn.Module, images: Tensor, size: Tuple[int, int],
+          learnt: bool = False, **settings: Any) -> nn.Module:
+    """Set the ranges once more, for images of another size.
+
+    Args:
+        model (nn.Module): A calibrated model.
+        images (Tensor): Those it was calibrated or evolved on.
+        size (tuple[int, int]): Height and width in pixels.
+        learnt (bool): Whether ranges of activations were learnt; they are
+            then scaled as the range rule's are, not replaced. Defaults to
+            False.
+        **settings: Of :class:`CalibrationSettings`.
+
+    Returns:
+        nn.Module: The same model.
+    """
+    chosen = CalibrationSettings.from_dict(settings)
+    others = mosaics(images, size)
+    if learnt and others is images:
+        return model
+    adapter = find_adapter(model)
+    scope, device = scope_of(model, adapter), module_device(model)
+    share = others.shape[-2] * others.shape[-1] / (images.shape[-2] * images.shape[-1])
+    if not learnt:
+        return calibrate(model, others, batch_size=max(1, int(chosen.batch_size / share)))
+    with _frozen(model):
+        carry_ranges_over(model, images, others,
+                          lambda batch: adapter.forward(model, batch.to(device), scope),
+                          chosen.batch_size)
     return model
 
 

@@ -4,9 +4,12 @@
     python tools/quantize.py configs/mask_rcnn_swin_s_w8a8.py checkpoint.pth
 """
 import argparse
+import os
+
+from mmengine.dist import is_main_process
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.api import check_synthesis
+from psaq_mm.api import check_evolution, check_synthesis
 from psaq_mm.checkpoint import ensure_writable_dir, load_float_weights, sha256_of_file
 from psaq_mm.engine import (
     PSAQRunner,
@@ -15,7 +18,12 @@ from psaq_mm.engine import (
     read_sections,
     resolve_device,
 )
-from psaq_mm.engine.command_line import ConfigOptions, choose_work_dir, run_tool
+from psaq_mm.engine.command_line import (
+    ConfigOptions,
+    choose_work_dir,
+    require_launcher,
+    run_tool,
+)
 from psaq_mm.errors import UserError
 from psaq_mm.ops import plan_quantization
 
@@ -38,7 +46,13 @@ def parse_args() -> argparse.Namespace:
                         help='continue an interrupted run in the same work directory')
     parser.add_argument('--trust-checkpoint', action='store_true',
                         help='let the checkpoint run code when it is read (unsafe)')
-    return parser.parse_args()
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
+                        default='none', help='job launcher, as of mmdet: several processes '
+                        'share the images')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
 
 
 def main() -> None:
@@ -48,10 +62,12 @@ def main() -> None:
         raise UserError(f'--seed must be from 0 to 2^32 - 1, got {args.seed}')
     config = load_config(args.config, args.cfg_options)
     sections = read_sections(config)
+    require_launcher(args.launcher, args.device)
     device = resolve_device(args.device)
     source = dict(file=args.checkpoint, sha256=sha256_of_file(args.checkpoint))
     model = build_float_model(config)
     check_synthesis(model, sections.synthesis)
+    check_evolution(model, sections.evolution)
     plan_quantization(model, sections.quantization, find_adapter(model))
     meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint)
     PSAQRunner.hooks_for_quantization(config)
@@ -59,8 +75,11 @@ def main() -> None:
     ensure_writable_dir(config.work_dir)
 
     runner = PSAQRunner.for_quantization(config, model, source=source, meta=meta,
-                                         seed=args.seed, resume=args.resume, device=device)
+                                         seed=args.seed, resume=args.resume, device=device,
+                                         launcher=args.launcher)
     runner.quantize()
+    if not is_main_process():
+        return
     seconds = ', '.join(f'{name} {value:.1f} s' for name, value in runner.seconds.items())
     print(f'{config.work_dir}/quantized.pth ({seconds})')
 

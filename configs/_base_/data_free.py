@@ -1,33 +1,5 @@
-# What all presets share: quantization without data. Every key may be overridden
-# by inheritance or --cfg-options; docs/configuration.md says what each one means.
+# What all bases share: quantization without data. The preset fills in the sections
+# `quantization`, `synthesis`, `evolution` and `calibration` (presets/*.py beside this
+# file); what a config or --cfg-options says of them wins.
+preset = 'default'  # or 'fast': the prior alone; 'paper'
 custom_hooks = [dict(type='psaq_mm.QuantizedCheckpointHook')]  # loads quantized.pth
-
-quantization = dict(
-    placement='operands',  # inputs of Linear, Conv2d and both attention matmuls
-    scope='backbone',  # or 'model': neck and heads too
-    include=['*'],
-    exclude=[],
-    patch_embed_bits=8,  # whatever the rest has; None: as the rest
-    weight=dict(
-        bits=8, symmetric=True, granularity='per_channel',
-        observer=dict(type='MinMaxObserver')),
-    activation=dict(
-        bits=8, symmetric=False, granularity='per_tensor',
-        observer=dict(type='MinMaxObserver')))
-
-synthesis = dict(
-    num_images=8,
-    batch_size=8,
-    image_size=224,  # multiples of 224 leave Swin's windows without padding
-    steps=100,  # in each phase
-    shifts=(15, 30),  # one phase for each: largest random roll, pixels per 224
-    lr=0.25,
-    betas=(0.5, 0.9),
-    warmup=0.2,
-    flip=0.5,
-    priors=dict(
-        patch_similarity=dict(type='PatchSimilarityPrior', weight=1.0, form='binned', bins=256),
-        total_variation=dict(type='TotalVariationPrior', weight=0.05)),
-    save_interval=50)
-
-calibration = dict(batch_size=8)

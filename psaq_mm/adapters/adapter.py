@@ -3,7 +3,19 @@
 import importlib
 import itertools
 from contextlib import contextmanager
-from typing import Any, ClassVar, Dict, Generic, Iterator, List, Mapping, Optional, Tuple, TypeVar
+from typing import (
+    Any,
+    ClassVar,
+    Collection,
+    Dict,
+    Generic,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Tuple,
+    TypeVar,
+)
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from psaq_mm.errors import UserError
 from psaq_mm.prior import AttentionRecord, BatchNormRecord, channel_statistics
 from psaq_mm.registry import ADAPTERS
+
+from .tap_record import TapRecord
 
 RecordT = TypeVar('RecordT')
 
@@ -114,6 +128,27 @@ class Adapter:
 
     def forward_model(self, model: nn.Module, images: Tensor) -> None:
         """Run all of the model, heads included, on normalized images."""
+        raise NotImplementedError
+
+    def tap_groups(self, model: nn.Module) -> Tuple[str, ...]:
+        """Groups of taps that teacher and student can be compared at, of
+        ``backbone``, ``neck``, ``scores``, ``deltas``, ``rois`` and ``logits``."""
+        raise NotImplementedError
+
+    def forward_taps(self, model: nn.Module, images: Tensor, groups: Collection[str],
+                     regions: Optional[List[Tensor]] = None) -> TapRecord:
+        """Run a model as far as the taps need.
+
+        Args:
+            model (nn.Module): Teacher or student.
+            images (Tensor): Normalized images of shape (B, C, H, W).
+            groups (Collection[str]): Wanted ones, of :meth:`tap_groups`.
+            regions (list[Tensor], optional): The teacher's, so that RoI heads
+                of the student see the same. Defaults to None: the model's own.
+
+        Returns:
+            TapRecord: The taps, called ``<group>.<number>``.
+        """
         raise NotImplementedError
 
     def forward(self, model: nn.Module, images: Tensor, scope: str) -> None:

@@ -6,7 +6,7 @@ The two are classes of their own with the same submodules and the same code;
 """
 import copy
 from contextlib import contextmanager
-from typing import Any, ClassVar, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, ClassVar, Collection, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from torch import Tensor, nn
 
@@ -14,10 +14,14 @@ from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp
 from psaq_mm.prior import AttentionRecord
 
-from . import mmcv_layers  # noqa: F401 (registers the ops of the heads' layers)
+from . import (
+    mmcv_layers,  # noqa: F401 (registers the ops of the heads' layers)
+    openmmlab_taps,
+)
 from .adapter import Adapter, AttentionRecorder, pixel_range
 from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
 from .swin_layouts import OPENMMLAB, SWIN_AUTHORS, convert_openmmlab_swin
+from .tap_record import TapRecord
 from .window_tokens import valid_tokens
 
 
@@ -212,6 +216,16 @@ class OpenMMLabSwinAdapter(Adapter):
         else:
             with _fewer_proposals(model):
                 self.forward_model(model, images)
+
+    def tap_groups(self, model: nn.Module) -> Tuple[str, ...]:
+        return ('backbone', ) if isinstance(model, self.backbone_class) \
+            else openmmlab_taps.tap_groups(model)
+
+    def forward_taps(self, model: nn.Module, images: Tensor, groups: Collection[str],
+                     regions: Optional[List[Tensor]] = None) -> TapRecord:
+        return openmmlab_taps.forward_taps(
+            model, self.forward_backbone(model, images), (images.shape[2], images.shape[3]),
+            groups, regions, _fewer_proposals)
 
     @contextmanager
     def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:

@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What timm's Swin and ViT have in common, alone or in a ``TimmClassifier``."""
 from contextlib import contextmanager
-from typing import Any, ClassVar, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, ClassVar, Collection, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from timm.data import resolve_model_data_config
@@ -12,6 +12,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, register_op
 
 from .adapter import Adapter, AttentionRecorder, pixel_range
+from .tap_record import TapRecord
 
 PSAQ_MM = 'psaq_mm'
 TIMM = 'timm'
@@ -121,6 +122,30 @@ class TimmAdapter(Adapter):
 
     def forward_model(self, model: nn.Module, images: Tensor) -> None:
         self._timm_model(model)(images)
+
+    def tap_groups(self, model: nn.Module) -> Tuple[str, ...]:
+        return 'backbone', 'logits'
+
+    def forward_taps(self, model: nn.Module, images: Tensor, groups: Collection[str],
+                     regions: Optional[List[Tensor]] = None) -> TapRecord:
+        timm_model = self._timm_model(model)
+        stages: List[Tensor] = []
+        handles = [stage.register_forward_hook(lambda m, args, out: stages.append(out))
+                   for stage in self._stages(timm_model)]
+        try:
+            logits = timm_model(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        taps = {f'backbone.{i}': stage for i, stage in enumerate(stages)} \
+            if 'backbone' in groups else {}
+        if 'logits' in groups:
+            taps['logits.0'] = logits
+        return TapRecord(taps)
+
+    def _stages(self, model: Any) -> List[nn.Module]:
+        """Modules of a bare timm model whose outputs are taps."""
+        raise NotImplementedError
 
     @contextmanager
     def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:

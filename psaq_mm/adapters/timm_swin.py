@@ -96,6 +96,9 @@ class TimmSwinAdapter(TimmAdapter):
         return {**checkpoint_filter_fn(rest, model), **held}, \
             SWIN_AUTHORS if self._is_foreign(state) else TIMM
 
+    def _stages(self, model: Any) -> List[nn.Module]:
+        return list(model.layers)
+
     def _record(self, model: Any, recorder: AttentionRecorder, handles: List[Any]) -> None:
         for module in model.modules():
             if isinstance(module, SwinTransformerBlock):

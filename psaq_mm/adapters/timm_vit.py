@@ -102,6 +102,12 @@ class TimmViTAdapter(TimmAdapter):
         converted = checkpoint_filter_fn(rest, model, adapt_layer_scale=True)
         return {**converted, **held}, DEIT_III_AUTHORS
 
+    def _stages(self, model: Any) -> List[nn.Module]:
+        # A ViT has no stages: the ends of four equal parts, as many as Swin has [choice].
+        count = len(model.blocks)
+        return [model.blocks[i] for i in sorted({count * part // 4 - 1 for part in (1, 2, 3, 4)})
+                if i >= 0]
+
     def _record(self, model: Any, recorder: AttentionRecorder, handles: List[Any]) -> None:
         attentions = [module for module in model.blocks.modules()
                       if isinstance(module, Attention)]

@@ -92,7 +92,7 @@ def require_launcher(launcher: str, device: str) -> None:
                         'own; leave it out')
     if launcher == 'pytorch' and 'RANK' not in os.environ:
         raise UserError('--launcher pytorch: start it by torchrun --nproc_per_node N '
-                        'tools/test.py ...')
+                        '<the tool> ...')
     if launcher != 'pytorch' and not torch.cuda.is_available():
         raise UserError(f'--launcher {launcher} needs GPUs, and none was found; use --launcher '
                         'pytorch')

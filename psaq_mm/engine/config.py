@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""OpenMMLab configs, with our three sections checked."""
+"""OpenMMLab configs, with our sections filled in from a preset and checked."""
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,14 @@ from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import CalibrationSettings, SynthesisSettings
+from psaq_mm.evolution import CalibrationSettings, EvolutionSettings, SynthesisSettings
 from psaq_mm.quantization.settings import QuantizationSettings
 from psaq_mm.sections import nearest
 
-SECTIONS = ('quantization', 'synthesis', 'calibration')
+SECTIONS = ('quantization', 'synthesis', 'evolution', 'calibration')
+
+PRESETS = Path(__file__).resolve().parents[1] / '.mim' / 'configs' / '_base_' / 'presets'
+"""Where the files that ``preset`` names are."""
 
 OPTIONAL_KEYS = ('work_dir', 'log_level', 'default_scope', 'default_hooks', 'custom_hooks',
                  'custom_imports', 'visualizer', 'experiment_name', 'env_cfg', 'randomness')
@@ -31,6 +34,7 @@ class Sections:
     """The checked sections of a config."""
     quantization: QuantizationSettings
     synthesis: SynthesisSettings
+    evolution: EvolutionSettings
     calibration: CalibrationSettings
 
 
@@ -59,6 +63,7 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
         if options:
             _reject_new_keys(config, options)
             config.merge_from_dict(options)
+        _apply_preset(config)
     except UserError:
         raise
     except Exception as error:  # configs are programs: anything may be raised
@@ -76,7 +81,7 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
 
 def _reject_new_keys(config: Config, options: Dict[str, Any]) -> None:
     """An option may change a config's keys, or set one that mmengine knows."""
-    known = {*config, *SECTIONS, *OPTIONAL_KEYS}
+    known = {*config, *SECTIONS, *OPTIONAL_KEYS, 'preset'}
     for key in options:
         top = key.split('.')[0]
         if top not in known:
@@ -84,17 +89,41 @@ def _reject_new_keys(config: Config, options: Dict[str, Any]) -> None:
                             f'{nearest(top, known)}')
 
 
+def _apply_preset(config: Config) -> None:
+    """Fill our sections in from the preset that a config names: its own values
+    win over the preset's.
+
+    Raises:
+        UserError: If there is no such preset.
+    """
+    name = config.get('preset')
+    if name is None:
+        return
+    known = sorted(file.stem for file in PRESETS.glob('*.py'))
+    if not known:
+        raise UserError(f'the presets of psaq_mm are not installed (no {PRESETS}): run make, '
+                        'or pip install psaq_mm')
+    if name not in known:
+        raise UserError(f'config {config.filename}: preset must be one of {", ".join(known)}, '
+                        f'got {name!r}.{nearest(str(name), known)}')
+    preset = Config.fromfile(str(PRESETS / f'{name}.py'))
+    own = {section: config[section] for section in SECTIONS if config.get(section) is not None}
+    preset.merge_from_dict(own)
+    for section in SECTIONS:
+        config[section] = preset[section]
+
+
 def _reject_misspelt_sections(config: Config) -> None:
     for key in config:
-        if key in SECTIONS:
+        if key in (*SECTIONS, 'preset'):
             continue
-        near = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(key, (*SECTIONS, 'preset'), n=1, cutoff=0.8)
         if near:
             raise UserError(f'unknown config key {key!r}. Did you mean {near[0]!r}?')
 
 
 def read_sections(config: Config) -> Sections:
-    """Check and read the three sections.
+    """Check and read our sections.
 
     Raises:
         UserError: If ``quantization`` is absent, a key is unknown or a value
@@ -108,4 +137,5 @@ def read_sections(config: Config) -> Sections:
     return Sections(
         quantization=QuantizationSettings.from_dict(values.get('quantization')),
         synthesis=SynthesisSettings.from_dict(values.get('synthesis')),
+        evolution=EvolutionSettings.from_dict(values.get('evolution')),
         calibration=CalibrationSettings.from_dict(values.get('calibration')))

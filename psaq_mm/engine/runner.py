@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Union, cast
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_distributed
+from mmengine.dist import barrier, is_distributed, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
@@ -21,7 +21,7 @@ from psaq_mm.checkpoint import fit_float_state, is_quantized, load_checkpoint_fi
 from psaq_mm.errors import UserError
 from psaq_mm.registry import HOOKS, LOOPS, RUNNERS
 
-from .config import SECTIONS
+from .config import SECTIONS, Sections, read_sections
 from .hooks import PSAQHook
 
 
@@ -39,19 +39,24 @@ class PSAQRunner(Runner):
         trust_checkpoint (bool): Whether checkpoints may run code when they
             are read; the config's ``trust_checkpoint`` does the same.
             Defaults to False.
+        quantizing (bool): Whether :meth:`quantize` will be called: the model
+            is then not wrapped for distributed training, as the phases
+            exchange what they need themselves. Defaults to False.
         **kwargs: As of :class:`mmengine.runner.Runner`.
     """
 
     model: nn.Module
 
-    phases = ('SynthesisLoop', 'CalibrationLoop')
+    phases = ('SynthesisLoop', 'CalibrationLoop', 'EvolutionLoop', 'FinalRangesLoop')
     """Names in the LOOPS registry, in the order of :meth:`quantize`."""
 
     default_psaq_hooks = ('ResumeHook', 'ProgressHook', 'ContactSheetHook', 'ReportHook')
     """Hooks of :meth:`for_quantization`, besides those of the config."""
 
     def __init__(self, *args: Any, device: Union[str, torch.device, None] = None,
-                 trust_checkpoint: bool = False, **kwargs: Any) -> None:
+                 trust_checkpoint: bool = False, quantizing: bool = False,
+                 **kwargs: Any) -> None:
+        self.quantizing = quantizing
         cfg = kwargs.get('cfg') or {}  # from_cfg passes on mmengine's own keys only
         device = device or cfg.get('device')
         self.device = None if device is None else torch.device(device)
@@ -77,6 +82,10 @@ class PSAQRunner(Runner):
         """
         if not self.distributed:
             model = revert_sync_batchnorm(model)
+        if self.quantizing and self.distributed:  # each process has a device
+            self.device = torch.device('cuda', torch.cuda.current_device()) \
+                if torch.cuda.is_available() else torch.device('cpu')
+            return revert_sync_batchnorm(model).to(self.device)
         if self.distributed and not torch.cuda.is_available():
             # mmengine would name a GPU to it.
             model_wrapper_cfg = dict(
@@ -129,7 +138,8 @@ class PSAQRunner(Runner):
     @classmethod
     def for_quantization(cls, config: Config, model: nn.Module, *, source: Mapping[str, Any],
                          meta: Mapping[str, Any], seed: int = 0, resume: bool = False,
-                         device: Union[str, torch.device] = 'cpu') -> 'PSAQRunner':
+                         device: Union[str, torch.device] = 'cpu',
+                         launcher: str = 'none') -> 'PSAQRunner':
         """A runner that is ready for :meth:`quantize`.
 
         Args:
@@ -141,7 +151,10 @@ class PSAQRunner(Runner):
             seed (int): Seed of all randomness. Defaults to 0.
             resume (bool): Whether to go on from the last saved state.
                 Defaults to False.
-            device (str or torch.device): Defaults to ``cpu``.
+            device (str or torch.device): Defaults to ``cpu``; a launcher
+                gives each process its own.
+            launcher (str): ``none``, ``pytorch``, ``slurm`` or ``mpi``.
+                Defaults to ``none``.
 
         Returns:
             PSAQRunner: The runner.
@@ -157,7 +170,8 @@ class PSAQRunner(Runner):
             default_scope=config.get('default_scope') or 'mmdet',
             log_level=config.get('log_level', 'INFO'), visualizer=config.get('visualizer'),
             randomness=dict(seed=seed), experiment_name=config.get('experiment_name'),
-            cfg=config, device=torch.device(device))
+            cfg=config, device=torch.device(device), launcher=launcher, quantizing=True,
+            env_cfg=dict(dist_cfg=dict(backend='nccl')))
         runner.run_seed = seed
         runner.resume_run = resume
         runner.source = dict(source)
@@ -179,12 +193,23 @@ class PSAQRunner(Runner):
         return {name: _without_scope(values.get(name) or {}) for name in SECTIONS}
 
     @property
+    def sections(self) -> Sections:
+        """Sections: The same, checked and with their defaults."""
+        return read_sections(self.cfg)
+
+    @property
     def fingerprint(self) -> Dict[str, Any]:
-        """dict: What a resumed run must have in common with the first."""
-        synthesis = self.settings['synthesis']
-        synthesis.pop('save_interval', None)
-        return dict(seed=self.run_seed, checkpoint=self.source['sha256'],
-                    synthesis=repr(sorted(_flat(synthesis).items())))
+        """dict: What a resumed run must have in common with the first, as long
+        as images are made."""
+        return dict({'number of processes': self.world_size}, seed=self.run_seed,
+                    checkpoint=self.source['sha256'],
+                    synthesis=_flat_text(self.settings['synthesis']))
+
+    @property
+    def evolution_fingerprint(self) -> Dict[str, Any]:
+        """dict: The same, as soon as the student evolves."""
+        return {**self.fingerprint, **{name: _flat_text(self.settings[name]) for name in
+                                       ('quantization', 'calibration', 'evolution')}}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -221,11 +246,13 @@ class PSAQRunner(Runner):
         self.model = copy.deepcopy(self.teacher)
         for name in self.phases:
             LOOPS.build(dict(type=f'psaq_mm.{name}', runner=self)).run()
-        path = Path(self.work_dir) / 'quantized.pth'
-        api.save(self.model, path, meta=self.source_meta, seed=self.run_seed,
-                 source=self.source, settings=self.settings)
-        self.logger.info(f'quantized checkpoint: {path}')
-        self.call_hook('after_quantize')
+        if is_main_process():
+            path = Path(self.work_dir) / 'quantized.pth'
+            api.save(self.model, path, meta=self.source_meta, seed=self.run_seed,
+                     source=self.source, settings=self.settings)
+            self.logger.info(f'quantized checkpoint: {path}')
+            self.call_hook('after_quantize')
+        barrier()
         return self.model
 
 
@@ -253,6 +280,12 @@ def _without_scope(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_without_scope(v) for v in value)
     return value
+
+
+def _flat_text(section: Dict[str, Any]) -> str:
+    """A section as text that two equal ones share."""
+    return repr(sorted((key, value) for key, value in _flat(section).items()
+                       if key != 'save_interval.'))
 
 
 def _flat(value: Any, prefix: str = '') -> Dict[str, str]:

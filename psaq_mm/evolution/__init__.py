@@ -1,11 +1,19 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Images and student, step by step. This room knows no host library."""
 from .calibration import calibrate_ranges
+from .discrepancy import discrepancy
+from .evolution_settings import EvolutionSettings
+from .evolver import Evolver
+from .final_ranges import carry_ranges_over
 from .measurement import measure_sqnr
+from .mosaic import mosaics
+from .sample_step import learning_rate_factor
 from .settings import CalibrationSettings, SynthesisSettings
-from .synthesis import Synthesizer, learning_rate_factor
+from .student import Student
+from .synthesis import Synthesizer
 
 __all__ = [
-    'CalibrationSettings', 'SynthesisSettings', 'Synthesizer', 'calibrate_ranges',
-    'learning_rate_factor', 'measure_sqnr'
+    'CalibrationSettings', 'EvolutionSettings', 'Evolver', 'Student', 'SynthesisSettings',
+    'Synthesizer', 'calibrate_ranges', 'carry_ranges_over', 'discrepancy',
+    'learning_rate_factor', 'measure_sqnr', 'mosaics'
 ]

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
+from mmengine.dist import all_gather_object, get_rank, get_world_size
 from torch import Tensor, nn
 
 from psaq_mm.ops import named_quant_ops, set_quantization
@@ -14,6 +15,9 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
                      batch_size: int = 8,
                      progress: Optional[Callable[[int], None]] = None) -> None:
     """Observe the float activations on images, set the ranges, switch on.
+
+    With several processes each runs its part of the images, and all set the
+    same ranges.
 
     Args:
         model (nn.Module): A model with quantized ops.
@@ -38,10 +42,11 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
         quantizer.start_observing()
     try:
         with torch.no_grad(), _errors_named(observed):
-            for batch in images.split(batch_size):
+            for batch in _own_part(images).split(batch_size):
                 forward(batch)
                 if progress is not None:
                     progress(len(batch))
+        _merge_processes(list(observed))
         for quantizer, name in observed.items():
             try:
                 quantizer.finish_observing()
@@ -51,6 +56,24 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
         for quantizer in observed:
             quantizer.observer = None
     set_quantization(model, True)
+
+
+def _own_part(images: Tensor) -> Tensor:
+    """The images of this process; all of them if there are too few to split."""
+    world = get_world_size()
+    return images[get_rank()::world] if len(images) >= world else images
+
+
+def _merge_processes(quantizers: List[Quantizer]) -> None:
+    """Let every process know what the others saw."""
+    if get_world_size() == 1:
+        return
+    for rank, observers in enumerate(all_gather_object([q.observer for q in quantizers])):
+        if rank == get_rank():
+            continue
+        for quantizer, other in zip(quantizers, observers):
+            assert quantizer.observer is not None
+            quantizer.observer.merge([other])
 
 
 @contextmanager

@@ -9,17 +9,33 @@ from psaq_mm.registry import PRIORS
 from psaq_mm.sections import build_section, nearest
 
 
-def _positive_int(value: Any, key: str) -> int:
+def check_positive_int(value: Any, key: str) -> int:
+    """Raise a :class:`UserError` unless a value is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f'{key} must be a positive integer, got {value!r}')
     return value
 
 
-def _number(value: Any, key: str, low: float, high: float) -> float:
+def check_number(value: Any, key: str, low: float, high: float) -> float:
+    """Raise a :class:`UserError` unless a value is a number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) \
             or not low <= value <= high:
         raise UserError(f'{key} must be a number from {low:g} to {high:g}, got {value!r}')
     return float(value)
+
+
+def _sides(size: Any, expected: str = 'a positive integer or (height, width)') \
+        -> Tuple[int, int]:
+    """Height and width of an ``image_size``.
+
+    Raises:
+        UserError: If it is not as expected.
+    """
+    sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool)
+                                  and side > 0 for side in sides):
+        raise UserError(f'image_size must be {expected}, got {size!r}')
+    return sides[0], sides[1]
 
 
 def _default_priors() -> Dict[str, Any]:
@@ -66,33 +82,25 @@ class SynthesisSettings:
 
     def __post_init__(self) -> None:
         for key in ('num_images', 'batch_size', 'steps', 'save_interval'):
-            _positive_int(getattr(self, key), key)
-        size = self.image_size
-        sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
-        if len(sides) != 2:
-            raise UserError('image_size must be a positive integer or (height, width), '
-                            f'got {size!r}')
-        for side in sides:
-            _positive_int(side, 'image_size')
+            check_positive_int(getattr(self, key), key)
+        _sides(self.image_size)
         if not isinstance(self.shifts, (list, tuple)) or not self.shifts:
             raise UserError(f'shifts must be a non-empty list of pixels, got {self.shifts!r}')
         for shift in self.shifts:
-            _number(shift, 'shifts', 0, 224)
+            check_number(shift, 'shifts', 0, 224)
         if not isinstance(self.betas, (list, tuple)) or len(self.betas) != 2:
             raise UserError(f'betas must be two numbers, got {self.betas!r}')
         for beta in self.betas:
-            _number(beta, 'betas', 0, 0.99999)
-        _number(self.lr, 'lr', 1e-8, 1e3)
-        _number(self.warmup, 'warmup', 0, 1)
-        _number(self.flip, 'flip', 0, 1)
+            check_number(beta, 'betas', 0, 0.99999)
+        check_number(self.lr, 'lr', 1e-8, 1e3)
+        check_number(self.warmup, 'warmup', 0, 1)
+        check_number(self.flip, 'flip', 0, 1)
         self.build_priors()
 
     @property
     def size(self) -> Tuple[int, int]:
         """tuple[int, int]: Height and width of the images."""
-        if isinstance(self.image_size, int):
-            return self.image_size, self.image_size
-        return int(self.image_size[0]), int(self.image_size[1])
+        return _sides(self.image_size)
 
     def batches(self) -> List[int]:
         """Sizes of the batches that make ``num_images``."""
@@ -147,12 +155,28 @@ class CalibrationSettings:
     """How the student's ranges are set.
 
     Args:
-        batch_size (int): Images in a forward pass. Defaults to 8.
+        batch_size (int): Images of the synthesis' size in a forward pass;
+            fewer if they are larger. Defaults to 8.
+        image_size (str or int or tuple[int, int], optional): Size at which
+            the last ranges are set: ``test`` for that of the config's test
+            pipeline, or side or (height, width) in pixels. Images of
+            another size become mosaics of it. None for their own size.
+            Defaults to None.
     """
     batch_size: int = 8
+    image_size: Union[None, str, int, Sequence[int]] = None
 
     def __post_init__(self) -> None:
-        _positive_int(self.batch_size, 'batch_size')
+        check_positive_int(self.batch_size, 'batch_size')
+        if self.image_size is not None and self.image_size != 'test':
+            _sides(self.image_size, "'test', None, a positive integer or (height, width)")
+
+    @property
+    def size(self) -> Optional[Tuple[int, int]]:
+        """tuple[int, int], optional: Height and width, if given in pixels."""
+        if self.image_size is None or isinstance(self.image_size, str):
+            return None
+        return _sides(self.image_size)
 
     @classmethod
     def from_dict(cls, values: Optional[Mapping[str, Any]]) -> 'CalibrationSettings':

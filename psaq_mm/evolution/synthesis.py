@@ -1,32 +1,15 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Images out of noise, by descent on the prior."""
-import copy
-import math
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from torch import Tensor
 
-from psaq_mm.prior import PriorState, TeacherRecord, random_flip, random_roll
+from psaq_mm.prior import TeacherRecord
 
+from .pixel_descent import PixelDescent
+from .sample_step import augment, gradient_of, learning_rate_factor, prior_losses
 from .settings import SynthesisSettings
-
-
-def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
-    """Factor of the peak learning rate: linear rise, then half a cosine.
-
-    Args:
-        step (int): Step within the phase, from 0.
-        steps (int): Steps of the phase.
-        warmup (float): Fraction of the phase in which the factor rises.
-
-    Returns:
-        float: In (0, 1]. V1 rises over 100 of 500 steps [v1].
-    """
-    rise = int(round(steps * warmup))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
 
 class Synthesizer:
@@ -62,8 +45,7 @@ class Synthesizer:
         self.step_index = 0
         self.finished: List[Tensor] = []
         self.losses: Dict[str, List[float]] = {name: [] for name in (*self.terms, 'total')}
-        self.current: Optional[Tensor] = None
-        self.optimizer: Optional[torch.optim.Adam] = None
+        self.pixels: Optional[PixelDescent] = None
 
     @property
     def total_steps(self) -> int:
@@ -75,21 +57,23 @@ class Synthesizer:
         """bool: Whether all images are done."""
         return self.step_index >= self.total_steps
 
+    @property
+    def current(self) -> Optional[Tensor]:
+        """Tensor, optional: The images of the batch in the making."""
+        return None if self.pixels is None else self.pixels.images
+
+    @property
+    def optimizer(self) -> Optional[torch.optim.Optimizer]:
+        """torch.optim.Optimizer, optional: That of the batch in the making."""
+        return None if self.pixels is None else self.pixels.optimizer
+
     def _begin_batch(self, size: int) -> None:
         noise = torch.randn(size, self.lower.shape[1], *self.settings.size,
                             generator=self.generator)
         self._set_current(noise)
 
     def _set_current(self, images: Tensor) -> None:
-        self.current = images.to(self.device).requires_grad_(True)
-        self._begin_phase()
-
-    def _begin_phase(self) -> None:
-        # V1 starts each phase with a fresh Adam [v1].
-        assert self.current is not None
-        first, second = self.settings.betas
-        self.optimizer = torch.optim.Adam([self.current], lr=self.settings.lr,
-                                          betas=(first, second))
+        self.pixels = PixelDescent(images, self.lower, self.upper, self.settings.betas)
 
     def step(self) -> Dict[str, float]:
         """Take one step, whole or not at all.
@@ -117,47 +101,23 @@ class Synthesizer:
         phase, step = divmod(within, settings.steps)
         if within == 0:
             self._begin_batch(settings.batches()[batch])
-        elif step == 0:
-            self._begin_phase()
-        assert self.current is not None and self.optimizer is not None
-        for group in self.optimizer.param_groups:
-            group['lr'] = settings.lr * learning_rate_factor(step, settings.steps,
-                                                             settings.warmup)
-        height, width = settings.size
-        images = random_flip(self.current, settings.flip, self.generator)
-        shift = settings.shifts[phase]
-        images = random_roll(images, (round(shift * height / 224), round(shift * width / 224)),
-                             self.generator)
+        elif step == 0 and self.pixels is not None:
+            self.pixels.restart()
+        assert self.pixels is not None
+        images = augment(self.pixels.images, settings, settings.shifts[phase], self.generator)
         record = self.teacher(images) if self.needs_teacher else TeacherRecord()
-        state = PriorState(images=images, attention=record.attention,
-                           batch_norms=record.batch_norms, generator=self.generator)
-        terms = {name: term(state) for name, term in self.terms.items()}
-        total = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(total):
-            values = ', '.join(f'{k} {float(v.detach()):g}' for k, v in terms.items())
-            raise FloatingPointError(
-                f'the loss of the images is not finite at step {self.step_index}: {values}; '
-                'lower synthesis.lr, or look at the model for values out of proportion')
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        assert self.current.grad is not None
-        if not torch.isfinite(self.current.grad).all():
-            raise FloatingPointError(
-                f'the gradient of the images is not finite at step {self.step_index}, though the '
-                'loss is; look at the model for values out of proportion')
-        self.optimizer.step()
-        with torch.no_grad():
-            self.current.copy_(torch.minimum(torch.maximum(self.current, self.lower),
-                                             self.upper))
+        losses = prior_losses(self.terms, images, record, self.generator, self.step_index)
+        self.pixels.step(gradient_of(losses['total'], self.pixels.images, self.step_index),
+                         settings.lr * learning_rate_factor(step, settings.steps,
+                                                            settings.warmup))
         self.step_index += 1
         if within + 1 == len(settings.shifts) * settings.steps:
-            self.finished.append(self.current.detach().cpu())
-            self.current = self.optimizer = None
-        losses = {name: float(value.detach()) for name, value in terms.items()}
-        losses['total'] = float(total.detach())
-        for name, value in losses.items():
+            self.finished.append(self.pixels.images.detach().cpu())
+            self.pixels = None
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        for name, value in values.items():
             self.losses[name].append(value)
-        return losses
+        return values
 
     @property
     def images(self) -> Tensor:
@@ -177,17 +137,16 @@ class Synthesizer:
             finished=list(self.finished),
             losses={k: list(v) for k, v in self.losses.items()},
             generator=self.generator.get_state(),
-            current=None if self.current is None else self.current.detach().clone().cpu(),
-            optimizer=copy.deepcopy(self.optimizer.state_dict()) if self.optimizer else None)
+            pixels=None if self.pixels is None else self.pixels.state_dict())
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.step_index = state['step_index']
         self.finished = list(state['finished'])
         self.losses = {k: list(v) for k, v in state['losses'].items()}
-        self.current = self.optimizer = None
-        if state['current'] is not None:
-            self._set_current(state['current'].clone())
-            assert self.optimizer is not None
-            self.optimizer.load_state_dict(copy.deepcopy(state['optimizer']))
+        self.pixels = None
+        if state['pixels'] is not None:
+            self._set_current(state['pixels']['images'])
+            assert self.pixels is not None
+            self.pixels.load_state_dict(state['pixels'])
         self.generator.set_state(state['generator'])

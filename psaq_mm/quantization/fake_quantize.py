@@ -20,6 +20,15 @@ def _broadcast(values: Tensor, ndim: int, axis: Optional[int]) -> Tensor:
     return values.reshape(shape)
 
 
+def _clamp(q: Tensor, low: Tensor, high: Tensor, out: Optional[Tensor] = None) -> Tensor:
+    """``q`` between two tensors, in ``out`` if given."""
+    if low.dim() == 0 and low.device.type == 'cpu':
+        # Clamping by numbers is 3 times faster on the CPU; on a GPU reading
+        # them would wait for the device.
+        return torch.clamp(q, low.item(), high.item(), out=out)
+    return torch.clamp(q, low, high, out=out)
+
+
 class _FixedRange(torch.autograd.Function):
     """Straight-through rounding with fixed scale and zero point.
 
@@ -30,9 +39,10 @@ class _FixedRange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        y = torch.mul(x, scale.reciprocal()).round_()
-        ctx.save_for_backward((y >= low) & (y <= high))
-        return y.clamp_(low, high).mul_(scale)
+        q = torch.mul(x, scale.reciprocal()).round_()
+        y = _clamp(q, low, high)
+        ctx.save_for_backward(q == y)
+        return y.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
@@ -40,8 +50,47 @@ class _FixedRange(torch.autograd.Function):
         return grad * inside, None, None, None
 
 
-def _round_straight_through(x: Tensor) -> Tensor:
-    return x + (x.round() - x).detach()
+def _sum_of_products(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """``(a * b).sum_to_size(shape)``, in one pass for a single range."""
+    if len(shape) == 0:
+        return torch.dot(a.flatten(), b.flatten())
+    return (a * b).sum_to_size(shape)
+
+
+class _LearnedRange(torch.autograd.Function):
+    """Straight-through rounding with gradients to scale and zero point.
+
+    With v = x / s, q = round(v) and the ends l = q_min - z and h = q_max - z,
+    the gradient to s is q - v inside and l or h outside (LSQ, Esser et al.,
+    2020, section 2.1); that to z is 0 inside and -s outside (LSQ+, Bhalgat
+    et al., 2020, section 3). With the output y that is (y - x) / s inside and
+    y / s outside, so neither q nor v is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int,
+                qmax: int) -> Tensor:
+        rounded = zero_point.detach().round()
+        q = torch.mul(x, scale.reciprocal()).round_()
+        y = _clamp(q, qmin - rounded, qmax - rounded)
+        inside = q == y
+        y.mul_(scale)
+        ctx.save_for_backward(x, y, inside, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        x, y, inside, scale = ctx.saved_tensors
+        grad_x = grad * inside
+        grad_scale = grad_zero_point = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            outside = grad - grad_x
+            if ctx.needs_input_grad[1]:
+                grad_scale = (_sum_of_products(grad_x, y - x, scale.shape)
+                              + _sum_of_products(outside, y, scale.shape)) / scale
+            if ctx.needs_input_grad[2]:
+                grad_zero_point = -scale * outside.sum_to_size(scale.shape)
+        return grad_x, grad_scale, grad_zero_point, None, None
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, integer_range: Tuple[int, int],
@@ -71,26 +120,14 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, integer_range: T
     qmin, qmax = integer_range
     grad = torch.is_grad_enabled()
     if grad and (scale.requires_grad or zero_point.requires_grad):
-        zero_point = _round_straight_through(zero_point)
-        # x / s with a gradient free of 1 / s^2 and of inf - inf, which are not finite for tiny s.
-        fixed = scale.detach()
-        v = (x * fixed.reciprocal()).clamp(-2.**24, 2.**24) * (fixed / scale)
-        q = _round_straight_through(v)
-        # Unlike minimum and maximum, clamp does not halve the gradient of values at the ends.
-        return torch.clamp(q, qmin - zero_point, qmax - zero_point) * scale
+        return _LearnedRange.apply(x, scale, zero_point, qmin, qmax)
     # clamp(round(x/s) + z, qmin, qmax) - z  ==  clamp(round(x/s), qmin - z, qmax - z):
     # all are integers below 2^24, hence exact in float32, and two passes fewer.
     low, high = qmin - zero_point.round(), qmax - zero_point.round()
     if grad and x.requires_grad:
         return _FixedRange.apply(x, scale, low, high)
     y = torch.mul(x, scale.reciprocal()).round_()
-    if low.dim() == 0 and low.device.type == 'cpu':
-        # Clamping by numbers is 3 times faster on the CPU; on a GPU reading
-        # them would wait for the device.
-        y.clamp_(low.item(), high.item())
-    else:
-        y.clamp_(low, high)
-    return y.mul_(scale)
+    return _clamp(y, low, high, out=y).mul_(scale)
 
 
 def quantize_to_integers(x: Tensor, scale: Tensor, zero_point: Tensor,

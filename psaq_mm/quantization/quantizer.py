@@ -69,7 +69,7 @@ class Quantizer(nn.Module):
         """
         if self.observer is None or self.observer.seen == 0:
             raise ValueError(NOTHING_OBSERVED)
-        lower, upper = self.observer.range()
+        lower, upper = self.spec.widen(*self.observer.range())
         self.observer = None
         self.set_range(lower, upper)
 

@@ -2,7 +2,10 @@
 """How one tensor is quantized, as data."""
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
+
+import torch
+from torch import Tensor
 
 from psaq_mm.errors import UserError
 from psaq_mm.registry import OBSERVERS
@@ -10,6 +13,10 @@ from psaq_mm.sections import build_section
 
 PER_TENSOR = 'per_tensor'
 PER_CHANNEL = 'per_channel'
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _min_max() -> Dict[str, Any]:
@@ -31,6 +38,14 @@ class QuantSpec:
             (out, in) has scales of shape (out,). Defaults to ``per_tensor``.
         observer (dict): Config of the range rule in the OBSERVERS registry.
             Defaults to ``dict(type='MinMaxObserver')``.
+        margin (float): Room beyond what was observed, for values that the
+            images at hand do not show: the range is widened by the factor
+            ``1 + margin * 2^(bits - 8)``, so it costs the same absolute
+            step at any width [choice]. 1 doubles an 8-bit range and widens a
+            4-bit one by 6 %. Defaults to 0.
+        bounds (tuple[float, float], optional): Values that the tensor cannot
+            leave, such as (0, 1) of a softmax output; the margin ends there.
+            Defaults to None.
 
     Raises:
         UserError: If a value is outside of what is described here.
@@ -39,6 +54,8 @@ class QuantSpec:
     symmetric: bool = True
     granularity: str = PER_TENSOR
     observer: Mapping[str, Any] = field(default_factory=_min_max)
+    margin: float = 0.
+    bounds: Optional[Tuple[float, float]] = None
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) \
@@ -53,6 +70,15 @@ class QuantSpec:
                 or not isinstance(self.observer.get('type'), str):
             raise UserError("observer must be a dict with a 'type', such as "
                             f"dict(type='MinMaxObserver'), got {self.observer!r}")
+        if not _is_number(self.margin) or not 0 <= self.margin <= 1024:
+            raise UserError(f'margin must be a number from 0 to 1024, got {self.margin!r}')
+        if self.bounds is not None:
+            if not isinstance(self.bounds, (list, tuple)) or len(self.bounds) != 2 \
+                    or not all(map(_is_number, self.bounds)) \
+                    or not self.bounds[0] <= 0 <= self.bounds[1]:
+                raise UserError('bounds must be None or two numbers that hold 0 between them, '
+                                f'got {self.bounds!r}')
+            object.__setattr__(self, 'bounds', (float(self.bounds[0]), float(self.bounds[1])))
         rule = {k: v for k, v in self.observer.items() if k != '_scope_'}
         object.__setattr__(self, 'observer', rule)  # a plain, frozen copy
         self.build_observer()  # a wrong type or argument fails here, early
@@ -64,6 +90,25 @@ class QuantSpec:
             top = 2**(self.bits - 1) - 1
             return -top, top
         return 0, 2**self.bits - 1
+
+    def widen(self, lower: Tensor, upper: Tensor) -> Tuple[Tensor, Tensor]:
+        """Give a range its margin.
+
+        Args:
+            lower (Tensor): What was observed.
+            upper (Tensor): Likewise, same shape.
+
+        Returns:
+            tuple[Tensor, Tensor]: Ends at least as far from 0, within the
+            bounds except where more was observed.
+        """
+        if not self.margin:
+            return lower, upper
+        factor = 1 + self.margin * 2.**(self.bits - 8)
+        low, high = lower * factor, upper * factor
+        if self.bounds is not None:
+            low, high = low.clamp(min=self.bounds[0]), high.clamp(max=self.bounds[1])
+        return torch.minimum(low, lower), torch.maximum(high, upper)
 
     def build_observer(self) -> Any:
         """Build a fresh observer of this spec's range rule."""

@@ -8,7 +8,8 @@ from psaq_mm.ops import named_quant_ops
 from psaq_mm.registry import HOOKS
 
 OPTIONS = {'synthesis.num_images': 2, 'synthesis.steps': 2, 'synthesis.image_size': 64,
-           'log_level': 'WARNING'}
+           'log_level': 'WARNING', 'evolution.rounds': 2, 'evolution.sample_steps': 1,
+           'evolution.student_steps': 1, 'evolution.batch_size': 2}
 
 
 @pytest.fixture
@@ -38,6 +39,15 @@ def trace():
         def after_calibration(self, runner):
             calls.append('after_calibration')
 
+        def before_evolution(self, runner, evolver):
+            calls.append('before_evolution')
+
+        def after_evolution_step(self, runner, evolver, losses):
+            calls.append(f'evolution {evolver.step_index} {sorted(losses)}')
+
+        def after_evolution(self, runner, evolver):
+            calls.append('after_evolution')
+
         def after_quantize(self, runner):
             calls.append('after_quantize')
 
@@ -56,9 +66,13 @@ def test_phases_and_hooks(trace, quantization_config, tmp_path):
     runner = PSAQRunner.for_quantization(config, model, meta={}, seed=3,
                                          source=dict(file='x', sha256='y'))
     student = runner.quantize()
+    sample = ['adversarial_factor', 'discrepancy', 'patch_similarity', 'total', 'total_variation']
     assert trace == ['before_synthesis', 'step 1', 'step 2', 'step 3', 'step 4',
                      'after_synthesis', 'before_calibration', 'batch 2', 'after_calibration',
-                     'after_quantize']
+                     'before_evolution',
+                     f'evolution 1 {sample}', "evolution 2 ['discrepancy', 'round']",
+                     f'evolution 3 {sample}', "evolution 4 ['discrepancy', 'round']",
+                     'after_evolution', 'after_quantize']
     assert not any(type(hook).__name__ == 'EMAHook' for hook in runner.hooks)
     # The teacher stays float and unchanged; the student is another model.
     assert not list(named_quant_ops(runner.teacher)) and list(named_quant_ops(student))

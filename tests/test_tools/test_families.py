@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 from psaq_mm.engine import build_float_model, load_config
 
-FAST = ['synthesis.num_images=2', 'synthesis.steps=2', 'synthesis.image_size=112']
+FAST = ['synthesis.num_images=2', 'synthesis.steps=2', 'synthesis.image_size=112',
+        'evolution.rounds=1', 'evolution.sample_steps=1', 'evolution.student_steps=1',
+        'evolution.batch_size=2']
 SMALLEST = ('mask_rcnn_swin_t_w8a8', 'cascade_mask_rcnn_swin_t_w4a8', 'upernet_swin_t_w8a8',
             'retinanet_swin_t_w6a6', 'deit_t_w4a8', 'swin_t_w8a8')
 
@@ -88,7 +90,7 @@ def test_trained_models_keep_what_they_know(call_tool, make, name, metric, least
     checkpoint = DEMO / f'{name}.pth'
     status, _, err = call_tool('quantize', config, checkpoint, '--work-dir', tmp_path,
                                '--cfg-options', 'synthesis.num_images=4', 'synthesis.steps=20',
-                               'synthesis.image_size=112')
+                               'synthesis.image_size=112', 'preset=fast')
     assert status == 0, err
     found = {}
     for file in (checkpoint, tmp_path / 'quantized.pth'):

@@ -13,7 +13,10 @@ from conftest import ROOT
 from PIL import Image
 
 FEW = ('synthesis.num_images=3', 'synthesis.batch_size=2', 'synthesis.steps=2',
-       'synthesis.image_size=64', 'synthesis.save_interval=1', 'log_level=WARNING')
+       'synthesis.image_size=64', 'synthesis.save_interval=1', 'log_level=WARNING',
+       'evolution.rounds=2', 'evolution.sample_steps=1', 'evolution.student_steps=2',
+       'evolution.batch_size=2', 'evolution.save_interval=1')
+SYNTHESIS_STEPS, EVOLUTION_STEPS = 2 * 2 * 2, 2 * (1 + 2)  # batches, phases, steps; rounds
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +38,11 @@ def test_writes_checkpoint_pictures_and_report(finished_run):
     assert checkpoint['meta']['dataset_meta']['classes'][0] == 'disc'
     # 3 images of 64 with 4 columns: one row, 4 pixels of padding around each
     assert Image.open(work_dir / 'synthetic.png').size == (3 * 68 + 4, 72)
-    assert 'synthesis' in process.stderr and 'total=' in process.stderr  # bar with losses
+    # 2 of the 3 images of the start evolve: rows of 3 would not be full
+    assert Image.open(work_dir / 'evolution.png').size == (4 * 68 + 4, 2 * 68 + 4)
+    assert 'synthesis' in process.stderr and 'total=' in process.stderr  # bars with losses
+    assert 'evolution' in process.stderr and 'student discrepancy=' in process.stderr
+    assert 'sample discrepancy=' in process.stderr
 
 
 def test_report_says_what_was_done(finished_run, demo_checkpoint):
@@ -44,8 +51,11 @@ def test_report_says_what_was_done(finished_run, demo_checkpoint):
     patch = modules['backbone.patch_embed.projection']
     assert patch['tensors']['weight'] == dict(patch['tensors']['weight'], bits=8, ranges=32)
     assert all(entry['sqnr_db'] > 15 for entry in report['modules'])
-    assert len(report['losses']['total']) == 2 * 2 * 2  # batches, phases, steps
-    assert set(report['seconds']) == {'synthesis', 'calibration', 'report'}
+    assert len(report['losses']['total']) == SYNTHESIS_STEPS
+    assert set(report['seconds']) == {'synthesis', 'calibration', 'evolution', 'final_ranges',
+                                      'report'}
+    assert len(report['losses']['student/discrepancy']) == 2 * 2
+    assert len(report['losses']['sample/total']) == len(report['losses']['round/discrepancy']) == 2
     assert report['seed'] == 7 and report['checkpoint']['file'] == str(demo_checkpoint)
     assert len(report['checkpoint']['sha256']) == 64
     assert report['versions']['torch'] == torch.__version__
@@ -89,6 +99,75 @@ def test_resume_gives_the_same_bits(stop_at, finished_run, tmp_path, call_tool, 
     status, _, err = call_tool('quantize', *arguments, '--resume')
     assert status == 0, err
     assert_same_checkpoint(finished_run[0] / 'quantized.pth', tmp_path / 'quantized.pth')
+
+
+@pytest.mark.parametrize('stop_at', [0, 1, 2, 3, 5])
+@pytest.mark.parametrize('how', ['between', 'within'])
+def test_resumed_evolution_gives_the_same_bits(stop_at, how, finished_run, tmp_path, call_tool,
+                                               monkeypatch, quantization_config,
+                                               demo_checkpoint):
+    """Interrupted before a step of either kind, or while it changes the student."""
+    from psaq_mm.evolution import Evolver
+    step = Evolver.step
+
+    def interrupted(self):
+        if self.step_index == stop_at:
+            if how == 'within':
+                self._change()
+            raise KeyboardInterrupt
+        return step(self)
+
+    arguments = (quantization_config, demo_checkpoint, '--work-dir', tmp_path, '--seed', 7,
+                 '--device', 'cpu', '--cfg-options', *FEW)
+    monkeypatch.setattr(Evolver, 'step', interrupted)
+    status, _, _ = call_tool('quantize', *arguments)
+    assert status == 130 and not (tmp_path / 'quantized.pth').exists()
+    monkeypatch.setattr(Evolver, 'step', step)
+    status, _, err = call_tool('quantize', *arguments, '--resume')
+    assert status == 0, err
+    assert_same_checkpoint(finished_run[0] / 'quantized.pth', tmp_path / 'quantized.pth')
+    report = json.loads((tmp_path / 'report.json').read_text())
+    first = json.loads((finished_run[0] / 'report.json').read_text())
+    assert report['losses'] == first['losses']
+
+
+def test_loss_that_is_not_finite(tmp_path, call_tool, monkeypatch, quantization_config,
+                                 demo_checkpoint, finished_run):
+    """One line, status 1, and the last good state on disk: a resumed run that
+    meets no such loss ends with the same bits."""
+    from psaq_mm.evolution import Student
+    discrepancy = Student.discrepancy
+    calls = []
+
+    def broken(self, teacher, images):
+        calls.append(1)
+        value = discrepancy(self, teacher, images)
+        return value * float('nan') if len(calls) == 3 else value
+
+    monkeypatch.setattr(Student, 'discrepancy', broken)
+    arguments = (quantization_config, demo_checkpoint, '--work-dir', tmp_path, '--seed', 7,
+                 '--device', 'cpu', '--cfg-options', *FEW, 'evolution.save_interval=1000')
+    status, _, err = call_tool('quantize', *arguments)
+    assert status == 1
+    assert 'evolution, step 2 (round 1): the discrepancy is nan' in err
+    assert not (tmp_path / 'quantized.pth').exists()
+    monkeypatch.setattr(Student, 'discrepancy', discrepancy)
+    status, _, err = call_tool('quantize', *arguments, '--resume')
+    assert status == 0, err
+    a, b = (torch.load(p / 'quantized.pth')['state_dict'] for p in (finished_run[0], tmp_path))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_another_game_is_not_resumed(tmp_path, call_tool, quantization_config, demo_checkpoint,
+                                     finished_run):
+    """Once the student evolves, quantization and rules must be the same."""
+    shutil.copy(finished_run[0] / 'state.pth', tmp_path / 'state.pth')
+    for option, name in (('evolution.range_lr=0.5', 'evolution'),
+                         ('quantization.weight.bits=4', 'quantization')):
+        status, _, err = call_tool('quantize', quantization_config, demo_checkpoint,
+                                   '--work-dir', tmp_path, '--seed', 7, '--resume',
+                                   '--cfg-options', *FEW, option)
+        assert status == 2 and f'another {name}' in err
 
 
 def test_resume_refuses_the_state_of_another_run(finished_run, tmp_path, call_tool,

@@ -2,15 +2,16 @@
 """Show the images that were made."""
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Dict, Union
 
 import torch
+from mmengine.dist import is_main_process
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from psaq_mm.checkpoint import save_bytes
-from psaq_mm.evolution import Synthesizer
+from psaq_mm.evolution import Evolver, Synthesizer
 from psaq_mm.registry import HOOKS
 
 from .psaq_hook import PSAQHook
@@ -44,7 +45,8 @@ def contact_sheet(images: Tensor, lower: Tensor, upper: Tensor, rgb: bool,
 
 @HOOKS.register_module()
 class ContactSheetHook(PSAQHook):
-    """Writes ``<work-dir>/synthetic.png``.
+    """Writes ``<work-dir>/synthetic.png``, the images of the prior, and
+    ``evolution.png``: a row of them, and a row for each round that follows.
 
     Args:
         columns (int): Images in a row. Defaults to 4.
@@ -54,8 +56,29 @@ class ContactSheetHook(PSAQHook):
         self.columns = columns
 
     def after_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
-        sheet = contact_sheet(runner.images, synthesizer.lower.cpu(), synthesizer.upper.cpu(),
+        self._save(runner, runner.images, synthesizer, 'synthetic.png')
+
+    def before_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
+        self._rows = {0: evolver.buffer.first[:self.columns]}
+
+    def after_evolution_step(self, runner: 'PSAQRunner', evolver: Evolver,
+                             losses: Dict[str, float]) -> None:
+        if 'round' in losses and evolver.settings.sample_steps:
+            row = evolver.step_index // evolver.steps_per_round
+            self._rows[row] = evolver.buffer.newest[:self.columns]
+
+    def after_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
+        if len(self._rows) > 1:
+            rows = [row for row in self._rows.values() if len(row) == self.columns]
+            self._save(runner, torch.cat(rows or list(self._rows.values())), evolver,
+                       'evolution.png')
+
+    def _save(self, runner: 'PSAQRunner', images: Tensor, source: Union[Evolver, Synthesizer],
+              name: str) -> None:
+        if not is_main_process():
+            return
+        sheet = contact_sheet(images, source.lower.cpu(), source.upper.cpu(),
                               runner.adapter.is_rgb(runner.teacher), self.columns)
-        path = Path(runner.work_dir) / 'synthetic.png'
+        path = Path(runner.work_dir) / name
         save_bytes(sheet, path)
         runner.logger.info(f'images: {path}')

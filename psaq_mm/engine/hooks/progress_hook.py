@@ -2,9 +2,10 @@
 """Show how far a run is."""
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
+from mmengine.dist import is_main_process
 from tqdm import tqdm
 
-from psaq_mm.evolution import Synthesizer
+from psaq_mm.evolution import Evolver, Synthesizer
 from psaq_mm.registry import HOOKS
 
 from .psaq_hook import PSAQHook
@@ -31,6 +32,8 @@ class ProgressHook(PSAQHook):
 
     def _open(self, title: str, total: int, unit: str, done: int = 0) -> None:
         self._close()
+        if not is_main_process():
+            return
         self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True)
 
     def _close(self) -> None:
@@ -65,3 +68,31 @@ class ProgressHook(PSAQHook):
 
     def after_calibration(self, runner: 'PSAQRunner') -> None:
         self._close()
+
+    def before_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
+        self._shown: Dict[str, str] = {}
+        self._open('evolution', evolver.total_steps, 'step', evolver.step_index)
+
+    def after_evolution_step(self, runner: 'PSAQRunner', evolver: Evolver,
+                             losses: Dict[str, float]) -> None:
+        sampling = 'total' in losses
+        kind = 'sample' if sampling else 'student'
+        shown = ('total', 'discrepancy') if sampling else ('discrepancy', )
+        self._shown.update({f'{kind} {k}': f'{losses[k]:.4f}' for k in shown if k in losses})
+        if 'round' in losses:
+            self._shown['round'] = f'{losses["round"]:.4f}'
+        if self._bar is not None:
+            self._bar.set_postfix(self._shown, refresh=False)
+            self._bar.update()
+        if evolver.step_index % self.interval == 0:
+            scalars = {f'evolution/{kind}/{k}': v for k, v in losses.items()}
+            runner.visualizer.add_scalars(scalars, step=evolver.step_index)
+
+    def interrupt_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
+        self._close()
+
+    def after_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
+        self._close()
+        values = ', '.join(f'{v:.4f}' for v in evolver.losses.get('round/discrepancy', []))
+        early = ' (ended early: it rose)' if evolver.stopped else ''
+        runner.logger.info(f'discrepancy after each round: {values}{early}')

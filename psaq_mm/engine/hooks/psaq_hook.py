@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Dict
 
 from mmengine.hooks import Hook
 
-from psaq_mm.evolution import Synthesizer
+from psaq_mm.evolution import Evolver, Synthesizer
 
 if TYPE_CHECKING:
     from ..runner import PSAQRunner
@@ -44,5 +44,25 @@ class PSAQHook(Hook):
     def after_calibration(self, runner: 'PSAQRunner') -> None:
         """When ``runner.model`` is quantized and its ranges are set."""
 
+    def before_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
+        """Before the first step; the evolver may still be restored."""
+
+    def after_evolution_step(self, runner: 'PSAQRunner', evolver: Evolver,
+                             losses: Dict[str, float]) -> None:
+        """After each step.
+
+        Args:
+            runner (PSAQRunner): The runner.
+            evolver (Evolver): Its state after the step.
+            losses (dict[str, float]): Name to value; ``round`` is among them
+                if the step ended a round.
+        """
+
+    def interrupt_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
+        """When an exception, such as Ctrl-C, ends the phase early."""
+
+    def after_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
+        """When ``runner.model`` is the student of the best round."""
+
     def after_quantize(self, runner: 'PSAQRunner') -> None:
-        """When ``quantized.pth`` is written."""
+        """When ``quantized.pth`` is written; in the main process alone."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Dict, List
 import torch
 
 from psaq_mm.checkpoint import save_json, size_of_quantized
-from psaq_mm.evolution import Synthesizer, measure_sqnr
+from psaq_mm.evolution import Evolver, Synthesizer, measure_sqnr
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.quantization import Quantizer
 from psaq_mm.registry import HOOKS
@@ -74,6 +74,9 @@ class ReportHook(PSAQHook):
 
     def after_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
         self._losses = synthesizer.losses
+
+    def after_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
+        self._losses = {**self._losses, **evolver.losses}
 
     def after_quantize(self, runner: 'PSAQRunner') -> None:
         with runner.phase('report'):

@@ -1,15 +1,42 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The phase that makes images."""
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Dict
 
+import torch
+from mmengine.dist import all_gather_object
 from mmengine.runner import BaseLoop
 from torch import Tensor
 
 from psaq_mm import api
+from psaq_mm.errors import UserError
+from psaq_mm.evolution import SynthesisSettings
 from psaq_mm.registry import LOOPS
 
 if TYPE_CHECKING:
     from ..runner import PSAQRunner
+
+
+def share(settings: Dict[str, Any], rank: int, processes: int) -> Dict[str, Any]:
+    """The ``synthesis`` section of one of several processes.
+
+    Args:
+        settings (dict): The section.
+        rank (int): Number of this process.
+        processes (int): How many there are.
+
+    Returns:
+        dict: With this process's share of images and of a batch.
+
+    Raises:
+        UserError: If there are fewer images than processes.
+    """
+    whole = SynthesisSettings.from_dict(settings)
+    if whole.num_images < processes:
+        raise UserError(f'synthesis.num_images must be at least the {processes} processes, '
+                        f'got {whole.num_images}')
+    count, rest = divmod(whole.num_images, processes)
+    return dict(settings, num_images=count + (rank < rest),
+                batch_size=-(-whole.batch_size // processes))
 
 
 @LOOPS.register_module()
@@ -31,9 +58,11 @@ class SynthesisLoop(BaseLoop):
             ``runner.images``.
         """
         runner = self.runner
+        # Each process makes images of its own, from a seed of its own.
+        settings = share(runner.settings['synthesis'], runner.rank, runner.world_size)
         with runner.phase('synthesis'), \
-                api.synthesizer(runner.teacher, runner.run_seed,
-                                **runner.settings['synthesis']) as images:
+                api.synthesizer(runner.teacher, runner.run_seed + runner.rank,
+                                **settings) as images:
             runner.call_hook('before_synthesis', synthesizer=images)
             try:
                 while not images.done:
@@ -42,6 +71,6 @@ class SynthesisLoop(BaseLoop):
             except BaseException:  # Ctrl-C too: keep what is done
                 runner.call_hook('interrupt_synthesis', synthesizer=images)
                 raise
-            runner.images = images.images
+            runner.images = torch.cat(all_gather_object(images.images))
             runner.call_hook('after_synthesis', synthesizer=images)
         return runner.images

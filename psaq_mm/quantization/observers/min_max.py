@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The naive range rule: the smallest and the largest value seen."""
-from typing import TYPE_CHECKING, Optional, Tuple
+from typing import TYPE_CHECKING, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,18 @@ class MinMaxObserver(Observer):
         else:
             self.lower = torch.minimum(self.lower, lower)
             self.upper = torch.maximum(self.upper, upper)
+
+    def merge(self, others: Sequence[Observer]) -> None:
+        for other in others:
+            assert isinstance(other, MinMaxObserver)
+            if other.lower is None or other.upper is None:
+                continue
+            lower, upper = other.lower, other.upper
+            if self.lower is not None and self.upper is not None:
+                lower = torch.minimum(self.lower, lower.to(self.lower.device))
+                upper = torch.maximum(self.upper, upper.to(self.upper.device))
+            self.lower, self.upper = lower, upper
+            self.seen += other.seen
 
     def range(self) -> Tuple[Tensor, Tensor]:
         if self.lower is None or self.upper is None:

@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What every range rule has in common."""
-from typing import TYPE_CHECKING, Optional, Tuple
+from typing import TYPE_CHECKING, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ class Observer:
     """Sees the values of a tensor batch by batch, then names their range.
 
     A new rule is a subclass in a file of its own, registered with
-    ``@OBSERVERS.register_module()``, that implements :meth:`update` and
-    :meth:`range`.
+    ``@OBSERVERS.register_module()``, that implements :meth:`update`,
+    :meth:`range` and, for several processes, :meth:`merge`.
 
     Args:
         spec (QuantSpec): What the range is for: bits and symmetry matter to
@@ -53,6 +53,10 @@ class Observer:
 
     def update(self, rows: Tensor) -> None:
         """Take in values of shape (C, M): M values for each of C ranges."""
+        raise NotImplementedError
+
+    def merge(self, others: 'Sequence[Observer]') -> None:
+        """Take in what the same rule saw in other processes."""
         raise NotImplementedError
 
     def range(self) -> Tuple[Tensor, Tensor]:

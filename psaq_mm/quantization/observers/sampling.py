@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Range rules that need values, not only their extremes: a bounded sample."""
-from typing import TYPE_CHECKING, List
+from typing import TYPE_CHECKING, List, Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from psaq_mm.errors import UserError
 
 from .min_max import MinMaxObserver
-from .observer import NOTHING_OBSERVED
+from .observer import NOTHING_OBSERVED, Observer
 
 if TYPE_CHECKING:
     from ..spec import QuantSpec
@@ -42,6 +42,13 @@ class SamplingObserver(MinMaxObserver):
         else:
             rows = rows.clone()
         self.kept.append(rows)
+
+    def merge(self, others: Sequence[Observer]) -> None:
+        super().merge(others)
+        for other in others:
+            assert isinstance(other, SamplingObserver)
+            device = self.kept[0].device if self.kept else None
+            self.kept += [rows.to(device) if device else rows for rows in other.kept]
 
     def sample(self) -> Tensor:
         """Tensor: The values that were kept, shape (C, M).

@@ -1,0 +1,48 @@
+# What our measurements say is best: docs/results.md.
+quantization = dict(
+    placement='operands',  # inputs of Linear, Conv2d and both attention matmuls
+    scope='backbone',  # or 'model': neck and heads too
+    include=['*'],
+    exclude=[],
+    patch_embed_bits=8,  # whatever the rest has; None: as the rest
+    weight=dict(
+        bits=8, symmetric=True, granularity='per_channel',
+        observer=dict(type='MinMaxObserver')),
+    activation=dict(
+        bits=8, symmetric=False, granularity='per_tensor',
+        observer=dict(type='MinMaxObserver')))
+
+synthesis = dict(
+    num_images=8,
+    batch_size=8,
+    image_size=224,  # multiples of 224 leave Swin's windows without padding
+    steps=100,  # in each phase
+    shifts=(15, 30),  # one phase for each: largest random roll, pixels per 224
+    lr=0.25,
+    betas=(0.5, 0.9),
+    warmup=0.2,
+    flip=0.5,
+    priors=dict(
+        patch_similarity=dict(type='PatchSimilarityPrior', weight=1.0, form='binned', bins=256),
+        total_variation=dict(type='TotalVariationPrior', weight=0.05)),
+    save_interval=50)
+
+evolution = dict(
+    rounds=10,
+    sample_steps=10,
+    student_steps=50,
+    batch_size=8,
+    taps=dict(backbone=1.0, neck=1.0, scores=1.0, deltas=1.0, logits=1.0, rois=0.0),
+    losses=dict(),
+    adversarial_weight=1.0,
+    adversarial_fraction=0.3,
+    sample_lr=0.05,
+    buffer_size=32,
+    new_fraction=0.5,
+    learn='both',
+    weight_lr=1e-5,
+    range_lr=1e-3,
+    patience=3,
+    save_interval=100)
+
+calibration = dict(batch_size=8, image_size='test')

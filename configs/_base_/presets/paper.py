@@ -1,0 +1,21 @@
+# As PSAQ-ViT V1's released code places quantizers and makes images, with V2's
+# changes: no labels, and the teacher-student game, whose rules V2's abstract does
+# not give (docs/method.md). Naive ranges, no BatchNorm prior.
+_base_ = './default.py'
+quantization = dict(
+    placement='v1', patch_embed_bits=None,
+    weight=dict(observer=dict(_delete_=True, type='MinMaxObserver')),
+    activation=dict(observer=dict(_delete_=True, type='MinMaxObserver')))
+synthesis = dict(
+    num_images=32,
+    batch_size=32,
+    steps=500,
+    priors=dict(patch_similarity=dict(form='v1', points=10)))
+evolution = dict(
+    rounds=10,
+    sample_steps=50,
+    student_steps=100,
+    batch_size=32,
+    adversarial_fraction=0.3,
+    learn='both',
+    losses=dict(_delete_=True))

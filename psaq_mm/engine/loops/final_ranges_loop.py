@@ -1,0 +1,49 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The phase that sets ranges for the size of the test images."""
+from typing import TYPE_CHECKING
+
+from mmengine.runner import BaseLoop
+from torch import nn
+
+from psaq_mm import api
+from psaq_mm.registry import LOOPS
+
+from ..test_size import test_size
+
+if TYPE_CHECKING:
+    from ..runner import PSAQRunner
+
+
+@LOOPS.register_module()
+class FinalRangesLoop(BaseLoop):
+    """Sets the ranges of ``runner.model`` once more, at ``calibration.image_size``.
+
+    Args:
+        runner (PSAQRunner): The runner.
+    """
+
+    def __init__(self, runner: 'PSAQRunner') -> None:
+        super().__init__(runner, dataloader=None)
+
+    def run(self) -> nn.Module:
+        """Set them.
+
+        Returns:
+            nn.Module: The student, ``runner.model``.
+        """
+        runner = self.runner
+        calibration, evolution = runner.sections.calibration, runner.sections.evolution
+        size = calibration.size
+        if calibration.image_size == 'test':
+            size = test_size(runner.cfg)
+        trained = bool(evolution.rounds and evolution.student_steps)
+        learnt = trained and evolution.learn != 'weights'
+        own = (runner.images.shape[-2], runner.images.shape[-1])
+        if (size is None or size == own) and (learnt or not trained):
+            return runner.model  # the ranges are those of this size already
+        with runner.phase('final_ranges'):
+            api.refit(runner.model, runner.images, size or own, learnt,
+                      **runner.settings['calibration'])
+        height, width = size or own
+        runner.logger.info(f'final ranges are set for images of {height}x{width}')
+        return runner.model

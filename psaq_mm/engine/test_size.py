@@ -1,0 +1,47 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The size of the images that a config tests on."""
+from typing import Any, List, Optional, Tuple
+
+from mmengine.config import Config
+
+COMMON_ASPECT = 4 / 3
+"""Of photographs; test images that keep their aspect have sizes of their own [choice]."""
+
+
+def _transforms(pipeline: Any) -> List[Any]:
+    """All steps of a pipeline, those within wrappers too."""
+    steps: List[Any] = []
+    for step in pipeline or []:
+        if isinstance(step, dict):
+            steps += [step, *_transforms(step.get('transforms'))]
+        elif isinstance(step, list):
+            steps += _transforms(step)
+    return steps
+
+
+def test_size(config: Config) -> Optional[Tuple[int, int]]:
+    """Height and width of a test image in landscape format, padding included.
+
+    Args:
+        config (Config): Its ``test_dataloader`` says how images are resized.
+
+    Returns:
+        tuple[int, int], optional: None if the config does not resize.
+    """
+    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
+    while dataset.get('dataset') is not None:  # wrappers
+        dataset = dataset['dataset']
+    scale = None
+    for step in _transforms(dataset.get('pipeline')):
+        if str(step.get('type', '')).split('.')[-1] == 'Resize' and step.get('scale'):
+            scale, keep_ratio = step['scale'], step.get('keep_ratio', False)
+    if scale is None:
+        return None
+    long, short = (scale, scale) if isinstance(scale, int) else (max(scale), min(scale))
+    if not keep_ratio and not isinstance(scale, int):
+        width, height = scale
+    else:
+        height, width = short, min(long, round(short * COMMON_ASPECT))
+    preprocessor = config.model.get('data_preprocessor') or {}
+    divisor = preprocessor.get('pad_size_divisor') or 1
+    return -(-height // divisor) * divisor, -(-width // divisor) * divisor

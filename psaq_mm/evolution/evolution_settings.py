@@ -1,0 +1,140 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The ``evolution`` section of a config: the rules of the game, as data."""
+from dataclasses import dataclass, field
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
+
+from psaq_mm.errors import UserError
+from psaq_mm.sections import build_section, nearest
+
+from .discrepancy import LOSSES_OF_GROUP
+from .settings import check_number, check_positive_int
+
+TAP_GROUPS = ('backbone', 'neck', 'scores', 'deltas', 'rois', 'logits')
+LEARN = ('ranges', 'weights', 'both')
+
+
+def _default_taps() -> Dict[str, float]:
+    return dict(backbone=1., neck=1., scores=1., deltas=1., logits=1.)
+
+
+@dataclass
+class EvolutionSettings:
+    """How images and student evolve against each other.
+
+    Args:
+        rounds (int): Rounds of sample steps and student steps; 0 ends after
+            the prior. Defaults to 0.
+        sample_steps (int): Steps of the images in a round; 0 leaves them as
+            the prior made them. Defaults to 10.
+        student_steps (int): Steps of the student in a round; 0 leaves it as
+            calibrated. Defaults to 50.
+        batch_size (int): Images in a step. Defaults to 8.
+        taps (dict): Group to its weight in the discrepancy. Groups:
+            ``backbone``, ``neck``, ``scores`` and ``deltas`` (of the RPN, or
+            of a single-stage head), ``rois`` (RoI heads on the teacher's
+            proposals), ``logits`` (of segmentors and classifiers); those
+            that a model does not have are left out. Defaults to 1 for all
+            but ``rois``.
+        losses (dict): Group to its distance: ``relative_l1`` (default),
+            ``relative_l2``, ``binary_kl`` (scores), ``confident_smooth_l1``
+            (deltas) or ``softmax_kl`` (logits).
+        adversarial_weight (float): Factor of -log(1 + D) in the loss of the
+            images. Defaults to 1.
+        adversarial_fraction (float, optional): Bound of that term's gradient,
+            as a fraction of the norm of the prior's, for each image; 0 for a
+            game without a competitor, None for no bound. Defaults to 0.3.
+        sample_lr (float): Peak learning rate of the pixels in a round.
+            Defaults to 0.05.
+        buffer_size (int): Images of past rounds that are kept besides the
+            first ones; 0 learns from the newest alone. Defaults to 32.
+        new_fraction (float): Fraction of a batch taken from the newest
+            images. Defaults to 0.5.
+        learn (str): ``ranges``, ``weights`` (and biases) or ``both``.
+            Defaults to ``both``.
+        weight_lr (float): Peak learning rate of weights. Defaults to 1e-5.
+        range_lr (float): Peak learning rate of ranges, as a fraction of
+            the scale. Defaults to 1e-3.
+        patience (int): Rounds in which the discrepancy may rise one after
+            the other before the game ends. Defaults to 3.
+        save_interval (int): Steps between two saved states, for --resume.
+            Defaults to 100.
+    """
+    rounds: int = 0
+    sample_steps: int = 10
+    student_steps: int = 50
+    batch_size: int = 8
+    taps: Mapping[str, float] = field(default_factory=_default_taps)
+    losses: Mapping[str, str] = field(default_factory=dict)
+    adversarial_weight: float = 1.
+    adversarial_fraction: Optional[float] = 0.3
+    sample_lr: float = 0.05
+    buffer_size: int = 32
+    new_fraction: float = 0.5
+    learn: str = 'both'
+    weight_lr: float = 1e-5
+    range_lr: float = 1e-3
+    patience: int = 3
+    save_interval: int = 100
+
+    def __post_init__(self) -> None:
+        for key in ('batch_size', 'patience', 'save_interval'):
+            check_positive_int(getattr(self, key), key)
+        for key in ('rounds', 'sample_steps', 'student_steps', 'buffer_size'):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise UserError(f'{key} must be an integer of at least 0, got {value!r}')
+        if self.rounds and not self.sample_steps + self.student_steps:
+            raise UserError('rounds of no steps: set sample_steps or student_steps, or rounds=0')
+        for key, low, high in (('adversarial_weight', 0, 1e6), ('sample_lr', 0, 1e3),
+                               ('new_fraction', 0, 1), ('weight_lr', 0, 1),
+                               ('range_lr', 0, 1)):
+            check_number(getattr(self, key), key, low, high)
+        if self.adversarial_fraction is not None:
+            check_number(self.adversarial_fraction, 'adversarial_fraction', 0, 1e6)
+        if self.learn not in LEARN:
+            raise UserError(f'learn must be one of {", ".join(LEARN)}, got {self.learn!r}')
+        self._check_groups('taps', self.taps)
+        for group, weight in self.taps.items():
+            if group != '_scope_':
+                check_number(weight, f'taps.{group}', 0, 1e6)
+        if not any(weight for group, weight in self.taps.items() if group != '_scope_'):
+            raise UserError('taps has no weight above 0: teacher and student are compared nowhere')
+        self._check_groups('losses', self.losses)
+        for group, name in self.losses.items():
+            known = ('relative_l1', 'relative_l2', *LOSSES_OF_GROUP.get(group, ()))
+            if group != '_scope_' and name not in known:
+                raise UserError(f'losses.{group} must be one of {", ".join(known)}, got {name!r}')
+        if self.losses.get('deltas') == 'confident_smooth_l1' and not self.taps.get('scores'):
+            raise UserError('losses.deltas=confident_smooth_l1 asks the scores of the teacher: '
+                            'give taps.scores a weight')
+
+    @staticmethod
+    def _check_groups(key: str, groups: Any) -> None:
+        if not isinstance(groups, Mapping):
+            raise UserError(f'{key} must be a dict of groups, got {groups!r}')
+        for group in groups:
+            if group != '_scope_' and group not in TAP_GROUPS:
+                raise UserError(f'unknown key {key}.{group}.{nearest(str(group), TAP_GROUPS)} '
+                                f'Known keys: {", ".join(TAP_GROUPS)}')
+
+    def chosen_groups(self, available: Sequence[str]) -> Tuple[str, ...]:
+        """Groups with a weight, of those that a model has.
+
+        Raises:
+            UserError: If there is none.
+        """
+        chosen = tuple(group for group in available if self.taps.get(group))
+        if not chosen:
+            raise UserError('evolution.taps has weights for none of the groups of this model: '
+                            + ', '.join(available))
+        return chosen
+
+    @property
+    def competes(self) -> bool:
+        """bool: Whether the images are drawn to where the student fails."""
+        return bool(self.adversarial_weight) and self.adversarial_fraction != 0
+
+    @classmethod
+    def from_dict(cls, values: Optional[Mapping[str, Any]]) -> 'EvolutionSettings':
+        """Build from the ``evolution`` section of a config."""
+        return build_section(cls, values, 'evolution')

@@ -1,0 +1,240 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The adaptive teacher-student game, one step at a time.
+
+V2 says that generated samples and quantized model evolve in turn, competing
+and interacting, under the teacher [paper]. Loss, schedule and bounds are
+ours [choice]; docs/method.md lists them.
+"""
+import copy
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import torch
+from mmengine.dist import all_gather, get_rank, get_world_size
+from torch import Tensor
+
+from psaq_mm.adapters import TapRecord
+from psaq_mm.errors import UserError
+from psaq_mm.prior import TeacherRecord
+
+from .adversary import bounded_factor
+from .evolution_settings import EvolutionSettings
+from .image_buffer import ImageBuffer
+from .pixel_descent import PixelDescent
+from .sample_step import augment, gradient_of, learning_rate_factor, prior_losses
+from .settings import SynthesisSettings
+from .student import Student
+
+Teacher = Callable[[Tensor], Tuple[TeacherRecord, TapRecord]]
+
+
+class Evolver:
+    """Lets images and student evolve against each other.
+
+    A round is ``sample_steps`` steps of a batch of images, down the prior and
+    up the discrepancy, and then ``student_steps`` steps of the student down
+    the discrepancy on old and new images. At the end of a round D is measured
+    on the images of the warm start; the game ends early if it rises for
+    ``patience`` rounds, and the student of the best round is kept.
+
+    All randomness comes from one CPU generator, the same in each process, and
+    :meth:`state_dict` holds everything that the next step depends on. With
+    several processes each takes its part of every batch.
+
+    Args:
+        settings (EvolutionSettings): The ``evolution`` section.
+        synthesis (SynthesisSettings): The ``synthesis`` section: the prior
+            and its augmentation.
+        teacher (Callable): Runs the teacher on images of shape (B, C, H, W);
+            gives what the prior needs, and its taps.
+        student (Student): The quantized side.
+        images (Tensor): Of the warm start, shape (N, C, H, W).
+        lower (Tensor): Smallest valid pixels, shape (1, C, 1, 1).
+        upper (Tensor): Largest valid pixels, same shape.
+        seed (int): Seed of the generator. Defaults to 0.
+        device (torch.device or str): Where the models are. Defaults to
+            ``cpu``.
+
+    Raises:
+        UserError: If a batch cannot be split evenly among the processes.
+    """
+
+    def __init__(self, settings: EvolutionSettings, synthesis: SynthesisSettings,
+                 teacher: Teacher, student: Student, images: Tensor, lower: Tensor,
+                 upper: Tensor, seed: int = 0, device: Any = 'cpu') -> None:
+        self.settings, self.synthesis = settings, synthesis
+        self.teacher, self.student = teacher, student
+        self.device = torch.device(device)
+        self.lower, self.upper = lower.to(self.device), upper.to(self.device)
+        self.terms = synthesis.build_priors()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.buffer = ImageBuffer(images.detach().cpu(), settings.buffer_size)
+        self.world, self.rank = get_world_size(), get_rank()
+        if settings.rounds and settings.batch_size % self.world:
+            raise UserError(f'evolution.batch_size must be a multiple of the {self.world} '
+                            f'processes, got {settings.batch_size}')
+        self.step_index = 0
+        self.stopped = False
+        self.consistent = True
+        """bool: False while a step is changing the state."""
+        self.pixels: Optional[PixelDescent] = None
+        self.losses: Dict[str, List[float]] = {}
+        """dict[str, list[float]]: Values of sample steps (``sample/...``), of
+        student steps (``student/...``) and of rounds (``round/...``)."""
+        self.best: Optional[Dict[str, Any]] = None
+
+    @property
+    def steps_per_round(self) -> int:
+        """int: Steps of both kinds."""
+        return self.settings.sample_steps + self.settings.student_steps
+
+    @property
+    def total_steps(self) -> int:
+        """int: Steps of all rounds."""
+        return self.settings.rounds * self.steps_per_round
+
+    @property
+    def done(self) -> bool:
+        """bool: Whether the game has ended."""
+        return self.stopped or self.step_index >= self.total_steps
+
+    def step(self) -> Dict[str, float]:
+        """Take the next step, of the images or of the student.
+
+        Returns:
+            dict[str, float]: Its losses, by name; ``discrepancy`` is D before
+            the step, and a sample step also has the terms of the prior.
+
+        Raises:
+            FloatingPointError: If a loss or gradient is not finite. The state
+                is then that of the step before.
+        """
+        before = self.generator.get_state()
+        round_index, within = divmod(self.step_index, self.steps_per_round)
+        try:
+            if within < self.settings.sample_steps:
+                kind, losses = 'sample', self._sample_step(within)
+            else:
+                kind, losses = 'student', self._student_step(round_index, within)
+        except FloatingPointError as error:
+            self.generator.set_state(before)
+            if self.step_index % self.steps_per_round == 0:
+                self.pixels = None
+            raise FloatingPointError(
+                f'evolution, step {self.step_index} (round {round_index + 1}): {error}; lower '
+                'evolution.weight_lr, range_lr or sample_lr') from error
+        for name, value in losses.items():
+            self.losses.setdefault(f'{kind}/{name}', []).append(value)
+        self.step_index += 1
+        if within + 1 == self.settings.sample_steps:
+            self._end_sampling()
+        if within + 1 == self.steps_per_round:
+            losses['round'] = self._end_round()
+        self.consistent = True
+        return losses
+
+    def _local(self, images: Tensor) -> Tensor:
+        """This process's part of a batch."""
+        size = len(images) // self.world
+        return images[self.rank * size:(self.rank + 1) * size]
+
+    def _change(self) -> None:
+        self.consistent = False
+
+    def _sample_step(self, within: int) -> Dict[str, float]:
+        settings, synthesis = self.settings, self.synthesis
+        if within == 0:
+            start = self.buffer.draw(settings.batch_size, 0., self.generator)
+            self.pixels = PixelDescent(self._local(start), self.lower, self.upper,
+                                       synthesis.betas)
+        assert self.pixels is not None
+        self.student.require_grad(False)
+        with torch.enable_grad():
+            images = augment(self.pixels.images, synthesis, synthesis.shifts[-1],
+                             self.generator)
+            record, taps = self.teacher(images)
+            losses = prior_losses(self.terms, images, record, self.generator, self.step_index)
+            gradient = gradient_of(losses['total'], self.pixels.images, self.step_index,
+                                   keep_graph=settings.competes)
+            values = {name: float(value.detach()) for name, value in losses.items()}
+            if settings.competes:
+                distance = self.student.discrepancy(taps, images)
+                term = -settings.adversarial_weight * torch.log1p(distance).mean()
+                pull = gradient_of(term, self.pixels.images, self.step_index)
+                factor = bounded_factor(gradient, pull, settings.adversarial_fraction)
+                gradient = gradient + factor * pull
+                values['discrepancy'] = float(distance.detach().mean())
+                values['adversarial_factor'] = float(factor.mean())
+        self._change()
+        self.pixels.step(gradient, settings.sample_lr * learning_rate_factor(
+            within, settings.sample_steps, synthesis.warmup))
+        return values
+
+    def _end_sampling(self) -> None:
+        """Take the images of the round into the buffer."""
+        assert self.pixels is not None
+        parts = all_gather(self.pixels.images.detach())
+        self.buffer.add(torch.cat([part.cpu() for part in parts]))
+        self.pixels = None
+
+    def _student_step(self, round_index: int, within: int) -> Dict[str, float]:
+        settings = self.settings
+        batch = self.buffer.draw(settings.batch_size, settings.new_fraction, self.generator)
+        images = augment(self._local(batch).to(self.device), self.synthesis,
+                         self.synthesis.shifts[-1], self.generator)
+        with torch.no_grad():
+            _, taps = self.teacher(images)
+        step = round_index * settings.student_steps + within - settings.sample_steps
+        factor = learning_rate_factor(step, settings.rounds * settings.student_steps, 0.)
+        self.student.require_grad(True)
+        with torch.enable_grad():
+            value = self.student.step(taps, images, factor, self._change)
+        return dict(discrepancy=value)
+
+    def measure(self) -> float:
+        """D on the images of the warm start, the mean over them."""
+        self.student.require_grad(False)
+        total = 0.
+        with torch.no_grad():
+            for batch in self.buffer.first.split(self.settings.batch_size):
+                images = batch.to(self.device)
+                total += float(self.student.discrepancy(self.teacher(images)[1], images).sum())
+        return total / len(self.buffer.first)
+
+    def _end_round(self) -> float:
+        """Measure, remember the best student, and stop if it gets worse."""
+        values = self.losses.setdefault('round/discrepancy', [])
+        values.append(self.measure())
+        if values[-1] <= min(values):
+            self.best = self.student.learnt()
+        patience = self.settings.patience
+        last = values[-patience - 1:]
+        self.stopped = len(last) > patience and all(a < b for a, b in zip(last, last[1:]))
+        return values[-1]
+
+    def finish(self) -> None:
+        """Give the student what the best round had learnt."""
+        if self.best is not None:
+            self.student.take(self.best)
+        self.student.require_grad(False)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Everything that the next step depends on: tensors and plain values."""
+        return copy.deepcopy(dict(
+            step_index=self.step_index, stopped=self.stopped, losses=self.losses,
+            generator=self.generator.get_state(), buffer=self.buffer.state_dict(),
+            student=self.student.state_dict(), best=self.best,
+            pixels=None if self.pixels is None else self.pixels.state_dict()))
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        state = copy.deepcopy(state)
+        self.step_index, self.stopped = state['step_index'], state['stopped']
+        self.losses, self.best = state['losses'], state['best']
+        self.generator.set_state(state['generator'])
+        self.buffer.load_state_dict(state['buffer'])
+        self.student.load_state_dict(state['student'])
+        self.pixels = None
+        if state['pixels'] is not None:
+            self.pixels = PixelDescent(state['pixels']['images'], self.lower, self.upper,
+                                       self.synthesis.betas)
+            self.pixels.load_state_dict(state['pixels'])

@@ -1,0 +1,136 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The quantized side of the game: what it learns, and one step of it."""
+from typing import Any, Callable, Dict, List, Optional
+
+import torch
+from mmengine.dist import all_reduce_params
+from torch import Tensor, nn
+
+from psaq_mm.adapters import TapRecord
+from psaq_mm.ops import named_quant_ops
+from psaq_mm.quantization import Quantizer
+
+from .discrepancy import discrepancy
+from .evolution_settings import EvolutionSettings
+from .range_learner import RangeLearner
+
+Forward = Callable[[Tensor, Optional[List[Tensor]]], TapRecord]
+
+
+def _unique(tensors: Any) -> List[Any]:
+    """Without repetitions, by identity: layers may be shared."""
+    return list({id(t): t for t in tensors}.values())
+
+
+class Student:
+    """A calibrated model that learns to give its teacher's taps.
+
+    What may be learnt are the weights and biases of quantized ops, by the
+    straight-through estimator, and their ranges. Norms keep their statistics
+    and DropPath is off: the model stays in evaluation mode. With several
+    processes gradients are averaged, so all hold the same student.
+
+    Args:
+        model (nn.Module): Calibrated and switched on.
+        forward (Callable): Runs it on images and, if RoI heads are asked, on
+            the teacher's regions; gives its taps.
+        settings (EvolutionSettings): The rules.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward,
+                 settings: EvolutionSettings) -> None:
+        self.model, self.forward, self.settings = model, forward, settings
+        ops = [op for _, op in named_quant_ops(model)]
+        learn = settings.learn
+        self.weights: List[nn.Parameter] = _unique(
+            p for op in ops for p in op._parameters.values()
+            if p is not None and p.is_floating_point()) if learn != 'ranges' else []
+        quantizers = _unique(q for op in ops for q in op.quantizers.values()
+                             if isinstance(q, Quantizer))
+        self.ranges = RangeLearner(quantizers if learn != 'weights' else [])
+        groups = [dict(params=self.weights, lr=settings.weight_lr),
+                  dict(params=[self.ranges.offsets], lr=settings.range_lr)]
+        self._peaks = [settings.weight_lr, settings.range_lr]
+        self.optimizer = torch.optim.Adam([g for g in groups if g['params']])
+        if not self.weights:
+            self._peaks = self._peaks[1:]
+
+    def require_grad(self, enabled: bool) -> None:
+        """Let autograd reach what is learnt, or no longer: images alone are
+        differentiated faster without."""
+        for weight in self.weights:
+            weight.requires_grad_(enabled)
+        self.ranges.require_grad(enabled)
+
+    def discrepancy(self, teacher: TapRecord, images: Tensor) -> Tensor:
+        """D of each image, shape (B,)."""
+        taps = self.forward(images, teacher.regions).taps
+        return discrepancy(teacher.taps, taps, self.settings.taps, self.settings.losses)
+
+    def step(self, teacher: TapRecord, images: Tensor, factor: float,
+             before_update: Callable[[], None]) -> float:
+        """Take one step towards the teacher.
+
+        Args:
+            teacher (TapRecord): Its taps on the images, without gradient.
+            images (Tensor): This process's part of the batch, shape (B, C, H, W).
+            factor (float): Of the peak learning rates.
+            before_update (Callable): Called when nothing can fail any more
+                before the student changes.
+
+        Returns:
+            float: D before the step, the mean over the images.
+
+        Raises:
+            FloatingPointError: If D or a gradient is not finite; the student
+                is then as before.
+        """
+        loss = self.discrepancy(teacher, images).mean()
+        value = float(loss.detach())
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f'the discrepancy is {value:g}')
+        loss.backward()
+        self.ranges.collect_gradients()
+        learnt: List[Any] = [*self.weights, self.ranges.offsets]
+        for tensor in learnt:  # a head that saw no region has none
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        gradients = [tensor.grad for tensor in learnt]
+        all_reduce_params(gradients, op='mean')
+        finite = torch.stack([torch.isfinite(g.sum()) for g in gradients if g.numel()])
+        if not finite.all():
+            self._forget_gradients(learnt)
+            raise FloatingPointError('a gradient of the student is not finite')
+        before_update()
+        for group, peak in zip(self.optimizer.param_groups, self._peaks):
+            group['lr'] = peak * factor
+        self.optimizer.step()
+        self.ranges.apply()
+        self._forget_gradients(learnt)
+        return value
+
+    @staticmethod
+    def _forget_gradients(tensors: List[Any]) -> None:
+        for tensor in tensors:
+            tensor.grad = None
+
+    def learnt(self) -> Dict[str, Any]:
+        """A copy of weights and ranges, on the CPU."""
+        return dict(weights=[w.detach().cpu().clone() for w in self.weights],
+                    ranges=self.ranges.state_dict())
+
+    def take(self, learnt: Dict[str, Any]) -> None:
+        """Go back to what :meth:`learnt` gave."""
+        with torch.no_grad():
+            for weight, value in zip(self.weights, learnt['weights']):
+                weight.copy_(value)
+        self.ranges.load_state_dict(learnt['ranges'])
+
+    def state_dict(self) -> Dict[str, Any]:
+        """All that the next step depends on."""
+        return dict(learnt=self.learnt(), optimizer=self.optimizer.state_dict())
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.take(state['learnt'])
+        self.optimizer.load_state_dict(state['optimizer'])
