@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional
 
 import torch
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -209,8 +209,14 @@ def merged(*sections: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def bits_of(setting: str) -> Dict[str, Any]:
-    """``w4a8`` as a ``quantization`` section."""
-    return dict(weight=dict(bits=int(setting[1])), activation=dict(bits=int(setting[3])))
+    """What the base of ``w4a8`` says of ``quantization``; widths that have no
+    base are taken as the closest one that has, with other bits."""
+    weight, activation = int(setting[1]), int(setting[3])
+    base = ROOT / 'configs' / '_base_' / f'{setting}.py'
+    if not base.exists():
+        base = base.with_name('w4a4.py' if activation <= 4 else 'w4a8.py')
+    section = Config.fromfile(str(base)).quantization.to_dict()
+    return merged(section, dict(weight=dict(bits=weight), activation=dict(bits=activation)))
 
 
 class Results:

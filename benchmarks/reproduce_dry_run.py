@@ -147,7 +147,8 @@ def dry_run(name: str, folder: Path) -> str:
         metric = 'coco/bbox_mAP' if name.startswith('retinanet') else 'coco/segm_mAP'
     quantize, log = call(
         'quantize.py', str(path), str(checkpoint), '--work-dir', str(folder), '--cfg-options',
-        'synthesis.num_images=1', 'synthesis.steps=1')
+        'synthesis.num_images=1', 'synthesis.steps=1', 'evolution.rounds=1',
+        'evolution.sample_steps=1', 'evolution.student_steps=1', 'evolution.batch_size=1')
     if f'layout of the weights: {layout}' not in log:
         raise RuntimeError(f'{name}: the log does not name the layout {layout}:\n{log[-3000:]}')
     test, _ = call(

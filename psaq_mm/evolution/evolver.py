@@ -6,6 +6,7 @@ and interacting, under the teacher [paper]. Loss, schedule and bounds are
 ours [choice]; docs/method.md lists them.
 """
 import copy
+import math
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
@@ -115,10 +116,14 @@ class Evolver:
                 kind, losses = 'sample', self._sample_step(within)
             else:
                 kind, losses = 'student', self._student_step(round_index, within)
-        except FloatingPointError as error:
-            self.generator.set_state(before)
-            if self.step_index % self.steps_per_round == 0:
-                self.pixels = None
+        except BaseException as error:  # Ctrl-C too
+            if self.consistent:  # nothing has moved yet: go back to the step before
+                self.generator.set_state(before)
+                self.student.forget_gradients()
+                if within == 0:
+                    self.pixels = None
+            if not isinstance(error, FloatingPointError):
+                raise
             raise FloatingPointError(
                 f'evolution, step {self.step_index} (round {round_index + 1}): {error}; lower '
                 'evolution.weight_lr, range_lr or sample_lr') from error
@@ -204,6 +209,9 @@ class Evolver:
         """Measure, remember the best student, and stop if it gets worse."""
         values = self.losses.setdefault('round/discrepancy', [])
         values.append(self.measure())
+        if not math.isfinite(values[-1]):
+            raise FloatingPointError(f'evolution: after step {self.step_index} the discrepancy '
+                                     f'is {values[-1]:g}; lower evolution.weight_lr or range_lr')
         if values[-1] <= min(values):
             self.best = self.student.learnt()
         patience = self.settings.patience

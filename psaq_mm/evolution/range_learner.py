@@ -42,10 +42,8 @@ class RangeLearner:
         """Tensor: What was learnt: shape (all scales and zero points,)."""
 
     def _gather(self) -> Tensor:
-        """Logarithms of scales, and zero points, one after the other."""
-        values = [t.detach().flatten() for t in self.tensors]
-        return torch.cat([self._units[:0], *(v if integers else v.log() for v, integers
-                                             in zip(values, self._integers))])
+        """Scales and zero points, one after the other."""
+        return torch.cat([self._units[:0], *(t.detach().flatten() for t in self.tensors)])
 
     def require_grad(self, enabled: bool) -> None:
         """Let autograd reach the ranges, or no longer."""
@@ -64,13 +62,15 @@ class RangeLearner:
 
     def apply(self) -> None:
         """Write what was learnt back to the quantizers."""
-        values = self._start + self.offsets.detach() * self._units
+        offsets = self.offsets.detach()
+        added, scaled = self._start + offsets * self._units, self._start * offsets.exp()
         start = 0
         with torch.no_grad():
             for tensor, integers in zip(self.tensors, self._integers):
-                part = values[start:start + tensor.numel()].view(tensor.shape)
+                part = slice(start, start + tensor.numel())
                 # 0 must stay in the range: the zero point is one of the integers.
-                tensor.copy_(part.clamp(*integers) if integers else part.exp())
+                tensor.copy_((added[part].clamp(*integers) if integers
+                              else scaled[part]).view(tensor.shape))
                 start += tensor.numel()
 
     def state_dict(self) -> Dict[str, Any]:

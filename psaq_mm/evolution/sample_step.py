@@ -72,8 +72,7 @@ def prior_losses(terms: Mapping[str, PriorTerm], images: Tensor, record: Teacher
         values = ', '.join(f'{k} {float(v.detach()):g}' for k, v in losses.items()
                            if k != 'total')
         raise FloatingPointError(
-            f'the loss of the images is not finite at step {step}: {values}; '
-            'lower synthesis.lr, or look at the model for values out of proportion')
+            f'the loss of the images is not finite at step {step}: {values}')
     return losses
 
 
@@ -96,6 +95,5 @@ def gradient_of(loss: Tensor, images: Tensor, step: int, keep_graph: bool = Fals
     gradient, = torch.autograd.grad(loss, images, retain_graph=keep_graph)
     if not torch.isfinite(gradient).all():
         raise FloatingPointError(
-            f'the gradient of the images is not finite at step {step}, though the '
-            'loss is; look at the model for values out of proportion')
+            f'the gradient of the images is not finite at step {step}, though the loss is')
     return gradient

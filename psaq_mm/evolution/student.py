@@ -1,12 +1,14 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The quantized side of the game: what it learns, and one step of it."""
+import math
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
-from mmengine.dist import all_reduce_params
+from mmengine.dist import all_reduce, all_reduce_params
 from torch import Tensor, nn
 
 from psaq_mm.adapters import TapRecord
+from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.quantization import Quantizer
 
@@ -64,6 +66,9 @@ class Student:
 
     def discrepancy(self, teacher: TapRecord, images: Tensor) -> Tensor:
         """D of each image, shape (B,)."""
+        if not teacher.taps:
+            raise UserError('evolution.taps: the teacher proposes no regions on the images, and '
+                            'only rois has a weight; give another group one')
         taps = self.forward(images, teacher.regions).taps
         return discrepancy(teacher.taps, taps, self.settings.taps, self.settings.losses)
 
@@ -87,8 +92,11 @@ class Student:
         """
         loss = self.discrepancy(teacher, images).mean()
         value = float(loss.detach())
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f'the discrepancy is {value:g}')
+        failed = torch.tensor(float(not torch.isfinite(loss)))
+        all_reduce(failed, op='max')  # all processes stop, or none: they wait for each other
+        if failed:
+            raise FloatingPointError(f'the discrepancy is {value:g}'
+                                     + (' (not finite elsewhere)' if math.isfinite(value) else ''))
         loss.backward()
         self.ranges.collect_gradients()
         learnt: List[Any] = [*self.weights, self.ranges.offsets]
@@ -99,19 +107,19 @@ class Student:
         all_reduce_params(gradients, op='mean')
         finite = torch.stack([torch.isfinite(g.sum()) for g in gradients if g.numel()])
         if not finite.all():
-            self._forget_gradients(learnt)
+            self.forget_gradients()
             raise FloatingPointError('a gradient of the student is not finite')
         before_update()
         for group, peak in zip(self.optimizer.param_groups, self._peaks):
             group['lr'] = peak * factor
         self.optimizer.step()
         self.ranges.apply()
-        self._forget_gradients(learnt)
+        self.forget_gradients()
         return value
 
-    @staticmethod
-    def _forget_gradients(tensors: List[Any]) -> None:
-        for tensor in tensors:
+    def forget_gradients(self) -> None:
+        """Drop all gradients, those of a step that failed too."""
+        for tensor in (*self.weights, *self.ranges.tensors, self.ranges.offsets):
             tensor.grad = None
 
     def learnt(self) -> Dict[str, Any]:

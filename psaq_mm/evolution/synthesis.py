@@ -91,8 +91,11 @@ class Synthesizer:
         try:
             with torch.enable_grad():
                 return self._step()
-        except BaseException:
+        except BaseException as error:
             self.load_state_dict(before)
+            if isinstance(error, FloatingPointError):
+                raise FloatingPointError(f'{error}; lower synthesis.lr, or look at the model for '
+                                         'values out of proportion') from error
             raise
 
     def _step(self) -> Dict[str, float]:

@@ -13,7 +13,7 @@ from psaq_mm.quantization import MinMaxObserver, MSEObserver, PercentileObserver
 def test_defaults():
     spec = QuantSpec()
     assert spec.to_dict() == dict(bits=8, symmetric=True, granularity='per_tensor',
-                                  observer=dict(type='MinMaxObserver'))
+                                  observer=dict(type='MinMaxObserver'), margin=0., bounds=None)
 
 
 @pytest.mark.parametrize('bits, symmetric, expected', [

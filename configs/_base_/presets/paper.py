@@ -5,7 +5,8 @@ _base_ = './default.py'
 quantization = dict(
     placement='v1', patch_embed_bits=None,
     weight=dict(observer=dict(_delete_=True, type='MinMaxObserver')),
-    activation=dict(observer=dict(_delete_=True, type='MinMaxObserver')))
+    activation=dict(observer=dict(_delete_=True, type='MinMaxObserver'), margin=0.0),
+    roles=dict(_delete_=True))
 synthesis = dict(
     num_images=32,
     batch_size=32,
@@ -16,6 +17,5 @@ evolution = dict(
     sample_steps=50,
     student_steps=100,
     batch_size=32,
-    adversarial_fraction=0.3,
-    learn='both',
-    losses=dict(_delete_=True))
+    weight_lr=1e-5,
+    range_lr=1e-3)

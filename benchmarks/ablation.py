@@ -1,0 +1,99 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Which rules of the game earn their cost: the preset ``default``, one change at a time.
+
+    python benchmarks/ablation.py                          # all variants, the demo detector
+    python benchmarks/ablation.py --variants no_competitor learn_ranges --settings w4a4
+    python benchmarks/ablation.py --table                  # what is measured so far
+
+Every value is kept in a JSON file as soon as it is there; a run that was cut
+off goes on. ``--no-metrics`` measures the SQNR of feature maps on real test
+images alone, in seconds instead of a minute.
+"""
+import argparse
+import time
+from pathlib import Path
+from typing import Any, Dict
+
+from experiment import METRICS, MODELS, ROOT, Results, Subject, bits_of, cell, quiet
+
+EVOLUTION: Dict[str, Dict[str, Any]] = dict(
+    default=dict(),
+    no_game=dict(rounds=0),
+    # the competitor
+    no_sample_steps=dict(sample_steps=0),
+    no_competitor=dict(adversarial_fraction=0.),
+    fraction_01=dict(adversarial_fraction=0.1),
+    unbounded=dict(adversarial_fraction=None),
+    # the buffer
+    no_buffer=dict(buffer_size=0),
+    newest_alone=dict(new_fraction=1.),
+    # what the student learns
+    learn_ranges=dict(learn='ranges'),
+    learn_weights=dict(learn='weights'),
+    # where it is compared
+    backbone_alone=dict(taps=dict(neck=0., scores=0., deltas=0.)),
+    no_neck=dict(taps=dict(neck=0.)),
+    no_scores_deltas=dict(taps=dict(scores=0., deltas=0.)),
+    with_rois=dict(taps=dict(rois=1.)),
+    detector_losses=dict(losses=dict(scores='binary_kl', deltas='confident_smooth_l1')),
+    squared=dict(losses=dict(backbone='relative_l2', neck='relative_l2',
+                             scores='relative_l2', deltas='relative_l2')),
+    # cost
+    half_steps=dict(rounds=5),
+    double_steps=dict(rounds=20))
+
+IMAGES: Dict[str, Dict[str, Any]] = dict(
+    prior_10_points=dict(priors=dict(patch_similarity=dict(
+        type='PatchSimilarityPrior', weight=1.0, form='v1', points=10))),
+    prior_1024_bins=dict(priors=dict(patch_similarity=dict(
+        type='PatchSimilarityPrior', weight=1.0, form='binned', bins=1024))),
+    no_patch_similarity=dict(priors=dict(patch_similarity=None)),
+    images_16=dict(num_images=16),
+    images_4=dict(num_images=4))
+"""Changes of the images, with the game as it is."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    variants = [*EVOLUTION, *IMAGES]
+    parser.add_argument('--model', choices=sorted(MODELS), default='demo')
+    parser.add_argument('--variants', nargs='+', choices=variants, default=variants)
+    parser.add_argument('--settings', nargs='+', default=['w4a4', 'w3a3'])
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
+    parser.add_argument('--no-metrics', action='store_true', help='measure the SQNR alone')
+    parser.add_argument('--table', action='store_true', help='measure nothing, print')
+    args = parser.parse_args()
+    quiet()
+    results = Results(args.work_dir / f'ablation_{args.model}.json')
+    if not args.table:
+        subject = Subject(args.model, args.work_dir)
+        for seed in args.seeds:
+            for setting in args.settings:
+                for variant in args.variants:
+                    if results.has(variant, setting, seed):
+                        continue
+                    changes = IMAGES.get(variant, {})
+                    images = subject.synthetic(variant if changes else 'prior', seed, **changes)
+                    before, start = subject.seconds, time.perf_counter()
+                    student = subject.student(
+                        images, seed, quantization=bits_of(setting),
+                        evolution=EVOLUTION.get(variant), synthesis=changes)
+                    seconds = before + time.perf_counter() - start
+                    found = subject.evaluate(student, not args.no_metrics)
+                    results.add(dict(found, seconds=seconds), variant, setting, seed)
+    keys = [k for k in METRICS if any(k in v for v in results.values.values())]
+    print(f'{args.model}, seeds {args.seeds}: mean (lowest to highest seed)\n')
+    heads = [f'{METRICS[k][0]} {s.upper()}' for s in args.settings for k in keys]
+    print(f'| | {" | ".join(heads)} | seconds |')
+    print('|---' * (len(heads) + 2) + '|')
+    for variant in args.variants:
+        rows = [results.over_seeds(args.seeds, variant, s) for s in args.settings]
+        seconds = [v['seconds'] for r in rows for v in r]
+        if seconds:
+            cells = [cell(r, k) for r in rows for k in keys]
+            print(f'| {variant} | {" | ".join(cells)} | {sum(seconds) / len(seconds):.0f} |')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,309 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Where teacher and student are compared: the hosts' own tensors, in groups."""
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import DEMO, ROOT
+from mmdet.structures.bbox import bbox2roi
+from torch import nn
+
+import psaq_mm
+from psaq_mm.adapters import find_adapter
+from psaq_mm.engine import build_float_model, load_config
+
+DEMOS = dict(mask_rcnn='mask_rcnn_swin_demo.py', cascade='cascade_mask_rcnn_swin_demo.py',
+             upernet='upernet_swin_demo.py', swin='swin_demo.py', deit='deit_demo.py')
+GROUPS = dict(
+    mask_rcnn=('backbone', 'neck', 'scores', 'deltas', 'rois'),
+    cascade=('backbone', 'neck', 'scores', 'deltas', 'rois'),
+    upernet=('backbone', 'logits'), swin=('backbone', 'logits'), deit=('backbone', 'logits'),
+    retinanet=('backbone', 'neck', 'scores', 'deltas'),
+    fcos=('backbone', 'neck', 'scores', 'deltas'))
+SINGLE_STAGE = dict(retinanet='retinanet/retinanet_r50_fpn_1x_coco.py',
+                    fcos='fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py')
+SIZE = (64, 96)
+
+
+def single_stage(name, folder):
+    """A small one on a Swin, as docs/your_own_model.md says."""
+    backbone = dict(type='SwinTransformer', _delete_=True, embed_dims=12, depths=(1, 1, 1, 1),
+                    num_heads=(1, 2, 2, 2), out_indices=(1, 2, 3))
+    norm = ", norm_cfg=dict(type='GN', num_groups=4)" if name == 'fcos' else ''
+    config = folder / f'{name}.py'
+    config.write_text(
+        f"_base_ = ['mmdet::{SINGLE_STAGE[name]}', '{ROOT}/configs/_base_/w8a8.py']\n"
+        f'model = dict(backbone={backbone!r}, neck=dict(in_channels=[24, 48, 96], '
+        'out_channels=16, start_level=0), bbox_head=dict(in_channels=16, feat_channels=16, '
+        f'num_classes=5{norm}))\n')
+    return config
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    """A float model of each family, made when first asked for, on which
+    nothing may leave a trace."""
+    built, folder = {}, tmp_path_factory.mktemp('configs')
+
+    def get(name):
+        if name not in built:
+            torch.manual_seed(0)
+            path = DEMO / DEMOS[name] if name in DEMOS else single_stage(name, folder)
+            built[name] = build_float_model(load_config(path))
+            for parameter in built[name].parameters():
+                parameter.requires_grad_(False)
+        return built[name]
+
+    return get
+
+
+def images_for(name):
+    size = (112, 112) if name in ('swin', 'deit') else SIZE
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope='module')
+def record(models):
+    """The taps of a model, in all groups it has."""
+    found = {}
+
+    def get(name):
+        if name not in found:
+            model = models(name)
+            with torch.no_grad():
+                found[name] = find_adapter(model).forward_taps(model, images_for(name),
+                                                               GROUPS[name])
+        return found[name]
+
+    return get
+
+
+def of_group(taps, group):
+    """Its tensors, by their numbers."""
+    chosen = {tap: value for tap, value in taps.items() if tap.split('.')[0] == group}
+    assert list(chosen) == [f'{group}.{i}' for i in range(len(chosen))]
+    return list(chosen.values())
+
+
+def assert_equal(ours, theirs):
+    theirs = list(theirs)
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize('name', GROUPS)
+def test_groups(name, models, record):
+    model = models(name)
+    assert find_adapter(model).tap_groups(model) == GROUPS[name]
+    taps = record(name).taps
+    assert tuple(dict.fromkeys(tap.split('.')[0] for tap in taps)) == GROUPS[name]
+    for value in taps.values():
+        assert len(value) == 2 and torch.isfinite(value).all()
+        assert value.std() > 0 and not torch.equal(value[0], value[1])
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn', 'cascade', 'retinanet', 'fcos'])
+def test_detectors(name, models, record):
+    """Equal to extract_feat's maps and the dense head's outputs."""
+    model, taps, images = models(name), record(name).taps, images_for(name)
+    head = getattr(model, 'rpn_head', None) or model.bbox_head
+    with torch.no_grad():
+        assert_equal(of_group(taps, 'backbone'), model.backbone(images))
+        features = model.extract_feat(images)
+        assert_equal(of_group(taps, 'neck'), features)
+        scores, deltas = head(features)[:2]
+    assert_equal(of_group(taps, 'scores'), scores)
+    assert_equal(of_group(taps, 'deltas'), deltas)
+    # As the confident loss needs them: 4 deltas and some scores for each anchor.
+    anchors = {'retinanet': 9, 'fcos': 1}.get(name, 3)
+    for score, delta in zip(of_group(taps, 'scores'), of_group(taps, 'deltas')):
+        assert delta.shape[1] == 4 * anchors and score.shape[1] % anchors == 0
+        assert score.shape[2:] == delta.shape[2:]
+    assert (record(name).regions is None) == (name not in ('mask_rcnn', 'cascade'))
+
+
+def test_mask_rcnn_regions(models, record):
+    """The RPN's own proposals, as many for each image."""
+    from mmdet.structures import DetDataSample
+    model, found = models('mask_rcnn'), record('mask_rcnn')
+    samples = [DetDataSample(metainfo=dict(img_shape=SIZE, ori_shape=SIZE, scale_factor=(1., 1.)))
+               for _ in range(2)]
+    with torch.no_grad():
+        proposals = model.rpn_head.predict(model.extract_feat(images_for('mask_rcnn')), samples)
+    counts = [len(boxes) for boxes in found.regions]
+    assert counts[0] == counts[1] and 0 < counts[0] <= 64
+    for boxes, own in zip(found.regions, proposals):
+        assert torch.equal(boxes, own.bboxes[:len(boxes)])  # the best of them
+        assert (boxes[:, 2] <= SIZE[1]).all() and (boxes[:, 3] <= SIZE[0]).all()
+
+
+def host_outputs(roi_head, features, regions):
+    """Scores, deltas and mask logits of each image, by the host's own parts."""
+    found = []
+    for image, boxes in enumerate(regions):
+        rois = bbox2roi([boxes])
+        rois[:, 0] = image
+        found.append([])
+        parts = [roi_head.bbox_head, roi_head.bbox_roi_extractor, roi_head.mask_head,
+                 roi_head.mask_roi_extractor]
+        cascade = isinstance(roi_head.bbox_head, nn.ModuleList)
+        for box_head, box_extractor, mask_head, mask_extractor in \
+                zip(*parts) if cascade else [parts]:
+            found[-1] += box_head(box_extractor(features[:box_extractor.num_inputs], rois))
+            found[-1].append(mask_head(mask_extractor(features[:mask_extractor.num_inputs],
+                                                      rois)))
+    return [torch.stack(images) for images in zip(*found)]
+
+
+@pytest.mark.parametrize('name, stages', [('mask_rcnn', 1), ('cascade', 3)])
+def test_outputs_on_regions(name, stages, models, record):
+    """Of each image its own regions; a cascade sees the same at every stage."""
+    model, found = models(name), record(name)
+    with torch.no_grad():
+        expected = host_outputs(model.roi_head, model.extract_feat(images_for(name)),
+                                found.regions)
+    rois = of_group(found.taps, 'rois')
+    assert len(rois) == len(expected) == 3 * stages
+    for one, other in zip(rois, expected):
+        assert one.shape[:2] == (2, len(found.regions[0]))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn', 'cascade'])
+def test_student_sees_the_regions_of_the_teacher(name, models, record):
+    """Though its own would be others."""
+    teacher, images = record(name), images_for(name)
+    student = copy.deepcopy(models(name))
+    with torch.no_grad():
+        for parameter in student.rpn_head.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    adapter = find_adapter(student)
+    with torch.no_grad():
+        given = adapter.forward_taps(student, images, ('rois', ), teacher.regions)
+        own = adapter.forward_taps(student, images, ('rois', ))
+    assert_equal(of_group(given.taps, 'rois'), of_group(teacher.taps, 'rois'))
+    assert all(one is other for one, other in zip(given.regions, teacher.regions))
+    assert own.regions[0].shape != teacher.regions[0].shape \
+        or not torch.equal(own.regions[0], teacher.regions[0])
+
+
+def test_settings_of_the_rpn_are_restored(models, record):
+    record('mask_rcnn')
+    assert models('mask_rcnn').rpn_head.test_cfg.max_per_img == 300
+
+
+def test_no_regions(models, record):
+    """Then RoI heads have nothing to compare."""
+    model = models('mask_rcnn')
+    empty = [torch.empty(0, 4), torch.empty(0, 4)]
+    with torch.no_grad():
+        found = find_adapter(model).forward_taps(model, images_for('mask_rcnn'),
+                                                 ('backbone', 'rois'), empty)
+    assert list(found.taps) == [f'backbone.{i}' for i in range(4)]
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn', 'upernet', 'swin'])
+@pytest.mark.parametrize('index', [0, 1, 3])
+def test_only_what_is_wanted(name, index, models, record):
+    """And of what is not, no head runs."""
+    group, model = GROUPS[name][min(index, len(GROUPS[name]) - 1)], models(name)
+    ran = []
+    handles = [part.register_forward_hook(lambda module, args, out, key=key: ran.append(key))
+               for key, part in model.named_children()]
+    with torch.no_grad():
+        found = find_adapter(model).forward_taps(model, images_for(name), (group, ))
+    for handle in handles:
+        handle.remove()
+    expected = {tap: value for tap, value in record(name).taps.items()
+                if tap.startswith(group + '.')}
+    assert list(found.taps) == list(expected)
+    assert_equal(list(found.taps.values()), expected.values())
+    needed = dict(backbone=['backbone'], neck=['backbone', 'neck'], logits=['backbone',
+                                                                            'decode_head'],
+                  deltas=['backbone', 'neck', 'rpn_head'])
+    assert ran == (['model'] if name == 'swin' else needed[group])
+
+
+def test_segmentor(models, record):
+    """The decode head's logits, before they are resized."""
+    model, taps, images = models('upernet'), record('upernet').taps, images_for('upernet')
+    with torch.no_grad():
+        features = model.extract_feat(images)
+        assert_equal(of_group(taps, 'backbone'), features)
+        logits = model.decode_head(features)
+    assert_equal(of_group(taps, 'logits'), [logits])
+    assert logits.shape == (2, 7, SIZE[0] // 4, SIZE[1] // 4)
+
+
+def test_timm_swin(models, record):
+    model, taps, images = models('swin'), record('swin').taps, images_for('swin')
+    with torch.no_grad():
+        assert_equal(of_group(taps, 'logits'), [model.model(images)])
+        x, stages = model.model.patch_embed(images), []
+        for layer in model.model.layers:
+            x = layer(x)
+            stages.append(x)
+    assert_equal(of_group(taps, 'backbone'), stages)
+    assert len(stages) == 3
+
+
+def test_timm_deit(models, record):
+    """The ends of four equal parts of its blocks, as forward_intermediates has them."""
+    model, taps, images = models('deit'), record('deit').taps, images_for('deit')
+    with torch.no_grad():
+        assert_equal(of_group(taps, 'logits'), [model.model(images)])
+        intermediates = model.model.forward_intermediates(
+            images, indices=4, output_fmt='NLC', return_prefix_tokens=True,
+            intermediates_only=True)
+    expected = [torch.cat([prefix, patches], 1) for patches, prefix in intermediates]
+    assert_equal(of_group(taps, 'backbone'), expected)
+
+
+@pytest.mark.parametrize('depth, expected', [
+    (1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (6, [0, 2, 3, 5]),
+    (12, [2, 5, 8, 11])])
+def test_parts_of_a_vit(depth, expected):
+    model = timm.create_model('deit_tiny_patch16_224', img_size=32, embed_dim=16, depth=depth,
+                              num_heads=2, num_classes=5).eval()
+    images, outputs = torch.randn(1, 3, 32, 32), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: outputs.append(out))
+    with torch.no_grad():
+        taps = find_adapter(model).forward_taps(model, images, ('backbone', )).taps
+    assert_equal(of_group(taps, 'backbone'), [outputs[index] for index in expected])
+
+
+@pytest.mark.parametrize('host', ['mmdet', 'mmseg'])
+def test_backbone_alone(host):
+    module = pytest.importorskip(f'{host}.models.backbones.swin')
+    backbone = module.SwinTransformer(embed_dims=8, depths=(1, 1), num_heads=(1, 2),
+                                      strides=(4, 2), out_indices=(0, 1))
+    backbone.eval()
+    adapter, images = find_adapter(backbone), torch.randn(2, 3, 32, 40)
+    assert adapter.tap_groups(backbone) == ('backbone', )
+    with torch.no_grad():
+        found = adapter.forward_taps(backbone, images, ('backbone', ))
+        assert_equal(of_group(found.taps, 'backbone'), backbone(images))
+    assert found.regions is None
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn', 'swin'])
+def test_quantized_student_has_the_same_taps(name, models, record):
+    """And gradients reach images and weights through all of them."""
+    student = psaq_mm.quantize(copy.deepcopy(models(name)))
+    images, teacher = images_for(name), record(name)
+    psaq_mm.calibrate(student, images)
+    weight = next(p for key, p in student.named_parameters() if 'qkv.weight' in key)
+    weight.requires_grad_(True)
+    images.requires_grad_(True)
+    found = find_adapter(student).forward_taps(student, images, GROUPS[name], teacher.regions)
+    assert {tap: v.shape for tap, v in found.taps.items()} == {
+        tap: v.shape for tap, v in teacher.taps.items()}
+    for value in found.taps.values():
+        gradients = torch.autograd.grad(value.square().sum(), (images, weight),
+                                        retain_graph=True)
+        assert all(gradient.any() for gradient in gradients)
+    distance = (found.taps['backbone.0'] - teacher.taps['backbone.0']).abs().mean()
+    assert 0 < distance < 0.2 * teacher.taps['backbone.0'].abs().mean()

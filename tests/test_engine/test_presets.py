@@ -1,0 +1,235 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Presets: under the config's own values, which are under the options."""
+import pytest
+from conftest import DEMO, ROOT
+from mmengine.config import Config
+
+from psaq_mm import UserError
+from psaq_mm.engine import load_config, read_sections
+from psaq_mm.engine.config import PRESETS, SECTIONS
+
+SHIPPED = sorted((ROOT / 'configs').glob('*_w?a?.py'))
+NAMES = ('default', 'fast', 'paper')
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a config of a few lines; most tests need no model that could be built."""
+
+    def write(text, bases=(), name='mine.py'):
+        path = tmp_path / name
+        path.write_text((f'_base_ = {list(map(str, bases))}\n' if bases else
+                         "model = dict(type='Anything')\n") + text)
+        return path
+
+    return write
+
+
+def read(path, **options):
+    return read_sections(load_config(path, {k.replace('__', '.'): v for k, v in options.items()}))
+
+
+def preset_file(name):
+    return Config.fromfile(str(ROOT / 'configs' / '_base_' / 'presets' / f'{name}.py')).to_dict()
+
+
+# What a preset says
+
+
+def test_all_presets_are_there():
+    assert sorted(path.stem for path in PRESETS.glob('*.py')) == sorted(NAMES)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_preset_fills_in_all_sections(name, write):
+    config = load_config(write(f'preset = {name!r}\n'))
+    values = preset_file(name)
+    assert {section: config[section].to_dict() for section in SECTIONS} == values
+    sections = read_sections(config)
+    assert sections.synthesis.num_images == values['synthesis']['num_images']
+    assert sections.evolution.rounds == values['evolution']['rounds']
+    assert sections.calibration.image_size == 'test'
+
+
+def test_default(write):
+    sections = read(write("preset = 'default'\n"))
+    assert sections.quantization.placement == 'operands'
+    assert sections.quantization.scope == 'backbone'
+    assert sections.quantization.patch_embed_bits == 8
+    assert sections.evolution.rounds > 0 and sections.evolution.competes
+    assert sections.evolution.learn == 'both'
+    assert sections.synthesis.batches() == [8]
+
+
+def test_fast_is_the_default_without_rounds(write):
+    fast, default = (load_config(write(f'preset = {name!r}\n')).to_dict()
+                     for name in ('fast', 'default'))
+    assert fast['evolution'].pop('rounds') == 0
+    assert default['evolution'].pop('rounds') > 0
+    assert {s: fast[s] for s in SECTIONS} == {s: default[s] for s in SECTIONS}
+    assert read(write("preset = 'fast'\n")).evolution.rounds == 0
+
+
+def test_paper(write):
+    sections = read(write("preset = 'paper'\n"))
+    quantization, synthesis = sections.quantization, sections.synthesis
+    assert quantization.placement == 'v1' and quantization.patch_embed_bits is None
+    for role in ('weight', 'input', 'output', 'attention'):  # naive ranges
+        assert quantization.spec_for('x', role).observer == dict(type='MinMaxObserver')
+        assert quantization.spec_for('x', role).margin == 0
+    assert synthesis.batches() == [32]
+    assert (synthesis.steps, tuple(synthesis.shifts), synthesis.lr) == (500, (15, 30), 0.25)
+    terms = synthesis.build_priors()
+    assert set(terms) == {'patch_similarity', 'total_variation'}  # no BatchNorm prior
+    assert terms['patch_similarity'].form == 'v1'
+    assert (terms['patch_similarity'].weight, terms['total_variation'].weight) == (1., 0.05)
+    assert sections.evolution.rounds > 0 and not dict(sections.evolution.losses)
+
+
+# Who wins
+
+
+def test_own_values_win(write):
+    sections = read(write(
+        "preset = 'paper'\n"
+        "quantization = dict(weight=dict(bits=4), placement='operands')\n"
+        'synthesis = dict(steps=7, priors=dict(total_variation=dict(weight=0.2)))\n'
+        'evolution = dict(rounds=3, taps=dict(rois=0.5))\n'
+        'calibration = dict(image_size=None)\n'))
+    weight = sections.quantization.spec_for('x', 'weight')
+    assert (weight.bits, weight.granularity) == (4, 'per_channel')
+    assert sections.quantization.spec_for('x', 'input').bits == 8
+    assert sections.quantization.placement == 'operands'
+    assert (sections.synthesis.steps, sections.synthesis.num_images) == (7, 32)
+    terms = sections.synthesis.build_priors()
+    assert (terms['total_variation'].weight, terms['patch_similarity'].form) == (0.2, 'v1')
+    assert sections.evolution.rounds == 3
+    assert sections.evolution.student_steps == preset_file('paper')['evolution']['student_steps']
+    assert sections.evolution.taps['rois'] == 0.5 and sections.evolution.taps['backbone'] == 1.
+    assert (sections.calibration.image_size, sections.calibration.batch_size) == (None, 8)
+
+
+def test_values_of_the_default_win_over_another_preset(write):
+    """Even where the config says what the default would have said."""
+    rounds = preset_file('default')['evolution']['rounds']
+    assert rounds != 0
+    sections = read(write(f"preset = 'fast'\nevolution = dict(rounds={rounds})\n"))
+    assert sections.evolution.rounds == rounds
+
+
+def test_options_win_over_both(write):
+    path = write("preset = 'fast'\nevolution = dict(rounds=3, sample_steps=7)\n"
+                 'synthesis = dict(steps=7)\n')
+    sections = read(path, evolution__rounds=9, synthesis__num_images=2,
+                    quantization__activation__bits=6,
+                    synthesis__priors__total_variation__weight=0.4)
+    evolution = sections.evolution
+    assert (evolution.rounds, evolution.sample_steps, evolution.student_steps) == (
+        9, 7, preset_file('fast')['evolution']['student_steps'])
+    assert (sections.synthesis.steps, sections.synthesis.num_images) == (7, 2)
+    assert sections.quantization.spec_for('x', 'input').bits == 6
+    assert sections.synthesis.build_priors()['total_variation'].weight == 0.4
+
+
+def test_preset_by_an_option(write):
+    """It gives way to the config's own values as the config's would."""
+    path = write("preset = 'default'\nevolution = dict(sample_steps=7)\n")
+    sections = read(path, preset='paper')
+    assert sections.quantization.placement == 'v1'
+    assert (sections.evolution.sample_steps, sections.evolution.student_steps) == (
+        7, preset_file('paper')['evolution']['student_steps'])
+    assert read(path, preset='fast').evolution.rounds == 0
+    assert read(path, preset='fast', evolution__rounds=2).evolution.rounds == 2
+
+
+def test_terms_are_dropped_or_replaced(write):
+    path = write("preset = 'default'\nsynthesis = dict(priors=dict(patch_similarity=None))\n")
+    assert list(read(path).synthesis.build_priors()) == ['total_variation']
+    path = write("preset = 'default'\nsynthesis = dict(priors=dict(_delete_=True, "
+                 "mine=dict(type='TotalVariationPrior', weight=2.)))\n")
+    terms = read(path).synthesis.build_priors()
+    assert list(terms) == ['mine'] and terms['mine'].weight == 2.
+
+
+def test_presets_are_read_afresh(write):
+    """What one config changes does not reach the next."""
+    values = load_config(write("preset = 'default'\n")).to_dict()
+    changed = read(write("preset = 'default'\nsynthesis = dict(steps=7)\n"), evolution__rounds=77)
+    assert (changed.synthesis.steps, changed.evolution.rounds) == (7, 77)
+    assert load_config(write("preset = 'default'\n")).to_dict() == values
+
+
+def test_section_that_is_none_is_the_presets(write):
+    sections = read(write("preset = 'fast'\nevolution = None\nquantization = None\n"))
+    assert sections.evolution.rounds == 0
+    assert sections.quantization.placement == 'operands'
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize('name, hint', [
+    ('fats', "Did you mean 'fast'?"), ('Paper', "Did you mean 'paper'?"),
+    ('defaults', "Did you mean 'default'?"), ('zzz', ''), ('', ''), (3, ''), (['fast'], '')])
+@pytest.mark.parametrize('by_option', [False, True])
+def test_unknown_preset(name, hint, by_option, write):
+    path = write('' if by_option else f'preset = {name!r}\n')
+    with pytest.raises(UserError, match='must be one of default, fast, paper, got') as error:
+        load_config(path, dict(preset=name) if by_option else None)
+    assert repr(name) in str(error.value) and hint in str(error.value)
+
+
+@pytest.mark.parametrize('text', ['', 'preset = None\n'])
+def test_no_preset(text, write):
+    with pytest.raises(UserError, match="has no 'quantization' section"):
+        read(write(text))
+    sections = read(write(text + 'quantization = dict(weight=dict(bits=4))\n'))
+    assert sections.evolution.rounds == 0  # the sections' own defaults
+
+
+@pytest.mark.parametrize('text, message', [
+    ('evolution = dict(round=3)', r"unknown key evolution\.round\. Did you mean 'rounds'\?"),
+    ('evolution = dict(taps=dict(neks=1.))', r"unknown key evolution\.taps\.neks"),
+    ('evolution = 3', 'evolution must be a dict, got 3'),
+    ('evolution = dict(rounds=-1)', 'evolution.rounds must be an integer of at least 0'),
+    ("calibration = dict(image_size='train')", "calibration.image_size must be 'test'"),
+    ('quantization = dict(activation=dict(margin=-1))', 'quantization.activation.margin')])
+def test_wrong_values_over_a_preset(text, message, write):
+    with pytest.raises(UserError, match=message):
+        read(write(f"preset = 'default'\n{text}\n"))
+
+
+def test_misspelt_preset_key(write):
+    with pytest.raises(UserError, match="unknown config key 'presets'. Did you mean 'preset'"):
+        load_config(write("presets = 'fast'\nquantization = dict()\n"))
+    with pytest.raises(UserError, match="no key 'prest'. Did you mean 'preset'"):
+        load_config(write("preset = 'fast'\n"), dict(prest='paper'))
+
+
+# What is shipped
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=lambda p: p.stem)
+def test_shipped_config_resolves(path):
+    """By the default preset, but for what it says itself."""
+    config = load_config(path)
+    assert config.preset == 'default'
+    sections, preset = read_sections(config), preset_file('default')
+    assert sections.evolution.rounds == preset['evolution']['rounds'] > 0
+    assert sections.calibration.image_size == 'test'
+    assert sections.quantization.placement == 'operands'
+    for section in SECTIONS:
+        assert config[section].to_dict().keys() == preset[section].keys()
+
+
+@pytest.mark.parametrize('base, placement, bits', [
+    ('paper_w8a8', 'v1', (8, 8)), ('w8a8', 'operands', (8, 8)), ('w4a4', 'operands', (4, 4)),
+    ('w4a8', 'operands', (4, 8)), ('w6a6', 'operands', (6, 6))])
+def test_bases(base, placement, bits, write):
+    path = write('', [DEMO / 'mask_rcnn_swin_demo.py', ROOT / f'configs/_base_/{base}.py'])
+    quantization = read(path).quantization
+    assert quantization.placement == placement
+    assert tuple(quantization.spec_for('x', role).bits for role in ('weight', 'input')) == bits
+    quantization = read(path, preset='paper').quantization
+    assert quantization.placement == 'v1'
+    assert tuple(quantization.spec_for('x', role).bits for role in ('weight', 'input')) == bits

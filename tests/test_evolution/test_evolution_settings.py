@@ -1,0 +1,189 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+import pytest
+from mmengine.config import Config
+
+from psaq_mm.errors import UserError
+from psaq_mm.evolution import CalibrationSettings, EvolutionSettings
+from psaq_mm.evolution.evolution_settings import TAP_GROUPS
+
+NOT_INTEGERS = [-1, 1.5, '8', None, True, [8]]
+NAN, INFINITY = float('nan'), float('inf')
+
+
+def test_defaults():
+    """No rounds, and all taps but those of the RoI heads."""
+    settings = EvolutionSettings.from_dict(None)
+    assert settings == EvolutionSettings() == EvolutionSettings.from_dict({})
+    assert settings.rounds == 0 and settings.competes
+    assert settings.chosen_groups(TAP_GROUPS) == ('backbone', 'neck', 'scores', 'deltas', 'logits')
+
+
+@pytest.mark.parametrize('key', ['batch_size', 'patience', 'save_interval'])
+@pytest.mark.parametrize('value', [0, *NOT_INTEGERS])
+def test_bad_counts(key, value):
+    with pytest.raises(UserError, match=f'^evolution.{key} must be a positive integer, got'):
+        EvolutionSettings.from_dict({key: value})
+
+
+@pytest.mark.parametrize('key', ['rounds', 'sample_steps', 'student_steps', 'buffer_size'])
+def test_bad_steps(key):
+    for value in NOT_INTEGERS:
+        with pytest.raises(UserError, match=f'^evolution.{key} must be an integer of at least 0, '
+                                            'got') as caught:
+            EvolutionSettings.from_dict({key: value})
+        assert repr(value) in str(caught.value)
+    assert getattr(EvolutionSettings.from_dict({key: 0}), key) == 0
+
+
+def test_rounds_of_nothing():
+    nothing = dict(sample_steps=0, student_steps=0)
+    with pytest.raises(UserError, match='^evolution.rounds of no steps: set sample_steps or'):
+        EvolutionSettings.from_dict(dict(rounds=1, **nothing))
+    assert EvolutionSettings.from_dict(dict(rounds=0, **nothing)).rounds == 0
+    EvolutionSettings.from_dict(dict(rounds=1, sample_steps=1, student_steps=0))
+
+
+@pytest.mark.parametrize('key, low, high, good', [
+    ('adversarial_weight', '0', r'1e\+06', (0, 1e6, 2.5)), ('sample_lr', '0', '1000', (0, 0.3)),
+    ('new_fraction', '0', '1', (0, 1, 0.25)), ('weight_lr', '0', '1', (0, 1e-5)),
+    ('range_lr', '0', '1', (0., 1)),
+    ('adversarial_fraction', '0', r'1e\+06', (0, 0.3, 7., None))])
+def test_bad_numbers(key, low, high, good):
+    bad = [-0.1, NAN, INFINITY, '0.1', True, [0.1]]
+    if key != 'adversarial_fraction':
+        bad.append(None)
+    if high == '1':
+        bad.append(1.1)
+    for value in bad:
+        with pytest.raises(UserError, match=f'^evolution.{key} must be a number from {low} to '
+                                            f'{high}, got'):
+            EvolutionSettings.from_dict({key: value})
+    for value in good:
+        assert getattr(EvolutionSettings.from_dict({key: value}), key) == value
+
+
+@pytest.mark.parametrize('value', ['all', 'range', None, True, ['ranges']])
+def test_bad_learn(value):
+    with pytest.raises(UserError, match='^evolution.learn must be one of ranges, weights, both, '
+                                        'got'):
+        EvolutionSettings.from_dict(dict(learn=value))
+
+
+@pytest.mark.parametrize('taps, message', [
+    (None, 'evolution.taps must be a dict of groups, got None'),
+    (['backbone'], 'evolution.taps must be a dict of groups'),
+    (dict(bakbone=1.), r"unknown key evolution.taps.bakbone\. Did you mean 'backbone'\? "
+                       'Known keys: backbone, neck, scores, deltas, rois, logits'),
+    ({3: 1.}, r'unknown key evolution.taps.3\. Known keys'),
+    (dict(backbone=-1), r'evolution.taps.backbone must be a number from 0 to 1e\+06, got -1'),
+    (dict(neck='1'), "evolution.taps.neck must be a number from 0 .* got '1'"),
+    (dict(rois=None), 'evolution.taps.rois must be a number'),
+    (dict(logits=True), 'evolution.taps.logits must be a number'),
+    (dict(scores=NAN), 'evolution.taps.scores must be a number'),
+    ({}, 'evolution.taps has no weight above 0: teacher and student are compared nowhere'),
+    (dict(backbone=0, neck=0.), 'evolution.taps has no weight above 0'),
+    ({'_scope_': 'mmdet'}, 'evolution.taps has no weight above 0'),
+])
+def test_bad_taps(taps, message):
+    with pytest.raises(UserError, match=f'^{message}'):
+        EvolutionSettings.from_dict(dict(taps=taps))
+
+
+ALL = dict.fromkeys(TAP_GROUPS, 1.)
+
+
+@pytest.mark.parametrize('losses, message', [
+    (None, 'evolution.losses must be a dict of groups, got None'),
+    ('binary_kl', 'evolution.losses must be a dict of groups'),
+    (dict(score='binary_kl'), r"unknown key evolution.losses.score\. Did you mean 'scores'\?"),
+    (dict(scores='softmax_kl'), 'evolution.losses.scores must be one of relative_l1, '
+                                "relative_l2, binary_kl, got 'softmax_kl'"),
+    (dict(logits='binary_kl'), 'evolution.losses.logits must be one of relative_l1, '
+                               "relative_l2, softmax_kl, got 'binary_kl'"),
+    (dict(deltas='smooth_l1'), 'evolution.losses.deltas must be one of relative_l1, relative_l2, '
+                               'confident_smooth_l1, got'),
+    (dict(backbone='binary_kl'), 'evolution.losses.backbone must be one of relative_l1, '
+                                 'relative_l2, got'),
+    (dict(neck=None), 'evolution.losses.neck must be one of'),
+    (dict(rois=[]), 'evolution.losses.rois must be one of'),
+])
+def test_bad_losses(losses, message):
+    with pytest.raises(UserError, match=f'^{message}'):
+        EvolutionSettings.from_dict(dict(losses=losses, taps=ALL))
+
+
+@pytest.mark.parametrize('group, names', [
+    ('backbone', ()), ('neck', ()), ('rois', ()), ('scores', ('binary_kl', )),
+    ('deltas', ('confident_smooth_l1', )), ('logits', ('softmax_kl', ))])
+def test_losses_of_each_group(group, names):
+    for name in ('relative_l1', 'relative_l2', *names):
+        settings = EvolutionSettings.from_dict(dict(taps=ALL, losses={group: name}))
+        assert settings.losses[group] == name
+
+
+def test_confident_deltas_need_scores():
+    losses = dict(deltas='confident_smooth_l1')
+    for taps in (dict(deltas=1.), dict(deltas=1., scores=0.)):
+        with pytest.raises(UserError, match='^evolution.losses.deltas=confident_smooth_l1 asks '
+                                            'the scores of the teacher: give taps.scores'):
+            EvolutionSettings.from_dict(dict(taps=taps, losses=losses))
+    EvolutionSettings.from_dict(dict(taps=dict(deltas=1., scores=0.1), losses=losses))
+
+
+def test_chosen_groups():
+    settings = EvolutionSettings(taps=dict(backbone=1., rois=0.5, neck=0., logits=2.))
+    assert settings.chosen_groups(('backbone', 'neck', 'scores', 'rois')) == ('backbone', 'rois')
+    assert settings.chosen_groups(('backbone', 'logits')) == ('backbone', 'logits')
+    with pytest.raises(UserError, match='^evolution.taps has weights for none of the groups of '
+                                        'this model: neck, scores$'):
+        settings.chosen_groups(('neck', 'scores'))
+
+
+@pytest.mark.parametrize('weight, fraction, expected', [
+    (1., 0.3, True), (1., None, True), (0, 0.3, False), (0., None, False), (1., 0, False),
+    (1., 0., False)])
+def test_competes(weight, fraction, expected):
+    settings = EvolutionSettings(adversarial_weight=weight, adversarial_fraction=fraction)
+    assert settings.competes is expected
+
+
+@pytest.mark.parametrize('key, hint', [('round', "'rounds'"), ('student_step', "'student_steps'"),
+                                       ('weights_lr', "'weight_lr'"), ('tap', "'taps'")])
+def test_unknown_key(key, hint):
+    with pytest.raises(UserError, match=rf'^unknown key evolution.{key}\. Did you mean {hint}\?'):
+        EvolutionSettings.from_dict({key: 1})
+
+
+@pytest.mark.parametrize('section', [[1], 'x', 3])
+def test_section_that_is_no_dict(section):
+    with pytest.raises(UserError, match='^evolution must be a dict, got'):
+        EvolutionSettings.from_dict(section)
+
+
+def test_section_of_a_config():
+    """mmengine's own keys are passed over."""
+    config = Config(dict(evolution=dict(
+        _scope_='mmdet', rounds=3, taps=dict(_scope_='mmdet', neck=0.5),
+        losses=dict(_scope_='mmdet', neck='relative_l2'))))
+    settings = EvolutionSettings.from_dict(config.to_dict()['evolution'])
+    assert (settings.rounds, settings.taps['neck']) == (3, 0.5)
+    assert settings.chosen_groups(TAP_GROUPS) == ('neck', )
+
+
+# The size of the last ranges
+
+
+@pytest.mark.parametrize('value, expected', [
+    (None, None), ('test', None), (64, (64, 64)), ((800, 1088), (800, 1088)),
+    ([32, 64], (32, 64))])
+def test_size_of_the_last_ranges(value, expected):
+    settings = CalibrationSettings.from_dict(dict(image_size=value))
+    assert settings.size == expected and settings.image_size == value
+
+
+@pytest.mark.parametrize('value', ['train', '', 0, -1, 1.5, True, (64, ), (64, 64, 3), (64, 0),
+                                   ('a', 64), {'h': 64}])
+def test_bad_size_of_the_last_ranges(value):
+    with pytest.raises(UserError, match=r"^calibration.image_size must be 'test', None, a "
+                                        r'positive integer or \(height, width\), got'):
+        CalibrationSettings.from_dict(dict(image_size=value))
