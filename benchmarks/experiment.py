@@ -31,11 +31,15 @@ from psaq_mm.evolution import mosaics
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'demo'
 BCCD = ROOT.parent / 'shared' / 'real' / 'bccd'
+TRAINED = ROOT / 'work_dirs' / 'train'
+"""Where demo/train.py leaves what is too large to be shipped."""
+
 sys.path.insert(0, str(DEMO))
 
 MODELS = dict(
     demo=(DEMO / 'mask_rcnn_swin_demo.py', DEMO / 'mask_rcnn_swin_demo.pth'),
-    cascade=(DEMO / 'cascade_mask_rcnn_swin_demo.py', DEMO / 'cascade_mask_rcnn_swin_demo.pth'),
+    cascade=(DEMO / 'cascade_mask_rcnn_swin_demo.py', TRAINED / 'cascade_mask_rcnn_swin_demo'
+             / 'cascade_mask_rcnn_swin_demo.pth'),
     upernet=(DEMO / 'upernet_swin_demo.py', DEMO / 'upernet_swin_demo.pth'),
     swin=(DEMO / 'swin_demo.py', DEMO / 'swin_demo.pth'),
     deit=(DEMO / 'deit_demo.py', DEMO / 'deit_demo.pth'),
@@ -61,7 +65,9 @@ class Subject:
     def __init__(self, name: str, work_dir: Path, preset: str = 'default') -> None:
         file, checkpoint = MODELS[name]
         if not checkpoint.exists():
-            sys.exit(f'{checkpoint} is not here: nothing to measure')
+            sys.exit(f'{checkpoint} is not here' + (
+                f': python demo/train.py demo/{file.name} --half trains it'
+                if DEMO in file.parents else ': nothing to measure'))
         if name != 'bccd':
             from scenes import render_split
             render_split('val', DEMO / 'data')
