@@ -15,7 +15,7 @@ quantization = dict(
     roles=dict(
         attention=dict(  # softmax output: most of it is near 0, and it cannot leave [0, 1]
             observer=dict(type='MSEObserver', min_factor=0.02, candidates=100),
-            margin=16.0, bounds=(0.0, 1.0))))
+            margin=4.0, bounds=(0.0, 1.0))))
 
 synthesis = dict(
     num_images=8,
