@@ -22,7 +22,7 @@ $(READY): Makefile requirements.txt setup.py pyproject.toml
 	@echo 'compiling the operators of mmcv, unless cached: about 10 minutes on 2 cores'
 	MMCV_WITH_OPS=1 $(BIN)/pip install -q --no-build-isolation onedl-mmcv==2.3.6
 	$(BIN)/pip install -q -r requirements.txt
-	$(BIN)/pip install -q --no-build-isolation -e '.[test,lint]'
+	$(BIN)/pip install -q --no-build-isolation -e '.[test,lint,deploy]'
 	touch $(READY)
 
 demo: $(READY)

@@ -66,7 +66,7 @@ def main() -> None:
               f'{checkpoint.stat().st_size / 1e6:8.2f} {metrics["seconds"]:7.0f}')
     print(f'\nquantized in {seconds:.0f} s from the checkpoint alone')
     print('backbone MB: weights of the quantized modules, with their scales')
-    print('quantization is simulated in float: the sizes are real, the speed is not yet')
+    print('quantization is simulated in float here; tools/export.py brings it to int8 engines')
     print(f'images that it made: {args.work_dir / "synthetic.png"}')
     print(f'what it did:         {args.work_dir / "report.json"}')
 

@@ -2,22 +2,26 @@
 """Evaluate a float or quantized checkpoint with the config's own evaluator.
 
     python tools/test.py configs/mask_rcnn_swin_s_w8a8.py work_dirs/.../quantized.pth
+    python tools/test.py configs/mask_rcnn_swin_s_w8a8.py work_dirs/.../quantized.pth \\
+        --backend openvino
 """
 import argparse
 import os
 
 from mmengine.dist import is_main_process
 
-from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json
+from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json, sha256_of_file
 from psaq_mm.engine import PSAQRunner, load_config, read_sections, resolve_device
 from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
     draw_predictions,
+    require_backend,
     require_launcher,
     require_test_data,
     run_tool,
 )
+from psaq_mm.engine.hooks import describe_backend
 from psaq_mm.engine.runner import describe_checkpoint
 
 HOOK = 'psaq_mm.QuantizedCheckpointHook'
@@ -36,6 +40,14 @@ def parse_args() -> argparse.Namespace:
                         'the log folder (segmentations: the work directory)')
     parser.add_argument('--metrics', metavar='FILE', help='write the metrics to a JSON file')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    parser.add_argument('--backend', choices=['torch', 'onnxruntime', 'openvino'],
+                        default='torch', help='what runs the exported part of the model')
+    parser.add_argument('--exported', metavar='DIR', help='folder that tools/export.py wrote '
+                        '(default: export now, one graph for all sizes)')
+    parser.add_argument('--threads', type=int, default=0, help='threads of the engine '
+                        '(default: as it likes)')
+    parser.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32',
+                        help='of what the engine does not compute in integers')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
                         default='none', help='job launcher, as of mmdet')
     parser.add_argument('--trust-checkpoint', action='store_true',
@@ -52,7 +64,10 @@ def main() -> None:
     if config.get('quantization') is not None:
         read_sections(config)
     require_launcher(args.launcher, args.device)
-    device = resolve_device(args.device)
+    device = resolve_device('cpu' if args.backend != 'torch' and args.device == 'auto'
+                            else args.device)
+    require_backend(args.backend, args.exported, args.threads, args.precision, args.launcher,
+                    str(device))
     require_test_data(config)
     kind = describe_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     config.work_dir = choose_work_dir(args.work_dir, config)
@@ -67,16 +82,24 @@ def main() -> None:
         config.device = str(device)
     hooks = list(config.get('custom_hooks') or [])
     if not any(hook.get('type') == HOOK for hook in hooks):
-        config.custom_hooks = [*hooks, dict(type=HOOK)]  # a plain mmdet config
+        hooks.append(dict(type=HOOK))  # a plain mmdet config
+    config.custom_hooks = hooks
+    if args.backend != 'torch':
+        config.custom_hooks = [*config.custom_hooks, dict(
+            type='psaq_mm.BackendHook', backend=args.backend, folder=args.exported,
+            checkpoint=args.checkpoint, sha256=sha256_of_file(args.checkpoint),
+            threads=args.threads, precision=args.precision)]
     runner = PSAQRunner.from_cfg(config)
     metrics = plain(runner.test())  # mmseg returns numpy's numbers
     if not is_main_process():
         return
-    print(f'{args.checkpoint}: {kind}')
+    backend = describe_backend(runner)
+    print(f'{args.checkpoint}: {kind}, run by {backend}')
     for name, value in metrics.items():
         print(f'  {name}: {value}')
     if args.metrics:
-        save_json(dict(checkpoint=args.checkpoint, kind=kind, metrics=metrics), args.metrics)
+        save_json(dict(checkpoint=args.checkpoint, kind=kind, backend=backend,
+                       metrics=metrics), args.metrics)
 
 
 if __name__ == '__main__':

@@ -98,6 +98,35 @@ def require_launcher(launcher: str, device: str) -> None:
                         'pytorch')
 
 
+def require_backend(backend: str, exported: Optional[str], threads: int, precision: str,
+                    launcher: str, device: str) -> None:
+    """Check what is asked of an engine, before a model is built.
+
+    Raises:
+        UserError: If the engine is not installed or cannot do it, or an option
+            of engines is given without one.
+    """
+    if backend == 'torch':
+        for option, given in (('--exported', exported is not None), ('--threads', threads != 0),
+                              ('--precision', precision != 'fp32')):
+            if given:
+                raise UserError(f'{option} is for engines; add --backend onnxruntime or openvino')
+        return
+    from psaq_mm.deploy import ENGINES, read_export
+    engine = ENGINES[backend]
+    engine.version()  # raises where it is not installed
+    if threads < 0:
+        raise UserError(f'--threads must be 0 or more, got {threads}')
+    if precision not in engine.precisions:
+        raise UserError(f'--precision {precision}: {backend} on a CPU has '
+                        f'{", ".join(engine.precisions)} only')
+    if launcher != 'none' or device != 'cpu':
+        raise UserError(f'--backend {backend} runs in one process on the CPU; leave out '
+                        '--launcher and --device')
+    if exported is not None:
+        read_export(exported)
+
+
 def draw_predictions(config: Config, folder: str) -> None:
     """Let the config's own hook draw predictions, as the hosts' ``--show-dir``.
 

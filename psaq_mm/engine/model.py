@@ -8,6 +8,12 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from psaq_mm.checkpoint import (
+    is_quantized,
+    load_checkpoint_file,
+    load_float_weights,
+    prepare_for_loading,
+)
 from psaq_mm.errors import UserError
 
 
@@ -57,5 +63,32 @@ def build_float_model(config: Config) -> nn.Module:
                         f'({type(error).__name__}): {" ".join(str(error).split())[:500]}') \
             from error
     model = revert_sync_batchnorm(model)
+    model.eval()
+    return model
+
+
+def build_model(config: Config, path: str, trust: bool = False) -> nn.Module:
+    """Build the model of a config on the CPU, with the weights of a checkpoint.
+
+    Args:
+        config (Config): The config.
+        path (str): A float or a quantized checkpoint.
+        trust (bool): Whether the file may run code when it is unpickled.
+            Defaults to False.
+
+    Returns:
+        nn.Module: The model; quantized and switched on if the checkpoint is.
+
+    Raises:
+        UserError: If the checkpoint cannot be read or is of another model.
+    """
+    checkpoint = load_checkpoint_file(path, trust=trust)
+    model = build_float_model(config)
+    if is_quantized(checkpoint):
+        state = prepare_for_loading(model, checkpoint, path)
+        with torch.no_grad():
+            model.load_state_dict(state, strict=False)  # checked to match already
+    else:
+        load_float_weights(model, path, trust)
     model.eval()
     return model

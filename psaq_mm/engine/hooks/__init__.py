@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Hooks, one a file."""
+from .backend_hook import BackendHook, describe_backend
 from .contact_sheet_hook import ContactSheetHook
 from .progress_hook import ProgressHook
 from .psaq_hook import PSAQHook
@@ -8,6 +9,6 @@ from .report_hook import ReportHook
 from .resume_hook import ResumeHook
 
 __all__ = [
-    'ContactSheetHook', 'PSAQHook', 'ProgressHook', 'QuantizedCheckpointHook', 'ReportHook',
-    'ResumeHook'
+    'BackendHook', 'ContactSheetHook', 'PSAQHook', 'ProgressHook', 'QuantizedCheckpointHook',
+    'ReportHook', 'ResumeHook', 'describe_backend'
 ]

@@ -1,0 +1,240 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Quantized ops in the form that is traced: integers, scales, and operators.
+
+What a quantizer simulates in float becomes operators that engines know. The
+numbers are those of the model: nothing is calibrated here.
+"""
+from typing import Any, Collection, Optional
+
+import torch
+from torch import Tensor, nn
+
+from psaq_mm.errors import UserError
+from psaq_mm.ops import QuantLinear, QuantOp, named_quant_ops
+from psaq_mm.quantization import Quantizer
+
+from .graph_ops import dequantize_linear, fake_quantize, quantize_linear
+
+FORMATS = ('onnx', 'openvino')
+"""What can be written."""
+
+ATTENTION_ROLES = ('query', 'key', 'attention', 'value')
+"""Operands of the two matmuls of attention."""
+
+
+def _checked_range(quantizer: Quantizer, where: str) -> None:
+    """Raise unless integers, scale and zero point fit the types of ONNX."""
+    low, high = quantizer.spec.integer_range
+    zero_point = quantizer.zero_point.round()
+    if (quantizer.scale <= 0).any():
+        raise UserError(f'{where}: a scale is not positive, which no engine takes; quantize again')
+    if (zero_point < low).any() or (zero_point > high).any():
+        raise UserError(f'{where}: a zero point lies outside of the integers {low} to {high}, '
+                        'which no engine takes; quantize again with learnable_ranges=False')
+
+
+class ActivationForm(nn.Module):
+    """One activation's quantizer as QuantizeLinear and DequantizeLinear.
+
+    Engines saturate at the ends of their integer type. Where the quantizer
+    has fewer integers, values are clipped first to what these stand for.
+
+    Args:
+        quantizer (Quantizer): With one range for the whole tensor.
+        where (str): Its name, for messages.
+
+    Raises:
+        UserError: If the range fits no engine, or there are several.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: Quantizer, where: str) -> None:
+        super().__init__()
+        _checked_range(quantizer, where)
+        if quantizer.axis is not None:
+            raise UserError(f'{where} is quantized per channel, which the integer kernels of no '
+                            "engine take; quantize with activation.granularity='per_tensor'")
+        spec = quantizer.spec
+        self.dtype = torch.int8 if spec.symmetric else torch.uint8
+        info = torch.iinfo(self.dtype)
+        self.clipped = spec.integer_range != (info.min, info.max)
+        scale, zero_point = quantizer.scale.detach(), quantizer.zero_point.detach().round()
+        self.low, self.high = (float((end - zero_point) * scale) for end in spec.integer_range)
+        self.register_buffer('scale', scale.clone())
+        self.register_buffer('zero_point', zero_point.to(self.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.clipped:
+            x = torch.clamp(x, self.low, self.high)
+        q = quantize_linear(x, self.scale, self.zero_point, 1)
+        return dequantize_linear(q, self.scale, self.zero_point, 1)
+
+
+class FakeQuantizeForm(ActivationForm):
+    """The same as OpenVINO's FakeQuantize.
+
+    OpenVINO turns a FakeQuantize of 255 or 256 levels into integers, and moves
+    these as far as it can. Around the small matmuls of attention that costs
+    more than it saves [measured]: there, ``in_float``, one level is added
+    beyond a clip. The values are the same, and OpenVINO leaves it in float,
+    within the layers before and after it.
+
+    Args:
+        quantizer (Quantizer): With one range for the whole tensor.
+        where (str): Its name, for messages.
+        in_float (bool): As said. Defaults to False.
+    """
+
+    def __init__(self, quantizer: Quantizer, where: str, in_float: bool = False) -> None:
+        super().__init__(quantizer, where)
+        first, last = (-127, 127) if self.dtype == torch.int8 else (0, 255)
+        self.clipped = in_float or quantizer.spec.integer_range != (first, last)
+        self.levels = last - first + 1 + in_float
+        zero_point = self.zero_point.float()
+        self.register_buffer('first', (first - zero_point) * self.scale)
+        self.register_buffer('last', (last + in_float - zero_point) * self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.clipped:
+            x = torch.clamp(x, self.low, self.high)
+        return fake_quantize(x, self.first, self.last, self.levels)
+
+
+class WeightForm(nn.Module):
+    """A weight as integers and a DequantizeLinear.
+
+    Args:
+        op (QuantOp): With a quantized weight.
+        where (str): Its name, for messages.
+        transposed (bool): Whether a weight (out, in) is kept as (in, out).
+    """
+
+    integers: Tensor
+    scale: Tensor
+    zero_point: Optional[Tensor]
+
+    def __init__(self, op: QuantOp, where: str, transposed: bool) -> None:
+        super().__init__()
+        quantizer = op.weight_quantizer
+        assert quantizer is not None
+        _checked_range(quantizer, where)
+        spec = quantizer.spec
+        self.bits = spec.bits
+        axis = 0 if quantizer.axis is None else quantizer.axis
+        with torch.no_grad():
+            integers = quantizer.to_integers(op.weight)
+        dtype = torch.int8 if spec.symmetric else torch.uint8
+        if transposed:
+            integers, axis = integers.t(), 1 - axis
+        self.axis = axis
+        self.register_buffer('integers', integers.to(dtype).contiguous())
+        self.register_buffer('scale', quantizer.scale.detach().clone())
+        self.register_buffer('zero_point', None if spec.symmetric else
+                             quantizer.zero_point.detach().round().to(dtype))
+
+    def forward(self) -> Tensor:
+        return dequantize_linear(self.integers, self.scale, self.zero_point, self.axis)
+
+
+class _Pass(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _linear_forward(op: Any) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        x = torch.matmul(op.quantize('input', x), op.quantizers['weight']())
+        if op.bias is not None:
+            # With all dimensions: onnxruntime would fuse a bias of one dimension into a float
+            # Gemm, before it looks for integers.
+            x = x + op.bias.view([1] * (x.dim() - 1) + [-1])
+        return op.quantize('output', x)
+
+    return forward
+
+
+def use_export_forms(model: nn.Module, target: str, float_roles: Collection[str] = ()) -> None:
+    """Bring all quantized ops of a model into the form that is traced, in place.
+
+    Args:
+        model (nn.Module): A copy: it can no longer be trained or saved.
+        target (str): One of :data:`FORMATS`.
+        float_roles (Collection[str]): Roles whose quantizers are left out.
+            Defaults to none.
+
+    Raises:
+        UserError: If a range fits no engine.
+    """
+    for name, op in list(named_quant_ops(model)):
+        weight = op.weight_quantizer
+        quantized = weight is not None and weight.enabled and 'weight' not in float_roles
+        for role, quantizer in list(op.quantizers.items()):
+            if role == 'weight':
+                continue
+            assert isinstance(quantizer, Quantizer)
+            form: nn.Module = _Pass()
+            if quantizer.enabled and role not in float_roles:
+                where = f'{name} ({role})'
+                form = ActivationForm(quantizer, where) if target == 'onnx' else \
+                    FakeQuantizeForm(quantizer, where, in_float=role in ATTENTION_ROLES)
+            op.quantizers[role] = form
+        if not quantized:
+            if weight is not None:
+                weight.enabled = False
+            continue
+        linear = isinstance(op, QuantLinear)
+        op.quantizers['weight'] = WeightForm(op, f'{name} (weight)', transposed=linear)
+        # On the instance: what the op's own forward calls, and of a linear layer all of it.
+        op.__dict__['quantized_weight'] = op.quantizers['weight'].forward
+        if linear:
+            op.__dict__['forward'] = _linear_forward(op)
+
+
+def split_linear(layer: nn.Module, parts: int) -> nn.ModuleList:
+    """A linear layer as several, each with its share of the outputs.
+
+    Engines then need not copy the shares apart. Integers, scales and zero
+    points of each are those of the whole. The quantizer of the input stays
+    behind: the input is quantized once, by :func:`quantize_input`.
+
+    Args:
+        layer (nn.Module): An ``nn.Linear``, or its quantized op.
+        parts (int): How many; the outputs must divide evenly.
+
+    Returns:
+        nn.ModuleList: The layers.
+    """
+    assert isinstance(layer, nn.Linear)
+    size = layer.out_features // parts
+    layers = nn.ModuleList()
+    for index in range(parts):
+        rows = slice(index * size, (index + 1) * size)
+        part: nn.Module = nn.Linear(layer.in_features, size, layer.bias is not None)
+        with torch.no_grad():
+            part.weight.copy_(layer.weight[rows])  # type: ignore[operator]
+            if layer.bias is not None:
+                part.bias.copy_(layer.bias[rows])  # type: ignore[operator]
+        if isinstance(layer, QuantLinear):
+            part = _split_op(layer, part, rows)
+        layers.append(part)
+    return layers
+
+
+def _split_op(layer: QuantLinear, part: nn.Module, rows: slice) -> QuantLinear:
+    whole: Any = {role: q for role, q in layer.quantizers.items() if role != 'input'}
+    op = QuantLinear.from_float(part, {role: q.spec for role, q in whole.items()})
+    for role, quantizer in whole.items():
+        share: Any = op.quantizers[role]
+        for key in ('scale', 'zero_point'):
+            value = getattr(quantizer, key).detach()
+            share._store(key, value if quantizer.axis is None else value[rows])
+        share.enabled = quantizer.enabled
+    assert isinstance(op, QuantLinear)
+    return op
+
+
+def quantize_input(layer: Any, x: Tensor) -> Tensor:
+    """Quantize the input of a layer, where the layer does."""
+    return layer.quantize('input', x) if isinstance(layer, QuantOp) else x

@@ -1,0 +1,93 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Quantization as single operators, so that a traced graph shows it as such.
+
+Each is a torch operator with the arithmetic of its ONNX or OpenVINO
+counterpart; exported models hold the counterpart. They are registered with
+torch's library, not as autograd functions: tracing then sees one node, whatever
+the version of torch.
+"""
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.onnx import register_custom_op_symbolic, symbolic_helper
+
+OPSET = 17
+"""ONNX operator set of the traced graph: the first with LayerNormalization, and
+the last that torch 2.1 writes."""
+
+OPENVINO_DOMAIN = 'org.openvinotoolkit'
+"""Operators of this domain are understood by OpenVINO's reader of ONNX."""
+
+_library = torch.library.Library('psaq_mm', 'DEF')
+_library.define('quantize_linear(Tensor x, Tensor scale, Tensor zero_point, int axis) -> Tensor')
+_library.define('dequantize_linear(Tensor q, Tensor scale, Tensor? zero_point, int axis) '
+                '-> Tensor')
+_library.define('fake_quantize(Tensor x, Tensor low, Tensor high, int levels) -> Tensor')
+
+
+def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    if values.dim() == 0:
+        return values
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def _quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """ONNX's QuantizeLinear to the type of the zero point."""
+    info = torch.iinfo(zero_point.dtype)
+    q = torch.round(x / _along(scale, x, axis)) + _along(zero_point, x, axis)
+    return q.clamp(info.min, info.max).to(zero_point.dtype)
+
+
+def _dequantize_linear(q: Tensor, scale: Tensor, zero_point: Optional[Tensor],
+                       axis: int) -> Tensor:
+    """ONNX's DequantizeLinear."""
+    values = q.float()
+    if zero_point is not None:
+        values = values - _along(zero_point, q, axis)
+    return values * _along(scale, q, axis)
+
+
+def _fake_quantize(x: Tensor, low: Tensor, high: Tensor, levels: int) -> Tensor:
+    """OpenVINO's FakeQuantize, its output range being that of its input."""
+    step = (high - low) / (levels - 1)
+    q = torch.round((torch.clamp(x, low, high) - low) / step)
+    return q * step + low
+
+
+_library.impl('quantize_linear', _quantize_linear, 'CompositeExplicitAutograd')
+_library.impl('dequantize_linear', _dequantize_linear, 'CompositeExplicitAutograd')
+_library.impl('fake_quantize', _fake_quantize, 'CompositeExplicitAutograd')
+
+quantize_linear: Any = torch.ops.psaq_mm.quantize_linear
+dequantize_linear: Any = torch.ops.psaq_mm.dequantize_linear
+fake_quantize: Any = torch.ops.psaq_mm.fake_quantize
+
+
+@symbolic_helper.parse_args('v', 'v', 'v', 'i')
+def _export_quantize(g: Any, x: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+    out = g.op('QuantizeLinear', x, scale, zero_point, axis_i=axis)
+    out.setType(x.type().with_dtype(zero_point.type().dtype()))
+    return out
+
+
+@symbolic_helper.parse_args('v', 'v', 'v', 'i')
+def _export_dequantize(g: Any, q: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+    inputs = [q, scale] if zero_point.node().mustBeNone() else [q, scale, zero_point]
+    out = g.op('DequantizeLinear', *inputs, axis_i=axis)
+    out.setType(q.type().with_dtype(torch.float32))
+    return out
+
+
+@symbolic_helper.parse_args('v', 'v', 'v', 'i')
+def _export_fake_quantize(g: Any, x: Any, low: Any, high: Any, levels: int) -> Any:
+    out = g.op(f'{OPENVINO_DOMAIN}::FakeQuantize', x, low, high, low, high, levels_i=levels)
+    out.setType(x.type())
+    return out
+
+
+register_custom_op_symbolic('psaq_mm::quantize_linear', _export_quantize, OPSET)
+register_custom_op_symbolic('psaq_mm::dequantize_linear', _export_dequantize, OPSET)
+register_custom_op_symbolic('psaq_mm::fake_quantize', _export_fake_quantize, OPSET)

@@ -1,0 +1,80 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""How much memory a side of a benchmark takes, in a process of its own.
+
+    python -m psaq_mm.deploy.peak_memory '{"engine": "openvino", "file": ...}'
+"""
+import contextlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional
+
+STATUS = Path('/proc/self/status')
+
+
+def _mebibytes(key: str) -> float:
+    found = re.search(rf'{key}:\s+(\d+) kB', STATUS.read_text())
+    assert found is not None
+    return int(found.group(1)) / 1024
+
+
+def added_peak(work: Callable[[], Any]) -> Optional[float]:
+    """Peak resident memory of a piece of work above what was there before, MiB;
+    None where the system does not tell."""
+    if not STATUS.exists():
+        return None
+    with contextlib.suppress(OSError):  # forget the peak of the imports
+        Path('/proc/self/clear_refs').write_text('5')
+    before = _mebibytes('VmRSS')
+    work()
+    return max(0., _mebibytes('VmHWM') - before)
+
+
+def peak_in_process(job: Dict[str, Any]) -> Optional[float]:
+    """Run :func:`main` on a job in a new process, and return what it measured."""
+    done = subprocess.run([sys.executable, '-m', __name__, json.dumps(job)], check=True,
+                          capture_output=True, text=True)
+    value: Optional[float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return value
+
+
+def main(text: str) -> None:
+    """Measure one job, and print MiB or null.
+
+    Args:
+        text (str): JSON with ``size``, ``threads`` and ``precision``, and
+            either ``engine`` and ``file``, or ``config``, ``options``,
+            ``checkpoint``, ``trust`` and ``simulated``.
+    """
+    job = json.loads(text)
+    import torch
+    torch.set_num_threads(job['threads'])
+    images = torch.zeros(1, job['channels'], *job['size'])
+    if 'engine' in job:
+        from .engines import ENGINES
+
+        def work() -> None:
+            engine = ENGINES[job['engine']](job['file'], job['threads'], job['precision'])
+            for _ in range(2):
+                engine.run(images.numpy())
+    else:
+        from psaq_mm.engine import build_model, load_config
+        from psaq_mm.ops import unwrap
+
+        from .hosts import graph_part
+        config = load_config(job['config'], job['options'])
+
+        def work() -> None:
+            model = build_model(config, job['checkpoint'], job['trust'])
+            part = graph_part(model if job['simulated'] else unwrap(model))
+            with torch.no_grad(), torch.autocast('cpu', torch.bfloat16,
+                                                 enabled=job['precision'] == 'bf16'):
+                for _ in range(2):
+                    part.run(images)
+    print(json.dumps(added_peak(work)))
+
+
+if __name__ == '__main__':
+    main(sys.argv[1])

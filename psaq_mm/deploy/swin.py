@@ -1,0 +1,275 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""A Swin Transformer in the form that engines run fastest.
+
+Modifications to what the hosts compute, none of which changes a result:
+
+- Norms, linear layers and residuals treat each token alone, so tokens need not
+  stand row by row. They stay in the order of the windows from block to block:
+  one gather between two blocks takes the place of pad, roll, partition, and of
+  all that in reverse. Where a feature map needs padding, or its size is not
+  known, it stays row by row, with one gather before and one after attention.
+- Patch merging is one gather too, straight into the windows of the next stage.
+- Query, key and value are three linear layers: nothing needs to be copied apart.
+- The mask of shifted windows is one of four, looked up by the kind of window.
+"""
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from psaq_mm.ops import QuantOp
+
+from .export_forms import quantize_input, split_linear
+from .window_order import Window, merge_order, padded, shift_masks, window_order
+
+
+class AttentionForm(nn.Module):
+    """Window attention on slots, its bias computed beforehand.
+
+    Args:
+        attention (nn.Module): The host's window attention, or its quantized
+            op, with ``qkv``, ``proj``, ``num_heads`` and ``scale``.
+        bias (Tensor): Relative position bias, shape (heads, N, N).
+        window (tuple[int, int]): Height and width of a window.
+        shift (tuple[int, int]): Cyclic shift.
+    """
+
+    table: Tensor
+    index: Tensor
+    masks: Optional[Tensor]
+
+    def __init__(self, attention: Any, bias: Tensor, window: Window, shift: Window) -> None:
+        super().__init__()
+        self.host = attention
+        self.area = window[0] * window[1]
+        self.q, self.k, self.v = split_linear(attention.qkv, 3)
+        bias = self._quantize('bias_table', bias.detach())
+        # Pairs of tokens that lie alike have the same bias: files hold it once, and engines
+        # spread it out as they load the graph.
+        table, index = torch.unique(bias.flatten(1), dim=1, return_inverse=True)
+        self.register_buffer('table', table)
+        self.register_buffer('index', index.int())
+        self.register_buffer('masks', shift_masks(window, shift))
+
+    def _quantize(self, role: str, x: Tensor) -> Tensor:
+        return self.host.quantize(role, x) if isinstance(self.host, QuantOp) else x
+
+    def _heads(self, layer: nn.Module, role: str, x: Tensor, scale: float = 1.) -> Tensor:
+        """A projection of shape (num_windows*B, heads, N, head_dim)."""
+        x = layer(x)
+        if scale != 1.:
+            x = x * scale
+        x = self._quantize(role, x)  # before the heads part: engines do it in the linear layer
+        heads = self.host.num_heads
+        return x.reshape(-1, self.area, heads, x.shape[-1] // heads).permute(0, 2, 1, 3)
+
+    def forward(self, x: Tensor, kind: Tensor, batch: int) -> Tensor:
+        """Args:
+            x (Tensor): Shape (B, num_windows * N, C).
+            kind (Tensor): Kind of each window, shape (num_windows, ).
+            batch (int): B.
+
+        Returns:
+            Tensor: Shape (B, num_windows * N, C).
+        """
+        channels = x.shape[-1]
+        x = quantize_input(self.host.qkv, x)
+        q = self._heads(self.q, 'query', x, float(self.host.scale))
+        k, v = self._heads(self.k, 'key', x), self._heads(self.v, 'value', x)
+        bias = self.table.index_select(1, self.index)
+        bias = bias.reshape(1, self.host.num_heads, self.area, self.area)
+        logits = self._quantize('logits', q @ k.transpose(-2, -1)) + bias
+        if self.masks is not None:
+            logits = logits + self.masks[kind.repeat(batch) if batch > 1 else kind].unsqueeze(1)
+        attention = self._quantize('attention', logits.softmax(dim=-1))
+        out = (attention @ v).transpose(1, 2).reshape(batch, -1, channels)
+        return self.host.proj(out)
+
+
+class BlockForm(nn.Module):
+    """One block. A host's subclass says what surrounds the attention."""
+
+    attention: AttentionForm
+    window: Window
+    shift: Window
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Tokens (B, L, C) as they enter the attention."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the block: residuals and FFN."""
+        raise NotImplementedError
+
+
+class MergeForm(nn.Module):
+    """Norm and linear layer of patch merging, on (B, L / 4, 4 * C).
+
+    Args:
+        norm (nn.Module, optional): The norm.
+        reduction (nn.Module): The linear layer.
+        neighbours (tuple): Offsets (down, right) of the four patches in the
+            order of the channels.
+    """
+
+    def __init__(self, norm: Optional[nn.Module], reduction: nn.Module,
+                 neighbours: Tuple[Window, ...]) -> None:
+        super().__init__()
+        self.norm, self.reduction, self.neighbours = norm, reduction, neighbours
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduction(x if self.norm is None else self.norm(x))
+
+
+class StageForm(nn.Module):
+    """Patch merging, if any, blocks, and the norm of the stage's output, if it
+    has one."""
+
+    def __init__(self, merge: Optional[MergeForm], blocks: Sequence[BlockForm],
+                 output: Optional[nn.Module]) -> None:
+        super().__init__()
+        self.merge, self.blocks, self.output = merge, nn.ModuleList(blocks), output
+
+
+class BlockPlan(NamedTuple):
+    """Gathers of a block, None where nothing moves."""
+    stream: Optional[Tensor]  # tokens, before the block
+    enter: Optional[Tensor]  # normalized tokens to slots
+    valid: Optional[Tensor]
+    leave: Optional[Tensor]  # slots to tokens
+    kind: Tensor
+
+
+class StagePlan(NamedTuple):
+    """Gathers of a stage."""
+    merge: Optional[Tensor]
+    merge_valid: Optional[Tensor]
+    blocks: List[BlockPlan]
+    output: Optional[Tensor]
+
+
+class SwinForm(nn.Module):
+    """The whole backbone.
+
+    Args:
+        embed (Callable): Images (B, C, H, W) to tokens (B, h*w, C) and (h, w).
+        stages (Sequence[StageForm]): The stages.
+        roll_first (bool): Whether the host rolls before it pads.
+        size (tuple[int, int], optional): Height and width of the tokens; None
+            if they vary. Defaults to None.
+        batch (int): Images at once. Defaults to 1.
+    """
+
+    def __init__(self, embed: Callable[[Tensor], Tuple[Tensor, Tuple[Any, Any]]],
+                 stages: Sequence[StageForm], roll_first: bool, size: Optional[Window] = None,
+                 batch: int = 1) -> None:
+        super().__init__()
+        self.embed, self.stages, self.roll_first = embed, nn.ModuleList(stages), roll_first
+        self.size, self.batch = size, batch
+        if size is not None:
+            self._keep(self._plans(*size))
+
+    def forward(self, images: Tensor) -> List[Tuple[Tensor, Any, Any]]:
+        """Args:
+            images (Tensor): Normalized, shape (B, C, H, W).
+
+        Returns:
+            list[tuple]: For each stage with an output its tokens row by row,
+            shape (B, h*w, C), h and w.
+        """
+        embed: Any = self.embed
+        x, (height, width) = embed(images)
+        if self.size is None:
+            plans = self._plans(height, width)
+        else:
+            (height, width), plans = self.size, self._kept()
+        outputs = []
+        stage: Any
+        for stage, plan in zip(self.stages, plans):
+            if stage.merge is not None:
+                channels = 4 * x.shape[-1]
+                x = _gather(x, plan.merge)
+                if plan.merge_valid is not None:
+                    x = x * plan.merge_valid
+                x = stage.merge(x.reshape(self.batch, -1, channels))
+                height, width = padded(height, 2) // 2, padded(width, 2) // 2
+            for block, order in zip(stage.blocks, plan.blocks):
+                x = _gather(x, order.stream)
+                inside = _gather(block.normalize(x), order.enter)
+                if order.valid is not None:
+                    inside = inside * order.valid  # padding is zero
+                attended = block.attention(inside, order.kind, self.batch)
+                x = block.finish(x, _gather(attended, order.leave))
+            if stage.output is not None:
+                outputs.append((_gather(stage.output(x), plan.output), height, width))
+        return outputs
+
+    def _plans(self, height: Any, width: Any) -> List[StagePlan]:
+        """Work out what moves where. ``place`` is the place of each row token
+        in the stream; None while it runs row by row."""
+        plans = []
+        place: Optional[Tensor] = None
+        stage: Any
+        for stage in self.stages:
+            merge = merge_valid = None
+            if stage.merge is not None:
+                merge, merge_valid = merge_order(height, width, stage.merge.neighbours)
+                if self.size is not None and height % 2 == 0 and width % 2 == 0:
+                    merge_valid = None
+                if place is not None:
+                    merge = place[merge]
+                place = None
+                height, width = padded(height, 2) // 2, padded(width, 2) // 2
+            blocks = []
+            for block in stage.blocks:
+                order = window_order(height, width, block.window, block.shift, self.roll_first)
+                stream: Optional[Tensor] = None
+                if self.size is None or height % block.window[0] or width % block.window[1]:
+                    stream, place = place, None
+                    blocks.append(BlockPlan(stream, order.token_of_slot, order.valid,
+                                            order.slot_of_token, order.kind))
+                    continue
+                if place is None and merge is not None and not blocks and merge_valid is None:
+                    merge = merge[order.token_of_slot]
+                elif place is None or not torch.equal(place, order.slot_of_token):
+                    stream = order.token_of_slot if place is None else place[order.token_of_slot]
+                place = order.slot_of_token
+                blocks.append(BlockPlan(stream, None, None, None, order.kind))
+            if merge is not None:
+                merge = merge.reshape(-1)
+                merge_valid = None if merge_valid is None else merge_valid.reshape(-1, 1)
+            plans.append(StagePlan(merge, merge_valid, blocks, place))
+        return plans
+
+    def _keep(self, plans: List[StagePlan]) -> None:
+        """Store plans as buffers, so that tracing finds constants; equal ones once."""
+        self._names: List[Tuple[Dict[str, str], List[Dict[str, str]]]] = []
+        known: Dict[bytes, str] = {}
+
+        def store(table: Any) -> Dict[str, str]:
+            names = {}
+            for field, value in zip(table._fields, table):
+                if isinstance(value, Tensor):
+                    value = value if value.is_floating_point() else value.int()
+                    key = str(value.dtype).encode() + value.numpy().tobytes()
+                    if key not in known:
+                        known[key] = f'order_{len(known)}'
+                        self.register_buffer(known[key], value)
+                    names[field] = known[key]
+            return names
+
+        for plan in plans:
+            self._names.append((store(plan), [store(block) for block in plan.blocks]))
+
+    def _kept(self) -> List[StagePlan]:
+        def read(names: Dict[str, str], field: str) -> Any:
+            return getattr(self, names[field]) if field in names else None
+
+        return [StagePlan(read(stage, 'merge'), read(stage, 'merge_valid'),
+                          [BlockPlan(*(read(block, field) for field in BlockPlan._fields))
+                           for block in blocks], read(stage, 'output'))
+                for stage, blocks in self._names]
+
+
+def _gather(x: Tensor, places: Optional[Tensor]) -> Tensor:
+    return x if places is None else x.index_select(1, places)
