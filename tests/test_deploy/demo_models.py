@@ -1,0 +1,26 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The trained demo models, quantized, for the tests of this folder."""
+from typing import Any
+
+import torch
+from conftest import DEMO
+from torch import nn
+
+import psaq_mm
+from psaq_mm.adapters import find_adapter
+from psaq_mm.deploy.parity import parity_images
+from psaq_mm.engine import build_float_model, load_config
+
+SIZES = dict(mask_rcnn_swin=(96, 128), upernet_swin=(96, 128), swin=(112, 112), deit=(112, 112))
+
+
+def demo_model(name: str, quantized: bool = True, **settings: Any) -> nn.Module:
+    """Build a demo model, float or quantized on two images."""
+    model = build_float_model(load_config(DEMO / f'{name}_demo.py'))
+    state = torch.load(DEMO / f'{name}_demo.pth', weights_only=True)['state_dict']
+    model.load_state_dict(state)
+    if quantized:
+        images = parity_images(SIZES[name], *find_adapter(model).valid_range(model), batch=2)
+        psaq_mm.quantize(model, **settings)
+        psaq_mm.calibrate(model, images)
+    return model

@@ -1,0 +1,150 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""tools/export.py, tools/benchmark.py, and tools/test.py with an engine."""
+import json
+import os
+import re
+import sys
+
+import pytest
+import torch
+from conftest import DEMO, ROOT, load_script
+
+import psaq_mm
+from psaq_mm.engine import build_float_model, load_config
+
+pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+pytest.importorskip('openvino')
+
+IMAGES = 6
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """A few validation scenes, a config that names them, and a quantized demo detector."""
+    folder = tmp_path_factory.mktemp('scenes')
+    load_script(DEMO / 'scenes.py').write_split('val', folder, IMAGES)
+    config = folder / 'detector_w8a8.py'
+    config.write_text(
+        f"_base_ = ['{DEMO / 'mask_rcnn_swin_demo.py'}', '{ROOT / 'configs/_base_/w8a8.py'}']\n"
+        f"test_dataloader = dict(dataset=dict(data_root='{folder}/'))\n"
+        f"test_evaluator = dict(ann_file='{folder}/val.json')\n")
+    model = build_float_model(load_config(config))
+    model.load_state_dict(torch.load(DEMO / 'mask_rcnn_swin_demo.pth',
+                                     weights_only=True)['state_dict'])
+    psaq_mm.quantize(model)
+    psaq_mm.calibrate(model, torch.randn(2, 3, 224, 224))
+    psaq_mm.save(model, folder / 'quantized.pth', seed=0)
+    return folder
+
+
+def metrics_of(call_tool, data, tmp_path, *options):
+    status, out, err = call_tool(
+        'test', data / 'detector_w8a8.py', data / 'quantized.pth', '--work-dir', tmp_path,
+        '--metrics', tmp_path / 'm.json', *options)
+    assert status == 0, err
+    return json.loads((tmp_path / 'm.json').read_text()), out
+
+
+@pytest.mark.parametrize('target, backend', [('onnx', 'onnxruntime'), ('openvino', 'openvino')])
+def test_export_and_evaluate(call_tool, data, tmp_path, target, backend):
+    """AP of what was exported is that of the simulation."""
+    status, out, err = call_tool(
+        'export', data / 'detector_w8a8.py', data / 'quantized.pth', '--format', target,
+        '--size', 224, 224, '--out', tmp_path / 'graphs')
+    assert status == 0, err
+    assert '1 graph(s) of backbone + neck' in out
+    manifest = json.loads((tmp_path / 'graphs' / 'export.json').read_text())
+    assert all(row['sqnr_db'] > 33 for row in manifest['graphs'][0]['parity']['outputs'])
+    assert manifest['graphs'][0]['size'] == [224, 224]
+    simulated, _ = metrics_of(call_tool, data, tmp_path)
+    engine, out = metrics_of(call_tool, data, tmp_path, '--backend', backend, '--exported',
+                             tmp_path / 'graphs', '--threads', 1)
+    assert re.search(rf'run by {backend} \S+, 1 thread, fp32', out)
+    assert simulated['backend'].startswith('torch') and engine['backend'].startswith(backend)
+    for key in ('coco/bbox_mAP', 'coco/segm_mAP'):
+        # Few images: one box that moves is more than in a whole test set.
+        assert abs(simulated['metrics'][key] - engine['metrics'][key]) < 0.02
+    assert engine['metrics']['coco/bbox_mAP'] > 0.5
+
+
+def test_evaluate_exports_by_itself(call_tool, data, tmp_path):
+    engine, _ = metrics_of(call_tool, data, tmp_path, '--backend', 'onnxruntime')
+    assert engine['metrics']['coco/bbox_mAP'] > 0.5
+    assert (tmp_path / 'export_onnx' / 'model.onnx').exists()
+
+
+@pytest.fixture
+def affinity():
+    """The tool pins its own process, which here is that of the tests."""
+    threads, cores = torch.get_num_threads(), None
+    if hasattr(os, 'sched_getaffinity'):
+        cores = os.sched_getaffinity(0)
+    yield
+    torch.set_num_threads(threads)
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+
+
+def test_benchmark(call_tool, data, tmp_path, affinity):
+    status, out, err = call_tool(
+        'benchmark', data / 'detector_w8a8.py', data / 'quantized.pth', '--work-dir', tmp_path,
+        '--engines', 'onnxruntime', '--size', 64, 64, '--rounds', 2, '--no-accuracy')
+    assert status == 0, err
+    report = json.loads((tmp_path / 'benchmark.json').read_text())
+    rows = {row['side']: row for row in report['rows']}
+    assert list(rows) == ['torch fp32', 'torch bf16', 'torch simulated int8', 'onnxruntime fp32',
+                          'onnxruntime int8']
+    for row in rows.values():
+        assert 0 < row['median_ms'] <= row['p90_ms'] and row['images_per_second'] > 0
+    if sys.platform == 'linux':
+        assert all(row['peak_mib'] > 0 for row in rows.values())
+    assert rows['onnxruntime int8']['megabytes'] < 0.5 * rows['onnxruntime fp32']['megabytes']
+    assert rows['torch fp32']['speed'] == 1
+    assert (tmp_path / 'benchmark.png').read_bytes()[:4] == b'\x89PNG'
+    assert '| onnxruntime int8 |' in out
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--threads', 2], '--threads is for engines'),
+    (['--backend', 'onnxruntime', '--precision', 'bf16'], 'onnxruntime on a CPU has fp32 only'),
+    (['--backend', 'openvino', '--exported', '/nowhere'], '/nowhere/export.json'),
+    (['--backend', 'openvino', '--threads', -1], '--threads must be'),
+])
+def test_mistakes(call_tool, data, tmp_path, options, words):
+    """Said before a model is built, and nothing is written."""
+    status, _, err = call_tool('test', data / 'detector_w8a8.py', data / 'quantized.pth',
+                               '--work-dir', tmp_path / 'o', *options)
+    assert status == 2 and words in err
+    assert not (tmp_path / 'o').exists()
+
+
+def test_mistakes_of_export_and_benchmark(call_tool, data, tmp_path):
+    config, checkpoint = data / 'detector_w8a8.py', data / 'quantized.pth'
+    status, _, err = call_tool('export', config, tmp_path / 'no.pth', '--format', 'onnx',
+                               '--out', tmp_path / 'o')
+    assert status == 2 and 'no.pth' in err
+    status, _, err = call_tool('export', config, checkpoint, '--format', 'onnx', '--out',
+                               tmp_path / 'o', '--float-roles', 'querry')
+    assert status == 2 and 'querry' in err
+    status, _, err = call_tool('benchmark', config, DEMO / 'mask_rcnn_swin_demo.pth',
+                               '--work-dir', tmp_path / 'o')
+    assert status == 2 and 'is not quantized' in err
+    assert not (tmp_path / 'o').exists()
+
+
+def test_engine_absent(call_tool, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'openvino', None)
+    status, _, err = call_tool('test', data / 'detector_w8a8.py', data / 'quantized.pth',
+                               '--work-dir', tmp_path / 'o', '--backend', 'openvino')
+    assert status == 2 and 'pip install psaq_mm[deploy]' in err
+
+
+def test_graphs_of_another_checkpoint(call_tool, data, tmp_path):
+    (tmp_path / 'export.json').write_text(json.dumps(dict(
+        format='onnx', source=dict(sha256='0', checkpoint='other.pth'),
+        output_names=['feature_0'], graphs=[dict(file='model.onnx', size=None)])))
+    status, _, err = call_tool(
+        'test', data / 'detector_w8a8.py', data / 'quantized.pth', '--work-dir', tmp_path,
+        '--backend', 'onnxruntime', '--exported', tmp_path)
+    assert status == 2 and 'another checkpoint (other.pth)' in err
