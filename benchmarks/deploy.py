@@ -1,0 +1,303 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Latency of exported models in engines, beside torch and the peers' own int8.
+
+Backbones Swin-T and Swin-S, and a whole UperNet Swin-T, random weights (which
+cost the same time as trained ones), one image, all sides in turn in one run:
+
+    OMP_NUM_THREADS=1 python benchmarks/deploy.py --threads 1
+    OMP_NUM_THREADS=2 python benchmarks/deploy.py --threads 2 --engines openvino
+
+The peers are NNCF (`model_type=TRANSFORMER`) in OpenVINO, and onnxruntime's
+quantize_static (QDQ) and quantize_dynamic, each from the host's model as
+torch.onnx exports it; so are the engines' fp32 and bf16. Needs
+`pip install psaq_mm[deploy] nncf`.
+"""
+import argparse
+import copy
+import inspect
+import io
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import numpy as np
+import torch
+from timing import interleave, median_ratio
+from torch import nn
+
+import psaq_mm
+from psaq_mm.deploy.adaptive_pool import use_pool_forms
+from psaq_mm.deploy.export import export_graphs
+from psaq_mm.deploy.export_forms import ATTENTION_ROLES
+from psaq_mm.deploy.graphs import Graphs
+from psaq_mm.deploy.hosts import graph_part
+
+Side = Callable[[], Any]
+
+CASES: Dict[str, Tuple[str, Tuple[int, int]]] = {
+    'swin-t 448': ('swin-t', (448, 448)),
+    'swin-t 800x1344': ('swin-t', (800, 1344)),
+    'swin-s 448': ('swin-s', (448, 448)),
+    'swin-s 800x1344': ('swin-s', (800, 1344)),
+    'upernet swin-t 512': ('upernet', (512, 512)),
+}
+
+
+def build(kind: str) -> nn.Module:
+    """A float model with random weights."""
+    torch.manual_seed(0)
+    if kind == 'upernet':
+        from psaq_mm.engine import build_float_model, load_config
+        configs = Path(__file__).resolve().parents[1] / 'configs'
+        model = build_float_model(load_config(configs / 'upernet_swin_t_w8a8.py'))
+        model.backbone.init_cfg = None
+    else:
+        from mmdet.models.backbones import SwinTransformer
+        depths = (2, 2, 6, 2) if kind == 'swin-t' else (2, 2, 18, 2)
+        model = SwinTransformer(depths=depths, drop_path_rate=0.)
+    model.init_weights()
+    model.eval()
+    return model
+
+
+class Plain(nn.Module):
+    """What becomes a graph, by the host's own modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        model = copy.deepcopy(model)
+        use_pool_forms(model)  # torch.onnx has nothing for UperNet's pooling
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        if hasattr(self.model, 'decode_head'):  # called, so that its nodes bear its name
+            return (self.model.decode_head(self.model.extract_feat(images)), )
+        return graph_part(self.model).run(images)
+
+
+def plain_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
+    """Export the host's model as it is."""
+    dynamo = 'dynamo' in inspect.signature(torch.onnx.export).parameters
+    options: Any = dict(dynamo=False) if dynamo else {}
+    buffer = io.BytesIO()
+    with torch.no_grad():
+        torch.onnx.export(Plain(model), (images, ), buffer, opset_version=17,
+                          input_names=['images'], **options)
+    path.write_bytes(buffer.getvalue())
+
+
+def variants(model: nn.Module, images: torch.Tensor) -> Dict[str, Tuple[nn.Module, Any]]:
+    """Name to what is exported as ours, and the roles that are left float.
+
+    W8A8 of the backbone, as in our configs; of a segmentor, its heads too.
+    """
+
+    def quantized(scope: str) -> nn.Module:
+        student = psaq_mm.quantize(copy.deepcopy(model), scope=scope)
+        return psaq_mm.calibrate(student, images)
+
+    backbone = quantized('backbone')
+    found = {'ours': (backbone, ()), 'ours, float attention': (backbone, ATTENTION_ROLES)}
+    if hasattr(model, 'decode_head'):
+        found['ours, heads too'] = (quantized('model'), ())
+    return {**found, 'ours, not quantized': (model, ())}
+
+
+def openvino_side(graph: Any, images: np.ndarray, threads: int, precision: str) -> Side:
+    """One inference of a graph in OpenVINO."""
+    import openvino
+    request = openvino.Core().compile_model(graph, 'CPU', {
+        'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': precision,
+        'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': 1}).create_infer_request()
+    return lambda: request.infer({0: images})
+
+
+def onnxruntime_side(path: Path, images: np.ndarray, threads: int) -> Side:
+    """One inference of a file in onnxruntime."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options,
+                                           providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda: session.run(None, {name: images})
+
+
+def openvino_sides(model: nn.Module, plain: Path, images: torch.Tensor, threads: int,
+                   folder: Path) -> Tuple[Dict[str, Side], Dict[str, int]]:
+    """Ours, the engine's own precisions, and NNCF."""
+    import nncf
+    import openvino
+    logging.getLogger('nncf').setLevel(logging.ERROR)
+    array = images.numpy()
+    core = openvino.Core()
+    source = core.read_model(str(plain))
+    generator = torch.Generator().manual_seed(1)
+    samples = [torch.randn(images.shape, generator=generator).numpy() for _ in range(2)]
+    openvino.save_model(source, str(folder / 'plain.xml'), compress_to_fp16=False)
+    options: Dict[str, Any] = dict(subset_size=len(samples),
+                                   model_type=nncf.ModelType.TRANSFORMER)
+    try:
+        peer = nncf.quantize(source, nncf.Dataset(samples), **options)
+    except Exception as error:  # it does not take UperNet's heads as they are
+        print(f'nncf: {" ".join(str(error).split())[:160]}; again without the decode head')
+        scope = nncf.IgnoredScope(patterns=['.*decode_head.*'], validate=False)
+        peer = nncf.quantize(source, nncf.Dataset(samples), ignored_scope=scope, **options)
+    openvino.save_model(peer, str(folder / 'nncf.xml'), compress_to_fp16=False)
+    size = tuple(images.shape[2:])
+    sides = {'openvino fp32': openvino_side(source, array, threads, 'f32'),
+             'openvino bf16': openvino_side(source, array, threads, 'bf16'),
+             'openvino nncf': openvino_side(peer, array, threads, 'f32'),
+             'openvino nncf + bf16': openvino_side(peer, array, threads, 'bf16')}
+    sizes = {'openvino fp32': _size(folder / 'plain.xml'),
+             'openvino nncf': _size(folder / 'nncf.xml')}
+    for variant, (source_model, roles) in variants(model, images).items():
+        name = f'openvino {variant}'
+        out = folder / name.replace(' ', '_').replace(',', '')
+        export_graphs(source_model, out, 'openvino', [size], roles)
+        for suffix, precision in (('', 'fp32'), (' + bf16', 'bf16')):
+            run = Graphs(out, 'openvino', threads, precision).engine(size)
+            sides[name + suffix] = lambda run=run: run.run(array)
+        sizes[name] = _size(next(out.glob('*.xml')))
+    return sides, sizes
+
+
+def onnxruntime_sides(model: nn.Module, plain: Path, images: torch.Tensor, threads: int,
+                      folder: Path) -> Tuple[Dict[str, Side], Dict[str, int]]:
+    """Ours, the engine's own precision, and its two quantizers."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        quantize_dynamic,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+    array = images.numpy()
+    generator = torch.Generator().manual_seed(1)
+
+    class Samples(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = [torch.randn(images.shape, generator=generator).numpy() for _ in range(2)]
+
+        def get_next(self) -> Any:
+            return {'images': self.left.pop()} if self.left else None
+
+    prepared, static, dynamic = (folder / f'{n}.onnx' for n in ('prepared', 'static', 'dynamic'))
+    quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
+    quantize_static(str(prepared), str(static), Samples(), quant_format=QuantFormat.QDQ,
+                    per_channel=True)
+    quantize_dynamic(str(prepared), str(dynamic), per_channel=True)
+    sides = {'onnxruntime fp32': onnxruntime_side(plain, array, threads),
+             'onnxruntime quantize_static': onnxruntime_side(static, array, threads)}
+    try:
+        sides['onnxruntime quantize_dynamic'] = onnxruntime_side(dynamic, array, threads)
+    except Exception as error:  # it may write operators that it does not have
+        print(f'quantize_dynamic does not run: {str(error)[:200]}')
+    sizes = {'onnxruntime fp32': _size(plain), 'onnxruntime quantize_static': _size(static),
+             'onnxruntime quantize_dynamic': _size(dynamic)}
+    size = tuple(images.shape[2:])
+    for variant, (source_model, roles) in variants(model, images).items():
+        name = f'onnxruntime {variant}'
+        out = folder / name.replace(' ', '_').replace(',', '')
+        export_graphs(source_model, out, 'onnx', [size], roles)
+        run = Graphs(out, 'onnxruntime', threads).engine(size)
+        sides[name] = lambda run=run: run.run(array)
+        sizes[name] = _size(next(out.glob('*.onnx')))
+    return sides, sizes
+
+
+def _size(path: Path) -> int:
+    weights = path.with_suffix('.bin')
+    return path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
+
+
+def torch_sides(model: nn.Module, images: torch.Tensor) -> Dict[str, Side]:
+    """Torch in fp32, and in bf16 by autocast."""
+    part = graph_part(model)
+
+    def run(enabled: bool) -> None:
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            part.run(images)
+
+    return {'torch fp32': lambda: run(False), 'torch bf16': lambda: run(True)}
+
+
+def measure(case: str, engines: List[str], threads: int, rounds: int) -> List[Dict[str, Any]]:
+    """All sides of a case, in turn; prints a table."""
+    kind, size = CASES[case]
+    model = build(kind)
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plain = folder / 'plain.onnx'
+        plain_onnx(model, images, plain)
+        sides, sizes = torch_sides(model, images), {}
+        for engine, make in (('openvino', openvino_sides), ('onnxruntime', onnxruntime_sides)):
+            if engine in engines:
+                more, bytes_of = make(model, plain, images, threads, folder)
+                sides.update(more)
+                sizes.update(bytes_of)
+        seconds = interleave(sides, rounds)
+    print(f'\n## {case}, {threads} thread(s), {rounds} rounds\n')
+    print('| | median s | p90 s | / torch fp32 | / engine fp32 | / peer int8 | MB | of fp32 |\n'
+          '|---|---|---|---|---|---|---|---|')
+    rows = []
+    for side in sides:
+        engine = side.split()[0]
+        fp32, peer = f'{engine} fp32', {'openvino': 'openvino nncf',
+                                        'onnxruntime': 'onnxruntime quantize_static'}.get(engine)
+        megabytes = sizes.get(side, 0) / 1e6
+        row = dict(case=case, side=side, threads=threads,
+                   median=statistics.median(seconds[side]),
+                   p90=float(np.quantile(seconds[side], .9)),
+                   to_torch=median_ratio(seconds, side, 'torch fp32'),
+                   to_fp32=median_ratio(seconds, side, fp32),
+                   to_peer=median_ratio(seconds, side, peer) if peer else None,
+                   megabytes=megabytes or None,
+                   # torch's exporter may write weights twice: ours does not
+                   size_to_fp32=megabytes / (sizes[f'{engine} ours, not quantized'] / 1e6)
+                   if megabytes else None)
+        rows.append(row)
+        cells = [f'{row["median"]:.4f}', f'{row["p90"]:.4f}']
+        cells += ['' if row[k] is None else f'{row[k]:.2f}' for k in
+                  ('to_torch', 'to_fp32', 'to_peer')]
+        cells += ['' if not megabytes else f'{megabytes:.1f}',
+                  '' if not megabytes else f'{row["size_to_fp32"]:.3f}']
+        print(f'| {side} | {" | ".join(cells)} |', flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--cases', nargs='+', choices=list(CASES), default=list(CASES))
+    parser.add_argument('--engines', nargs='+', choices=['openvino', 'onnxruntime'],
+                        default=['openvino', 'onnxruntime'])
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--core', type=int, default=0, help='first CPU core to run on')
+    parser.add_argument('--rounds', type=int, default=11)
+    parser.add_argument('--json', metavar='FILE', help='write the figures there too')
+    args = parser.parse_args()
+    warnings.simplefilter('ignore')
+    logging.disable(logging.INFO)
+    os.sched_setaffinity(0, set(range(args.core, args.core + args.threads)))
+    torch.set_num_threads(args.threads)
+    import onnxruntime
+    import openvino
+    print(f'{platform.processor() or platform.machine()}, torch {torch.__version__}, openvino '
+          f'{openvino.__version__}, onnxruntime {onnxruntime.__version__}')
+    rows: List[Dict[str, Any]] = []
+    for case in args.cases:
+        rows += measure(case, args.engines, args.threads, args.rounds)
+        if args.json:
+            Path(args.json).write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == '__main__':
+    main()
