@@ -6,9 +6,13 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Dict, List
+
+from psaq_mm.deploy.latency import interleave
+
+__all__ = ['interleave', 'median_ratio', 'peak_memory_mib', 'pin', 'run_in_process',
+           'timing_parser']
 
 
 def pin(core: int) -> None:
@@ -16,28 +20,6 @@ def pin(core: int) -> None:
     import torch
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-
-
-def interleave(sides: Dict[str, Callable[[], None]], rounds: int,
-               warmup: int = 2) -> Dict[str, List[float]]:
-    """Seconds of each side, measured in turn, round after round.
-
-    Args:
-        sides (dict): Name to a function that does the work once.
-        rounds (int): Measured rounds.
-        warmup (int): Rounds before them. Defaults to 2.
-
-    Returns:
-        dict[str, list[float]]: Seconds of each round.
-    """
-    seconds: Dict[str, List[float]] = {name: [] for name in sides}
-    for index in range(warmup + rounds):
-        for name, work in sides.items():
-            start = time.perf_counter()
-            work()
-            if index >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def median_ratio(seconds: Dict[str, List[float]], side: str, baseline: str) -> float:

@@ -34,8 +34,9 @@ from psaq_mm.ops import apply_plan, left_float, named_quant_ops, plan_quantizati
 from psaq_mm.prior import TeacherRecord
 from psaq_mm.quantization.settings import QuantizationSettings
 
-__all__ = ['calibrate', 'check_evolution', 'check_synthesis', 'evolve', 'evolver', 'load',
-           'quantize', 'refit', 'save', 'scope_of', 'synthesize', 'synthesizer', 'unwrap']
+__all__ = ['calibrate', 'check_calibration', 'check_evolution', 'check_synthesis', 'evolve',
+           'evolver', 'load', 'quantize', 'refit', 'save', 'scope_of', 'synthesize',
+           'synthesizer', 'unwrap']
 
 
 def quantize(model: nn.Module, **settings: Any) -> nn.Module:
@@ -104,6 +105,24 @@ def check_evolution(model: nn.Module, settings: EvolutionSettings) -> None:
     """
     if settings.rounds:
         settings.chosen_groups(find_adapter(model).tap_groups(model))
+
+
+def check_calibration(model: nn.Module, settings: CalibrationSettings) -> None:
+    """Raise if a model takes no images of the size for the last ranges.
+
+    Args:
+        model (nn.Module): The float model.
+        settings (CalibrationSettings): The ``calibration`` section.
+
+    Raises:
+        UserError: If so.
+    """
+    if settings.size is None:
+        return
+    try:
+        find_adapter(model).check_image_size(model, settings.size)
+    except UserError as error:
+        raise UserError(str(error).replace('synthesis.', 'calibration.')) from error
 
 
 @contextmanager

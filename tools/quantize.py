@@ -9,7 +9,7 @@ import os
 from mmengine.dist import is_main_process
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.api import check_evolution, check_synthesis
+from psaq_mm.api import check_calibration, check_evolution, check_synthesis
 from psaq_mm.checkpoint import ensure_writable_dir, load_float_weights, sha256_of_file
 from psaq_mm.engine import (
     PSAQRunner,
@@ -68,6 +68,7 @@ def main() -> None:
     model = build_float_model(config)
     check_synthesis(model, sections.synthesis)
     check_evolution(model, sections.evolution)
+    check_calibration(model, sections.calibration)
     plan_quantization(model, sections.quantization, find_adapter(model))
     meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint)
     PSAQRunner.hooks_for_quantization(config)

@@ -179,6 +179,15 @@ def test_images_of_another_size(call_tool, make, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
+def test_last_ranges_at_another_size(call_tool, make, tmp_path):
+    config, checkpoint = make('swin_demo')
+    status, _, err = call_tool('quantize', config, checkpoint, '--work-dir', tmp_path / 'out',
+                               '--cfg-options', *FAST, 'calibration.image_size=224')
+    assert status == 2
+    assert 'calibration.image_size' in err and '112' in err
+    assert not (tmp_path / 'out').exists()
+
+
 def test_batch_norm_prior(call_tool, make, quantization_config, demo_checkpoint, tmp_path):
     """By one option where heads have the statistics; refused at once elsewhere."""
     prior = 'synthesis.priors.batch_norm.type=BatchNormPrior'

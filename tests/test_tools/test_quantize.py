@@ -357,7 +357,7 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, call_tool, monkeypatch,
 
     monkeypatch.setattr(atomic.os, 'fsync', full)
     status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
-                               tmp_path, '--cfg-options', *FEW, 'preset=fast', 'evolution.rounds=0')
+                               tmp_path, '--cfg-options', *FEW, 'evolution.rounds=0')
     assert status == 2 and 'quantized.pth' in err and 'No space left' in err
     assert (tmp_path / 'quantized.pth').read_bytes() == b'old'
     assert not [p for p in tmp_path.iterdir() if 'tmp' in p.name]

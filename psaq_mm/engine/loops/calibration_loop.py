@@ -1,27 +1,16 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The phase that sets the student's ranges."""
-from typing import TYPE_CHECKING
-
-from mmengine.runner import BaseLoop
 from torch import nn
 
 from psaq_mm import api
 from psaq_mm.registry import LOOPS
 
-if TYPE_CHECKING:
-    from ..runner import PSAQRunner
+from .phase_loop import PhaseLoop
 
 
 @LOOPS.register_module()
-class CalibrationLoop(BaseLoop):
-    """Quantizes ``runner.model`` and sets its ranges on ``runner.images``.
-
-    Args:
-        runner (PSAQRunner): The runner.
-    """
-
-    def __init__(self, runner: 'PSAQRunner') -> None:
-        super().__init__(runner, dataloader=None)
+class CalibrationLoop(PhaseLoop):
+    """Quantizes ``runner.model`` and sets its ranges on ``runner.images``."""
 
     def run(self) -> nn.Module:
         """Quantize and calibrate.

@@ -1,28 +1,17 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The phase in which images and student evolve against each other."""
-from typing import TYPE_CHECKING
-
-from mmengine.runner import BaseLoop
 from torch import nn
 
 from psaq_mm import api
 from psaq_mm.registry import LOOPS
 
-if TYPE_CHECKING:
-    from ..runner import PSAQRunner
+from .phase_loop import PhaseLoop
 
 
 @LOOPS.register_module()
-class EvolutionLoop(BaseLoop):
+class EvolutionLoop(PhaseLoop):
     """Steps an :class:`Evolver` until the game has ended; nothing if the config
-    asks for no rounds.
-
-    Args:
-        runner (PSAQRunner): The runner.
-    """
-
-    def __init__(self, runner: 'PSAQRunner') -> None:
-        super().__init__(runner, dataloader=None)
+    asks for no rounds."""
 
     def run(self) -> nn.Module:
         """Play the game.

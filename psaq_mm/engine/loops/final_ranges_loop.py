@@ -1,29 +1,17 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The phase that sets ranges for the size of the test images."""
-from typing import TYPE_CHECKING
-
-from mmengine.runner import BaseLoop
 from torch import nn
 
 from psaq_mm import api
 from psaq_mm.registry import LOOPS
 
 from ..test_size import test_size
-
-if TYPE_CHECKING:
-    from ..runner import PSAQRunner
+from .phase_loop import PhaseLoop
 
 
 @LOOPS.register_module()
-class FinalRangesLoop(BaseLoop):
-    """Sets the ranges of ``runner.model`` once more, at ``calibration.image_size``.
-
-    Args:
-        runner (PSAQRunner): The runner.
-    """
-
-    def __init__(self, runner: 'PSAQRunner') -> None:
-        super().__init__(runner, dataloader=None)
+class FinalRangesLoop(PhaseLoop):
+    """Sets the ranges of ``runner.model`` once more, at ``calibration.image_size``."""
 
     def run(self) -> nn.Module:
         """Set them.

@@ -1,10 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The phase that makes images."""
-from typing import TYPE_CHECKING, Any, Dict
+from typing import Any, Dict
 
 import torch
 from mmengine.dist import all_gather_object
-from mmengine.runner import BaseLoop
 from torch import Tensor
 
 from psaq_mm import api
@@ -12,8 +11,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.evolution import SynthesisSettings
 from psaq_mm.registry import LOOPS
 
-if TYPE_CHECKING:
-    from ..runner import PSAQRunner
+from .phase_loop import PhaseLoop
 
 
 def share(settings: Dict[str, Any], rank: int, processes: int) -> Dict[str, Any]:
@@ -40,15 +38,8 @@ def share(settings: Dict[str, Any], rank: int, processes: int) -> Dict[str, Any]
 
 
 @LOOPS.register_module()
-class SynthesisLoop(BaseLoop):
-    """Steps a :class:`Synthesizer` on ``runner.teacher`` until it is done.
-
-    Args:
-        runner (PSAQRunner): The runner.
-    """
-
-    def __init__(self, runner: 'PSAQRunner') -> None:
-        super().__init__(runner, dataloader=None)
+class SynthesisLoop(PhaseLoop):
+    """Steps a :class:`Synthesizer` on ``runner.teacher`` until it is done."""
 
     def run(self) -> Tensor:
         """Make the images.
