@@ -1,0 +1,112 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Ranges of a student, on images."""
+from typing import Any, Callable, Optional, Tuple
+
+from torch import Tensor, nn
+
+from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.adapter import Adapter, module_device
+from psaq_mm.errors import UserError
+from psaq_mm.evolution import CalibrationSettings, calibrate_ranges, carry_ranges_over, mosaics
+from psaq_mm.ops import named_quant_ops
+
+from .teacher import frozen
+
+
+def check_calibration(model: nn.Module, settings: CalibrationSettings) -> None:
+    """Raise if a model takes no images of the size for the last ranges.
+
+    Args:
+        model (nn.Module): The float model.
+        settings (CalibrationSettings): The ``calibration`` section.
+
+    Raises:
+        UserError: If so.
+    """
+    if settings.size is None:
+        return
+    try:
+        find_adapter(model).check_image_size(model, settings.size)
+    except UserError as error:
+        raise UserError(str(error).replace('synthesis.', 'calibration.')) from error
+
+
+def scope_of(model: nn.Module, adapter: Adapter) -> str:
+    """``model`` if a quantized op lies outside of the backbone, else ``backbone``."""
+    inside = all(adapter.in_scope(model, name, 'backbone') for name, _ in named_quant_ops(model))
+    return 'backbone' if inside else 'model'
+
+
+def calibrate(model: nn.Module, images: Tensor,
+              progress: Optional[Callable[[int], None]] = None, **settings: Any) -> nn.Module:
+    """Set the ranges of a quantized model on images, and switch it on.
+
+    Args:
+        model (nn.Module): From :func:`quantize`.
+        images (Tensor): Normalized images of shape (N, C, H, W).
+        progress (Callable, optional): Called with the number of images of
+            each finished batch. Defaults to None.
+        **settings: Of :class:`CalibrationSettings`.
+
+    Returns:
+        nn.Module: The same model.
+
+    Raises:
+        UserError: If nothing is quantized, there are no images, or a
+            quantizer saw no values or values that are not finite.
+    """
+    chosen = CalibrationSettings.from_dict(settings)
+    if next(named_quant_ops(model), None) is None:
+        raise UserError('the model has no quantized modules: call psaq_mm.quantize first')
+    if not isinstance(images, Tensor) or not images.is_floating_point() \
+            or images.dim() != 4 or len(images) == 0:
+        got = f'{images.dtype} {tuple(images.shape)}' if isinstance(images, Tensor) \
+            else type(images).__name__
+        raise UserError('calibration needs float images of shape (N, C, H, W) with N of at '
+                        f'least 1, got {got}')
+    adapter = find_adapter(model)
+    scope, device = scope_of(model, adapter), module_device(model)
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        calibrate_ranges(model, images,
+                         lambda batch: adapter.forward(model, batch.to(device), scope),
+                         chosen.batch_size, progress)
+    except ValueError as error:
+        raise UserError(f'calibration failed: {error}') from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    return model
+
+
+def refit(model: nn.Module, images: Tensor, size: Tuple[int, int],
+          learnt: bool = False, **settings: Any) -> nn.Module:
+    """Set the ranges once more, for images of another size.
+
+    Args:
+        model (nn.Module): A calibrated model.
+        images (Tensor): Those it was calibrated or evolved on.
+        size (tuple[int, int]): Height and width in pixels.
+        learnt (bool): Whether ranges of activations were learnt; they are
+            then scaled as the range rule's are, not replaced. Defaults to
+            False.
+        **settings: Of :class:`CalibrationSettings`.
+
+    Returns:
+        nn.Module: The same model.
+    """
+    chosen = CalibrationSettings.from_dict(settings)
+    others = mosaics(images, size)
+    if learnt and others is images:
+        return model
+    adapter = find_adapter(model)
+    scope, device = scope_of(model, adapter), module_device(model)
+    share = others.shape[-2] * others.shape[-1] / (images.shape[-2] * images.shape[-1])
+    if not learnt:
+        return calibrate(model, others, batch_size=max(1, int(chosen.batch_size / share)))
+    with frozen(model):
+        carry_ranges_over(model, images, others,
+                          lambda batch: adapter.forward(model, batch.to(device), scope),
+                          chosen.batch_size)
+    return model
