@@ -127,7 +127,10 @@ class QuantSpec:
 
     def to_dict(self) -> Dict[str, Any]:
         """The spec as a plain dict that :meth:`from_dict` reads back."""
-        return asdict(self)
+        values = asdict(self)
+        if self.bounds is not None:
+            values['bounds'] = list(self.bounds)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = 'spec') -> 'QuantSpec':

@@ -42,14 +42,14 @@ def plan_of(checkpoint):
 
 
 def test_content():
-    rule = dict(type='MinMaxObserver')
+    rest = dict(observer=dict(type='MinMaxObserver'), margin=0., bounds=None)
     assert build_manifest(small(), dict(seed=3, source='swin.pth')) == dict(
         format_version=FORMAT_VERSION,
         psaq_mm_version=psaq_mm.__version__,
         learnable_ranges=False,
         modules={'0': dict(op='QuantLinear', weight_shape=[3, 2], roles=dict(
-            weight=dict(bits=4, symmetric=True, granularity='per_channel', observer=rule),
-            input=dict(bits=8, symmetric=False, granularity='per_tensor', observer=rule)))},
+            weight=dict(bits=4, symmetric=True, granularity='per_channel', **rest),
+            input=dict(bits=8, symmetric=False, granularity='per_tensor', **rest)))},
         seed=3, source='swin.pth')
 
 

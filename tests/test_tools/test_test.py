@@ -151,7 +151,9 @@ def test_real_photographs(call_tool, tmp_path):
         f"test_evaluator = dict(ann_file='{tmp_path / 'ten.json'}')\n")
     checkpoint = bccd / 'mask_rcnn_swin_bccd.pth'
     status, _, err = call_tool('quantize', config, checkpoint, '--work-dir', tmp_path,
-                               '--cfg-options', 'synthesis.steps=5', 'synthesis.num_images=2')
+                               '--cfg-options', 'synthesis.steps=5', 'synthesis.num_images=2',
+                               'evolution.rounds=1', 'evolution.sample_steps=2',
+                               'evolution.student_steps=2', 'evolution.batch_size=2')
     assert status == 0, err
     box = []
     for file in (checkpoint, tmp_path / 'quantized.pth'):
