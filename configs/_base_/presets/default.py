@@ -1,4 +1,4 @@
-# What our measurements say is best: docs/results.md.
+# What we would use. docs/results.md says what of it is measured, and what is not yet.
 quantization = dict(
     placement='operands',  # inputs of Linear, Conv2d and both attention matmuls
     scope='backbone',  # or 'model': neck and heads too
