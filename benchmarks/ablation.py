@@ -14,7 +14,18 @@ import time
 from pathlib import Path
 from typing import Any, Dict
 
-from experiment import METRICS, MODELS, ROOT, Results, Subject, bits_of, cell, quiet
+from experiment import (
+    METRICS,
+    MODELS,
+    ROOT,
+    Results,
+    Subject,
+    bits_of,
+    cell,
+    merged,
+    quiet,
+    rules_of,
+)
 
 EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     default=dict(),
@@ -78,7 +89,8 @@ def main() -> None:
                     before, start = subject.seconds, time.perf_counter()
                     student = subject.student(
                         images, seed, quantization=bits_of(setting),
-                        evolution=EVOLUTION.get(variant), synthesis=changes)
+                        evolution=merged(rules_of(setting), EVOLUTION.get(variant, {})),
+                        synthesis=changes)
                     seconds = before + time.perf_counter() - start
                     found = subject.evaluate(student, not args.no_metrics)
                     results.add(dict(found, seconds=seconds), variant, setting, seed)

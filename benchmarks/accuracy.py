@@ -27,7 +27,18 @@ import time
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from experiment import METRICS, MODELS, ROOT, Results, Subject, bits_of, cell, merged, quiet
+from experiment import (
+    METRICS,
+    MODELS,
+    ROOT,
+    Results,
+    Subject,
+    bits_of,
+    cell,
+    merged,
+    quiet,
+    rules_of,
+)
 from torch import nn
 
 NO_GAME = dict(rounds=0)
@@ -83,7 +94,8 @@ class Rows:
             before = subject.seconds
         start = time.perf_counter()
         student = subject.student(images, seed, quantization=quantization,
-                                  evolution=evolution, synthesis=synthesis,
+                                  evolution=merged(rules_of(setting), evolution or {}),
+                                  synthesis=synthesis,
                                   real_size=row.startswith('real'))
         self.seconds = before + time.perf_counter() - start
         return student

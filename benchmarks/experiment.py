@@ -214,15 +214,25 @@ def merged(*sections: Mapping[str, Any]) -> Dict[str, Any]:
     return result
 
 
-def bits_of(setting: str) -> Dict[str, Any]:
-    """What the base of ``w4a8`` says of ``quantization``; widths that have no
-    base are taken as the closest one that has, with other bits."""
-    weight, activation = int(setting[1]), int(setting[3])
+def base_of(setting: str) -> Dict[str, Any]:
+    """The base of a setting such as ``w4a8``; widths that have none take the
+    closest one that has."""
     base = ROOT / 'configs' / '_base_' / f'{setting}.py'
     if not base.exists():
-        base = base.with_name('w4a4.py' if activation <= 4 else 'w4a8.py')
-    section = Config.fromfile(str(base)).quantization.to_dict()
-    return merged(section, dict(weight=dict(bits=weight), activation=dict(bits=activation)))
+        base = base.with_name('w4a4.py' if int(setting[3]) <= 4 else 'w4a8.py')
+    return dict(Config.fromfile(str(base)).to_dict())
+
+
+def bits_of(setting: str) -> Dict[str, Any]:
+    """What a setting says of ``quantization``."""
+    weight, activation = int(setting[1]), int(setting[3])
+    return merged(base_of(setting)['quantization'],
+                  dict(weight=dict(bits=weight), activation=dict(bits=activation)))
+
+
+def rules_of(setting: str) -> Dict[str, Any]:
+    """What a setting says of ``evolution``."""
+    return dict(base_of(setting).get('evolution', {}))
 
 
 class Results:

@@ -45,8 +45,8 @@ evolution = dict(
     buffer_size=32,
     new_fraction=0.5,
     learn='both',
-    weight_lr=1e-4,
-    range_lr=5e-3,  # relative to the scale
+    weight_lr=1e-5,  # w4a4.py takes more: its steps are coarser
+    range_lr=1e-3,  # relative to the scale
     patience=3,
     save_interval=100)
 
