@@ -7,7 +7,13 @@ from torch import Tensor, nn
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import Adapter, module_device
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import CalibrationSettings, calibrate_ranges, carry_ranges_over, mosaics
+from psaq_mm.evolution import (
+    CalibrationSettings,
+    as_many_pixels,
+    calibrate_ranges,
+    carry_ranges_over,
+    mosaics,
+)
 from psaq_mm.ops import named_quant_ops
 
 from .teacher import frozen
@@ -66,17 +72,13 @@ def calibrate(model: nn.Module, images: Tensor,
                         f'least 1, got {got}')
     adapter = find_adapter(model)
     scope, device = scope_of(model, adapter), module_device(model)
-    training = {m: m.training for m in model.modules()}
-    model.eval()
     try:
-        calibrate_ranges(model, images,
-                         lambda batch: adapter.forward(model, batch.to(device), scope),
-                         chosen.batch_size, progress)
+        with frozen(model):
+            calibrate_ranges(model, images,
+                             lambda batch: adapter.forward(model, batch.to(device), scope),
+                             chosen.batch_size, progress)
     except ValueError as error:
         raise UserError(f'calibration failed: {error}') from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
     return model
 
 
@@ -100,11 +102,11 @@ def refit(model: nn.Module, images: Tensor, size: Tuple[int, int],
     others = mosaics(images, size)
     if learnt and others is images:
         return model
+    if not learnt:
+        return calibrate(model, others,
+                         batch_size=as_many_pixels(chosen.batch_size, images, others))
     adapter = find_adapter(model)
     scope, device = scope_of(model, adapter), module_device(model)
-    share = others.shape[-2] * others.shape[-1] / (images.shape[-2] * images.shape[-1])
-    if not learnt:
-        return calibrate(model, others, batch_size=max(1, int(chosen.batch_size / share)))
     with frozen(model):
         carry_ranges_over(model, images, others,
                           lambda batch: adapter.forward(model, batch.to(device), scope),

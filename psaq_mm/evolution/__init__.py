@@ -4,7 +4,7 @@ from .calibration import calibrate_ranges
 from .discrepancy import discrepancy
 from .evolution_settings import EvolutionSettings
 from .evolver import Evolver
-from .final_ranges import carry_ranges_over
+from .final_ranges import as_many_pixels, carry_ranges_over
 from .measurement import measure_sqnr
 from .mosaic import mosaics
 from .sample_step import learning_rate_factor
@@ -14,6 +14,6 @@ from .synthesis import Synthesizer
 
 __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Evolver', 'Student', 'SynthesisSettings',
-    'Synthesizer', 'calibrate_ranges', 'carry_ranges_over', 'discrepancy',
+    'Synthesizer', 'as_many_pixels', 'calibrate_ranges', 'carry_ranges_over', 'discrepancy',
     'learning_rate_factor', 'measure_sqnr', 'mosaics'
 ]

@@ -39,6 +39,13 @@ def carry_over(learnt: Tensor, before: Tensor, after: Tensor) -> Tensor:
     return torch.where(usable, scaled, farther)
 
 
+def as_many_pixels(batch_size: int, images: Tensor, others: Tensor) -> int:
+    """How many of ``others``, of another size, make a batch of as many pixels as
+    ``batch_size`` of ``images`` do; at least 1."""
+    share = others.shape[-2] * others.shape[-1] / (images.shape[-2] * images.shape[-1])
+    return max(1, int(batch_size / share))
+
+
 def carry_ranges_over(model: nn.Module, images: Tensor, others: Tensor,
                       forward: Callable[[Tensor], None], batch_size: int) -> None:
     """Bring learnt ranges of activations from one image size to another.
@@ -58,8 +65,7 @@ def carry_ranges_over(model: nn.Module, images: Tensor, others: Tensor,
     learnt = activation_ranges(model)
     calibrate_ranges(model, images, forward, batch_size)
     before = activation_ranges(model)
-    share = others.shape[-2] * others.shape[-1] / (images.shape[-2] * images.shape[-1])
-    calibrate_ranges(model, others, forward, max(1, int(batch_size / share)))
+    calibrate_ranges(model, others, forward, as_many_pixels(batch_size, images, others))
     after = activation_ranges(model)
     for quantizer, ends in learnt.items():
         lower, upper = (carry_over(*triple) for triple in
