@@ -5,8 +5,8 @@
     python benchmarks/ablation.py --variants no_competitor learn_ranges --settings w4a4
     python benchmarks/ablation.py --table                  # what is measured so far
 
-Every value is kept in a JSON file as soon as it is there; a run that was cut
-off goes on. ``--no-metrics`` measures the SQNR of feature maps on real test
+Every value is kept in a JSON file as soon as it is there, that of ``accuracy.py``;
+a run that was cut off goes on. ``--no-metrics`` measures the SQNR of feature maps on real test
 images alone, in seconds instead of a minute.
 """
 import argparse
@@ -29,7 +29,7 @@ from experiment import (
 
 EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     default=dict(),
-    no_game=dict(rounds=0),
+    prior=dict(rounds=0),  # no game
     # the competitor
     no_sample_steps=dict(sample_steps=0),
     no_competitor=dict(adversarial_fraction=0.),
@@ -40,7 +40,7 @@ EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     newest_alone=dict(new_fraction=1.),
     # what the student learns
     learn_ranges=dict(learn='ranges'),
-    learn_weights=dict(learn='weights'),
+    learn_both=dict(learn='both'),
     # where it is compared
     backbone_alone=dict(taps=dict(neck=0., scores=0., deltas=0.)),
     no_neck=dict(taps=dict(neck=0.)),
@@ -50,8 +50,8 @@ EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     squared=dict(losses=dict(backbone='relative_l2', neck='relative_l2',
                              scores='relative_l2', deltas='relative_l2')),
     # cost
-    half_steps=dict(rounds=5),
-    double_steps=dict(rounds=20))
+    half_steps=dict(rounds=3),
+    double_steps=dict(rounds=10))
 
 IMAGES: Dict[str, Dict[str, Any]] = dict(
     prior_10_points=dict(priors=dict(patch_similarity=dict(
@@ -76,13 +76,13 @@ def main() -> None:
     parser.add_argument('--table', action='store_true', help='measure nothing, print')
     args = parser.parse_args()
     quiet()
-    results = Results(args.work_dir / f'ablation_{args.model}.json')
+    results = Results(args.work_dir / f'{args.model}.json')
     if not args.table:
         subject = Subject(args.model, args.work_dir)
         for seed in args.seeds:
             for setting in args.settings:
                 for variant in args.variants:
-                    if results.has(variant, setting, seed):
+                    if results.has(variant, setting, 'backbone', seed):
                         continue
                     changes = IMAGES.get(variant, {})
                     images = subject.synthetic(variant if changes else 'prior', seed, **changes)
@@ -93,14 +93,14 @@ def main() -> None:
                         synthesis=changes)
                     seconds = before + time.perf_counter() - start
                     found = subject.evaluate(student, not args.no_metrics)
-                    results.add(dict(found, seconds=seconds), variant, setting, seed)
+                    results.add(dict(found, seconds=seconds), variant, setting, 'backbone', seed)
     keys = [k for k in METRICS if any(k in v for v in results.values.values())]
     print(f'{args.model}, seeds {args.seeds}: mean (lowest to highest seed)\n')
     heads = [f'{METRICS[k][0]} {s.upper()}' for s in args.settings for k in keys]
     print(f'| | {" | ".join(heads)} | seconds |')
     print('|---' * (len(heads) + 2) + '|')
     for variant in args.variants:
-        rows = [results.over_seeds(args.seeds, variant, s) for s in args.settings]
+        rows = [results.over_seeds(args.seeds, variant, s, 'backbone') for s in args.settings]
         seconds = [v['seconds'] for r in rows for v in r]
         if seconds:
             cells = [cell(r, k) for r in rows for k in keys]

@@ -5,13 +5,15 @@
     python benchmarks/accuracy.py --model bccd                 # real photographs, if present
     python benchmarks/accuracy.py --settings w4a4 --rows real32 prior default --scope model
     python benchmarks/accuracy.py --table                      # what is measured so far
+    python benchmarks/accuracy.py --table --plot cost.png      # and accuracy against cost
 
-All rows but ``paper`` have the quantizer of the preset ``default`` and differ in
-the images that ranges are set on, and in what the student then learns:
+All rows but ``minmax`` and ``paper`` have the quantizer of the preset ``default`` and
+differ in the images that ranges are set on, and in what the student then learns:
 
     noise      8 images of Gaussian noise
     tv         8 images optimised for total variation alone, from clamped noise
     real1      1 training image; real32: 32 of them ("Standard")
+    minmax     8 images by the prior, min-max ranges without margin
     v1         8 images by V1's form of the prior (10 points)
     prior      8 images by the prior alone: the preset ``fast``
     real32+    as real32, and then the game's student steps on these images
@@ -45,7 +47,11 @@ NO_GAME = dict(rounds=0)
 NO_PATCH_SIMILARITY = dict(priors=dict(patch_similarity=None))
 V1_FORM = dict(priors=dict(patch_similarity=dict(
     type='PatchSimilarityPrior', weight=1.0, form='v1', points=10)))
-ROWS = ('noise', 'tv', 'real1', 'real32', 'v1', 'prior', 'real32+', 'paper', 'default')
+ROWS = ('noise', 'tv', 'real1', 'real32', 'minmax', 'v1', 'prior', 'real32+', 'paper',
+        'default')
+MIN_MAX = dict(observer=dict(type='MinMaxObserver'))
+NAIVE = dict(activation=dict(margin=0.),
+             roles=dict(input=MIN_MAX, attention=dict(MIN_MAX, margin=0.)))
 
 
 class Rows:
@@ -88,6 +94,8 @@ class Rows:
                 evolution = dict(rounds=rules.rounds, sample_steps=rules.sample_steps,
                                  student_steps=rules.student_steps,
                                  batch_size=rules.batch_size)
+            elif row == 'minmax':
+                quantization, label = merged(quantization, NAIVE), 'prior'
             elif row == 'default':
                 evolution, label = None, 'prior'
             images = subject.synthetic(label, seed, **synthesis)
@@ -134,6 +142,39 @@ def print_table(results: Results, scope: str, seeds: List[int], settings: List[s
             print(f'| {row} | {sum(values) / len(values):.0f} |')
 
 
+def plot(results: Results, model: str, scope: str, seeds: List[int], settings: List[str],
+         rows: List[str], path: Path) -> None:
+    """Draw accuracy against seconds: a panel for each setting, mean and lowest
+    to highest seed of each row, the float model as a line."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    key, (name, factor) = next((k, v) for k, v in METRICS.items()
+                               if any(k in value for value in results.values.values()))
+    figure, panels = pyplot.subplots(1, len(settings), figsize=(1 + 3.2 * len(settings), 3.6),
+                                     squeeze=False)
+    for axes, setting in zip(panels[0], settings):
+        for value in results.over_seeds([0], 'float'):
+            axes.axhline(factor * value[key], color='black', linewidth=1, label='float')
+        for index, row in enumerate(rows):
+            found = results.over_seeds(seeds, row, setting, scope)
+            if not found:
+                continue
+            points = [factor * value[key] for value in found]
+            mean = sum(points) / len(points)
+            axes.errorbar(sum(v['seconds'] for v in found) / len(found), mean,
+                          [[mean - min(points)], [max(points) - mean]], fmt='o', capsize=3,
+                          color=f'C{index}', label=row)
+        axes.set_xscale('log')
+        axes.set_title(f'{model}, {scope}, {setting.upper()}', fontsize=10)
+        axes.set_xlabel('seconds to quantize')
+    panels[0][0].set_ylabel(name)
+    panels[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--model', choices=sorted(MODELS), default='demo')
@@ -144,6 +185,8 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
     parser.add_argument('--table', action='store_true', help='measure nothing, print')
+    parser.add_argument('--plot', type=Path, metavar='PNG',
+                        help='draw accuracy against seconds there')
     args = parser.parse_args()
     quiet()
     results = Results(args.work_dir / f'{args.model}.json')
@@ -161,6 +204,8 @@ def main() -> None:
                         results.add(dict(found, seconds=rows.seconds), *key)
     print(f'{args.model}, seeds {args.seeds}')
     print_table(results, args.scope, args.seeds, args.settings, args.rows)
+    if args.plot:
+        plot(results, args.model, args.scope, args.seeds, args.settings, args.rows, args.plot)
 
 
 if __name__ == '__main__':

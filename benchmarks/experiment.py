@@ -236,7 +236,8 @@ def rules_of(setting: str) -> Dict[str, Any]:
 
 
 class Results:
-    """Measured values in a JSON file, so that a long run can be continued.
+    """Measured values in a JSON file, so that a long run can be continued, and
+    several can share what they measure.
 
     Args:
         file (Path): Written after each measurement.
@@ -244,15 +245,21 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.values: Dict[str, Dict[str, float]] = \
-            json.loads(file.read_text()) if file.exists() else {}
+        self.values: Dict[str, Dict[str, float]] = {}
+        self._read()
+
+    def _read(self) -> None:
+        if self.file.exists():
+            self.values.update(json.loads(self.file.read_text()))
 
     def has(self, *key: Any) -> bool:
+        self._read()
         return '/'.join(map(str, key)) in self.values
 
     def add(self, found: Mapping[str, float], *key: Any) -> None:
         """Keep what was measured for a key, and show it."""
         name = '/'.join(map(str, key))
+        self._read()
         self.values[name] = dict(found)
         save_json(self.values, self.file)
         shown = ', '.join(f'{METRICS[k][0]} {METRICS[k][1] * v:.2f}'

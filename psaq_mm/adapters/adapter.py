@@ -84,6 +84,10 @@ class Adapter:
         """Whether this module is the projection of the patch embedding."""
         raise NotImplementedError
 
+    def is_predictor(self, model: nn.Module, name: str) -> bool:
+        """Whether this module's output is the model's: scores, boxes, logits."""
+        raise NotImplementedError
+
     def follows_proposals(self, model: nn.Module, name: str) -> bool:
         """Whether a module runs on regions that the model itself proposes, so
         that quantization changes its input and not only its values."""

@@ -5,6 +5,7 @@ The two are classes of their own with the same submodules and the same code;
 ``mmdet_swin.py`` and ``mmseg_swin.py`` bind what is here to each.
 """
 import copy
+import re
 from contextlib import contextmanager
 from typing import Any, ClassVar, Collection, Dict, Iterator, List, Mapping, Optional, Tuple
 
@@ -23,6 +24,10 @@ from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
 from .swin_layouts import OPENMMLAB, SWIN_AUTHORS, convert_openmmlab_swin
 from .tap_record import TapRecord
 from .window_tokens import valid_tokens
+
+PREDICTOR = re.compile(r'(?:\w+_)?(?:cls|reg|seg|logits|centerness|obj)')
+"""What heads call the layer that gives scores, boxes or masks: ``fc_cls``,
+``rpn_reg``, ``conv_logits``, ``conv_seg``, ``atss_centerness``."""
 
 
 class WindowMSAOp(QuantOp):
@@ -156,6 +161,10 @@ class OpenMMLabSwinAdapter(Adapter):
     def is_patch_embed(self, model: nn.Module, name: str) -> bool:
         prefix = self.backbone_name(model)
         return name == (prefix + '.' if prefix else '') + 'patch_embed.projection'
+
+    def is_predictor(self, model: nn.Module, name: str) -> bool:
+        return not self.in_scope(model, name, 'backbone') and bool(
+            PREDICTOR.fullmatch(name.rpartition('.')[2]))
 
     def follows_proposals(self, model: nn.Module, name: str) -> bool:
         return name.startswith('roi_head.')

@@ -73,6 +73,9 @@ class TimmAdapter(Adapter):
     def is_patch_embed(self, model: nn.Module, name: str) -> bool:
         return name == self._prefix(model) + 'patch_embed.proj'
 
+    def is_predictor(self, model: nn.Module, name: str) -> bool:
+        return not self.in_scope(model, name, 'backbone')
+
     def is_rgb(self, model: nn.Module) -> bool:
         return True
 

@@ -70,7 +70,9 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
     for name in candidates:
         if _any_match(name, settings.include) and not _any_match(name, settings.exclude):
             patch_embed = adapter.is_patch_embed(model, name)
-            plan[name] = {r: settings.spec_for(name, r, patch_embed) for r in roles[name]}
+            predictor = adapter.is_predictor(model, name)
+            plan[name] = {r: settings.spec_for(name, r, patch_embed, predictor)
+                          for r in roles[name]}
     if not plan:
         raise UserError('quantization: nothing is left to quantize after include, exclude and '
                         'placement')

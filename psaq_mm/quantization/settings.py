@@ -42,6 +42,10 @@ class QuantizationSettings:
         patch_embed_bits (int, optional): Bits of the patch embedding's
             weight and input; None for those of the rest. Defaults to 8:
             at 4 bits this layer alone costs several points [measured].
+        predictor_bits (int, optional): Bits of the layers whose output is the
+            model's: box and class predictors, mask logits, classifiers; only
+            scope ``model`` has them. None for those of the rest. Defaults to
+            8: at 4 bits the box regressor alone costs two points [measured].
         roles (dict): Role name to arguments that differ from ``activation``
             (or ``weight``), e.g. ``dict(attention=dict(bits=8))``.
         overrides (dict): Wildcard to a dict with ``weight``, ``activation``
@@ -56,6 +60,7 @@ class QuantizationSettings:
     include: Union[str, Sequence[str]] = ('*', )
     exclude: Union[str, Sequence[str]] = ()
     patch_embed_bits: Optional[int] = 8
+    predictor_bits: Optional[int] = 8
     roles: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     learnable_ranges: bool = False
@@ -83,10 +88,14 @@ class QuantizationSettings:
             for target in changes:
                 self._check_target(target, changes[target], f'overrides[{pattern!r}].{target}',
                                    ('activation', *ROLES))
-        # Build every spec once, so that a bad value fails before heavy work.
+        # Build every spec once, so that a bad value fails before heavy work; the groups'
+        # first, so that the message names the key that holds it.
+        for group in ('weight', 'activation'):
+            QuantSpec.from_dict(self._of_group(group), group)
         for role in sorted(self.placed_roles):
             self.spec_for('', role)
             self.spec_for('', role, patch_embed=True)
+            self.spec_for('', role, predictor=True)
         for pattern in self.overrides:
             for role in sorted(self.placed_roles):
                 self.spec_for(pattern, role)
@@ -101,17 +110,27 @@ class QuantizationSettings:
         if not isinstance(values, Mapping):
             raise UserError(f'{where} must be a dict, got {values!r}')
 
-    def spec_for(self, module_name: str, role: str, patch_embed: bool = False) -> QuantSpec:
+    def _of_group(self, group: str) -> Dict[str, Any]:
+        """What holds for all weights, or all activations."""
+        weight = group == 'weight'
+        return dict(dict(bits=8, symmetric=weight,
+                         granularity='per_channel' if weight else 'per_tensor'),
+                    **getattr(self, group))
+
+    def spec_for(self, module_name: str, role: str, patch_embed: bool = False,
+                 predictor: bool = False) -> QuantSpec:
         """The spec of one tensor.
 
         Later ones win: the group's defaults, ``weight`` or ``activation``,
-        ``patch_embed_bits``, ``roles``, ``overrides``.
+        ``patch_embed_bits`` or ``predictor_bits``, ``roles``, ``overrides``.
 
         Args:
             module_name (str): Full name of the float module.
             role (str): The tensor's role.
             patch_embed (bool): Whether the module is the patch embedding's
                 projection. Defaults to False.
+            predictor (bool): Whether its output is the model's. Defaults to
+                False.
 
         Returns:
             QuantSpec: Its spec.
@@ -120,14 +139,11 @@ class QuantizationSettings:
             UserError: If a value is out of range.
         """
         group = 'weight' if role == 'weight' else 'activation'
-        values: Dict[str, Any] = dict(
-            bits=8, symmetric=group == 'weight',
-            granularity='per_channel' if group == 'weight' else 'per_tensor')
-        where = group
-        values.update(getattr(self, group))
-        if patch_embed and self.patch_embed_bits is not None:
-            values['bits'] = self.patch_embed_bits
-            where = 'patch_embed_bits'
+        values, where = self._of_group(group), group
+        for applies, key in ((patch_embed, 'patch_embed_bits'), (predictor, 'predictor_bits')):
+            if applies and getattr(self, key) is not None:
+                values['bits'] = getattr(self, key)
+                where = key
         if role in self.roles:
             values.update(self.roles[role])
             where = f'roles.{role}'

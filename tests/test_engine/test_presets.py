@@ -55,9 +55,13 @@ def test_default(write):
     sections = read(write("preset = 'default'\n"))
     assert sections.quantization.placement == 'operands'
     assert sections.quantization.scope == 'backbone'
-    assert sections.quantization.patch_embed_bits == 8
+    assert sections.quantization.patch_embed_bits == sections.quantization.predictor_bits == 8
+    for name, rule in (('x.qkv', 'PercentileObserver'), ('x.attn.w_msa.proj', 'MinMaxObserver'),
+                       ('model.patch_embed.proj', 'MinMaxObserver')):
+        spec = sections.quantization.spec_for(name, 'input')
+        assert spec.observer['type'] == rule and spec.margin == 2
     assert sections.evolution.rounds > 0 and sections.evolution.competes
-    assert sections.evolution.learn == 'both'
+    assert sections.evolution.learn == 'weights'
     assert sections.synthesis.batches() == [8]
 
 
@@ -73,7 +77,9 @@ def test_fast_is_the_default_without_rounds(write):
 def test_paper(write):
     sections = read(write("preset = 'paper'\n"))
     quantization, synthesis = sections.quantization, sections.synthesis
-    assert quantization.placement == 'v1' and quantization.patch_embed_bits is None
+    assert quantization.placement == 'v1'
+    assert quantization.patch_embed_bits is quantization.predictor_bits is None
+    assert not {*quantization.overrides} - {'_scope_'}
     for role in ('weight', 'input', 'output', 'attention'):  # naive ranges
         assert quantization.spec_for('x', role).observer == dict(type='MinMaxObserver')
         assert quantization.spec_for('x', role).margin == 0

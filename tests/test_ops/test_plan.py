@@ -210,13 +210,23 @@ def test_patch_embedding_stays_at_8_bits():
     for name, specs in chosen.items():
         for spec in specs.values():
             assert spec.bits == (8 if name == 'patch_embed.projection' else 4)
-    chosen = plan(Detector(), weight=dict(bits=4), activation=dict(bits=4), scope='model')
+    chosen = plan(Detector(), weight=dict(bits=4), activation=dict(bits=4), scope='model',
+                  predictor_bits=None)
     eight = {name for name, specs in chosen.items() for spec in specs.values() if spec.bits == 8}
     assert eight == {'backbone.patch_embed.projection'}
     for bits in (4, 6):
         chosen = plan(swin(), weight=dict(bits=4), activation=dict(bits=4),
                       patch_embed_bits=None if bits == 4 else bits)
         assert {s.bits for s in chosen['patch_embed.projection'].values()} == {bits}
+
+
+def test_predictors_stay_at_8_bits():
+    for bits in (8, 6, None):
+        given = dict(weight=dict(bits=4), activation=dict(bits=4), predictor_bits=bits)
+        chosen = plan(Detector(), scope='model', **given)
+        assert {s.bits for s in chosen['roi_head.fc_cls'].values()} == {bits or 4}
+        assert {s.bits for s in chosen['neck.conv'].values()} == {4}
+        assert 'roi_head.fc_cls' not in plan(Detector(), **given)
 
 
 def test_overrides_by_name():

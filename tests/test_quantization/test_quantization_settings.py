@@ -105,6 +105,18 @@ def test_patch_embed_bits():
     assert chosen.spec_for('p', 'weight', patch_embed=True) == QuantSpec(6, True, 'per_channel')
 
 
+def test_predictor_bits():
+    chosen = settings(weight=dict(bits=4), activation=dict(bits=4))
+    for role in ('weight', 'input'):
+        assert chosen.spec_for('head.fc_reg', role, predictor=True).bits == 8
+        assert chosen.spec_for('head.fc_reg', role).bits == 4
+    chosen = settings(weight=dict(bits=4), predictor_bits=None)
+    assert chosen.spec_for('p', 'weight', predictor=True).bits == 4
+    chosen = settings(weight=dict(bits=4), predictor_bits=6, roles=dict(weight=dict(bits=5)))
+    assert chosen.spec_for('p', 'weight', predictor=True).bits == 5  # roles win
+    assert chosen.spec_for('p', 'input', predictor=True).bits == 6
+
+
 def test_observer_of_a_group():
     chosen = settings(activation=dict(observer=dict(type='MSEObserver', candidates=10)))
     assert chosen.spec_for('a', 'key').observer == dict(type='MSEObserver', candidates=10)
@@ -197,10 +209,11 @@ def test_wrong_value(values, message):
     assert message_of(**values) == message
 
 
+@pytest.mark.parametrize('key', ['patch_embed_bits', 'predictor_bits'])
 @pytest.mark.parametrize('bits', [1, 9, '8', 4.0, True])
-def test_wrong_patch_embed_bits(bits):
-    message = message_of(patch_embed_bits=bits)
-    assert message.startswith('quantization.patch_embed_bits')
+def test_wrong_bits_of_the_first_or_last_layer(bits, key):
+    message = message_of(**{key: bits})
+    assert message.startswith(f'quantization.{key}')
     assert message.endswith(f'must be an integer from 2 to 8, got {bits!r}')
 
 

@@ -5,6 +5,7 @@ quantization = dict(
     include=['*'],
     exclude=[],
     patch_embed_bits=8,  # whatever the rest has; None: as the rest
+    predictor_bits=8,  # of the last layers, such as fc_reg; the same
     weight=dict(
         bits=8, symmetric=True, granularity='per_channel',
         observer=dict(type='MinMaxObserver')),
@@ -15,7 +16,12 @@ quantization = dict(
     roles=dict(
         attention=dict(  # softmax output: most of it is near 0, and it cannot leave [0, 1]
             observer=dict(type='MSEObserver', min_factor=0.02, candidates=100),
-            margin=4.0, bounds=(0.0, 1.0))))
+            margin=4.0, bounds=(0.0, 1.0)),
+        input=dict(  # after LayerNorm and GELU, where a few channels are far out
+            observer=dict(type='PercentileObserver', percentile=0.999))),
+    overrides={  # whose inputs are not like that: averages over tokens, and images
+        '*attn*.proj': dict(input=dict(observer=dict(type='MinMaxObserver'))),
+        '*patch_embed*': dict(input=dict(observer=dict(type='MinMaxObserver')))})
 
 synthesis = dict(
     num_images=8,
@@ -44,7 +50,7 @@ evolution = dict(
     sample_lr=0.05,
     buffer_size=32,
     new_fraction=0.5,
-    learn='both',
+    learn='weights',  # 'both' clips what synthetic images do not show
     weight_lr=1e-5,  # w4a4.py takes more: its steps are coarser
     range_lr=1e-3,  # relative to the scale
     patience=3,

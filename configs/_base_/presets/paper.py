@@ -3,10 +3,10 @@
 # not give (docs/method.md). Naive ranges, no BatchNorm prior.
 _base_ = './default.py'
 quantization = dict(
-    placement='v1', patch_embed_bits=None,
+    placement='v1', patch_embed_bits=None, predictor_bits=None,
     weight=dict(observer=dict(_delete_=True, type='MinMaxObserver')),
     activation=dict(observer=dict(_delete_=True, type='MinMaxObserver'), margin=0.0),
-    roles=dict(_delete_=True))
+    roles=dict(_delete_=True), overrides=dict(_delete_=True))
 synthesis = dict(
     num_images=32,
     batch_size=32,
@@ -17,5 +17,6 @@ evolution = dict(
     sample_steps=50,
     student_steps=100,
     batch_size=32,
+    learn='both',
     weight_lr=1e-5,
     range_lr=1e-3)
