@@ -83,7 +83,8 @@ def calibrate(model: nn.Module, images: Tensor,
 
 
 def refit(model: nn.Module, images: Tensor, size: Tuple[int, int],
-          learnt: bool = False, **settings: Any) -> nn.Module:
+          learnt: bool = False, progress: Optional[Callable[[int], None]] = None,
+          **settings: Any) -> nn.Module:
     """Set the ranges once more, for images of another size.
 
     Args:
@@ -93,6 +94,8 @@ def refit(model: nn.Module, images: Tensor, size: Tuple[int, int],
         learnt (bool): Whether ranges of activations were learnt; they are
             then scaled as the range rule's are, not replaced. Defaults to
             False.
+        progress (Callable, optional): Called with the number of images of
+            each finished batch. Defaults to None.
         **settings: Of :class:`CalibrationSettings`.
 
     Returns:
@@ -103,12 +106,12 @@ def refit(model: nn.Module, images: Tensor, size: Tuple[int, int],
     if learnt and others is images:
         return model
     if not learnt:
-        return calibrate(model, others,
+        return calibrate(model, others, progress,
                          batch_size=as_many_pixels(chosen.batch_size, images, others))
     adapter = find_adapter(model)
     scope, device = scope_of(model, adapter), module_device(model)
     with frozen(model):
         carry_ranges_over(model, images, others,
                           lambda batch: adapter.forward(model, batch.to(device), scope),
-                          chosen.batch_size)
+                          chosen.batch_size, progress)
     return model

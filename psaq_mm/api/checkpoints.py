@@ -3,13 +3,12 @@
 from pathlib import Path
 from typing import Any, Mapping, Optional, Union
 
-import torch
 from torch import nn
 
 from psaq_mm.checkpoint import (
     is_quantized,
     load_checkpoint_file,
-    prepare_for_loading,
+    load_quantized_state,
     quantized_checkpoint,
     save_torch,
 )
@@ -52,7 +51,5 @@ def load(model: nn.Module, path: Union[str, Path]) -> nn.Module:
     checkpoint = load_checkpoint_file(str(path))
     if not is_quantized(checkpoint):
         raise UserError(f'{path} is not a quantized checkpoint of psaq_mm (it has no manifest)')
-    state = prepare_for_loading(model, checkpoint, str(path))
-    with torch.no_grad():
-        model.load_state_dict(state, strict=False)  # checked to match already
+    load_quantized_state(model, checkpoint, str(path))
     return model

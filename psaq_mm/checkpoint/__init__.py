@@ -1,17 +1,23 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Files: what is written, and how it is read without running its code."""
 from .atomic import atomic_write, ensure_writable_dir, save_bytes, save_json, save_torch
-from .float_checkpoint import fit_float_state, load_float_weights
+from .float_checkpoint import fit_float_state, load_float_state, load_float_weights
 from .manifest import MANIFEST_KEY, build_manifest, is_quantized, read_manifest
 from .matching import first_differences, require_match
 from .plain import plain
-from .quantized_checkpoint import prepare_for_loading, quantized_checkpoint, size_of_quantized
+from .quantized_checkpoint import (
+    load_quantized_state,
+    prepare_for_loading,
+    quantized_checkpoint,
+    size_of_quantized,
+)
 from .safe_load import extract_state_dict, load_checkpoint_file, require_finite, sha256_of_file
 
 __all__ = [
     'MANIFEST_KEY', 'atomic_write', 'build_manifest', 'ensure_writable_dir',
     'extract_state_dict', 'first_differences', 'fit_float_state', 'is_quantized',
-    'load_checkpoint_file', 'load_float_weights', 'plain', 'prepare_for_loading',
-    'quantized_checkpoint', 'read_manifest', 'require_finite', 'require_match', 'save_bytes',
-    'save_json', 'save_torch', 'sha256_of_file', 'size_of_quantized'
+    'load_checkpoint_file', 'load_float_state', 'load_float_weights', 'load_quantized_state',
+    'plain', 'prepare_for_loading', 'quantized_checkpoint', 'read_manifest', 'require_finite',
+    'require_match', 'save_bytes', 'save_json', 'save_torch', 'sha256_of_file',
+    'size_of_quantized'
 ]

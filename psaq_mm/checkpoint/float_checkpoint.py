@@ -73,7 +73,23 @@ def load_float_weights(model: nn.Module, path: str, trust: bool = False) -> Dict
             already, of another model or an unknown layout, or holds values
             that are not finite.
     """
-    checkpoint = load_checkpoint_file(path, trust=trust)
+    return load_float_state(model, load_checkpoint_file(path, trust=trust), path)
+
+
+def load_float_state(model: nn.Module, checkpoint: Any, path: str) -> Dict[str, Any]:
+    """As :func:`load_float_weights`, from the content of a file.
+
+    Args:
+        model (nn.Module): The float model; changed only if all is well.
+        checkpoint (Any): What was read.
+        path (str): From where, for messages.
+
+    Returns:
+        dict: The checkpoint's ``meta`` entry, or an empty dict.
+
+    Raises:
+        UserError: As there.
+    """
     if is_quantized(checkpoint):
         raise UserError(f'{path} is quantized already; pass the float checkpoint')
     state = fit_float_state(model, checkpoint, path)

@@ -134,6 +134,15 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
     return state
 
 
+def load_quantized_state(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> None:
+    """Load the content of a quantized checkpoint into a model, in place, and
+    switch its quantization on: what :func:`prepare_for_loading` says of the
+    arguments and errors holds."""
+    state = prepare_for_loading(model, checkpoint, path)
+    with torch.no_grad():
+        model.load_state_dict(state, strict=False)  # checked to match already
+
+
 def _damaged(path: str, what: str) -> UserError:
     return UserError(f'{path} is damaged: {what}; quantize again')
 

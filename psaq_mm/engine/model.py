@@ -11,8 +11,8 @@ from torch import nn
 from psaq_mm.checkpoint import (
     is_quantized,
     load_checkpoint_file,
-    load_float_weights,
-    prepare_for_loading,
+    load_float_state,
+    load_quantized_state,
 )
 from psaq_mm.errors import UserError
 
@@ -84,11 +84,7 @@ def build_model(config: Config, path: str, trust: bool = False) -> nn.Module:
     """
     checkpoint = load_checkpoint_file(path, trust=trust)
     model = build_float_model(config)
-    if is_quantized(checkpoint):
-        state = prepare_for_loading(model, checkpoint, path)
-        with torch.no_grad():
-            model.load_state_dict(state, strict=False)  # checked to match already
-    else:
-        load_float_weights(model, path, trust)
+    load = load_quantized_state if is_quantized(checkpoint) else load_float_state
+    load(model, checkpoint, path)
     model.eval()
     return model

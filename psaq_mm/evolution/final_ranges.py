@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Ranges for the size that a model is tested at."""
-from typing import Callable, Dict, Tuple
+from typing import Callable, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ def as_many_pixels(batch_size: int, images: Tensor, others: Tensor) -> int:
 
 
 def carry_ranges_over(model: nn.Module, images: Tensor, others: Tensor,
-                      forward: Callable[[Tensor], None], batch_size: int) -> None:
+                      forward: Callable[[Tensor], None], batch_size: int,
+                      progress: Optional[Callable[[int], None]] = None) -> None:
     """Bring learnt ranges of activations from one image size to another.
 
     At another size feature maps are padded otherwise, and padded tokens have
@@ -61,11 +62,14 @@ def carry_ranges_over(model: nn.Module, images: Tensor, others: Tensor,
         others (Tensor): Shape (M, C, H', W'), of the other size.
         forward (Callable): Runs the model on a batch.
         batch_size (int): Images in a batch.
+        progress (Callable, optional): Called with the number of images of
+            each finished batch, of either size. Defaults to None.
     """
     learnt = activation_ranges(model)
-    calibrate_ranges(model, images, forward, batch_size)
+    calibrate_ranges(model, images, forward, batch_size, progress)
     before = activation_ranges(model)
-    calibrate_ranges(model, others, forward, as_many_pixels(batch_size, images, others))
+    calibrate_ranges(model, others, forward, as_many_pixels(batch_size, images, others),
+                     progress)
     after = activation_ranges(model)
     for quantizer, ends in learnt.items():
         lower, upper = (carry_over(*triple) for triple in

@@ -48,6 +48,15 @@ def trace():
         def after_evolution(self, runner, evolver):
             calls.append('after_evolution')
 
+        def before_final_ranges(self, runner, total):
+            calls.append(f'before_final_ranges {total}')
+
+        def after_final_ranges_batch(self, runner, count):
+            calls.append(f'final batch {count}')
+
+        def after_final_ranges(self, runner):
+            calls.append('after_final_ranges')
+
         def after_quantize(self, runner):
             calls.append('after_quantize')
 
@@ -72,7 +81,8 @@ def test_phases_and_hooks(trace, quantization_config, tmp_path):
                      'before_evolution',
                      f'evolution 1 {sample}', "evolution 2 ['discrepancy', 'round']",
                      f'evolution 3 {sample}', "evolution 4 ['discrepancy', 'round']",
-                     'after_evolution', 'after_quantize']
+                     'after_evolution', 'before_final_ranges 1', 'final batch 1',
+                     'after_final_ranges', 'after_quantize']  # one mosaic at test size
     assert not any(type(hook).__name__ == 'EMAHook' for hook in runner.hooks)
     # The teacher stays float and unchanged; the student is another model.
     assert not list(named_quant_ops(runner.teacher)) and list(named_quant_ops(student))

@@ -193,7 +193,9 @@ def test_refit_sets_the_ranges_anew(size, swin, squares):
         for _, op in named_quant_ops(swin):
             if 'input' in op.quantizers:
                 op.quantizers['input'].scale *= 0.5
-    assert api.refit(swin, squares, size, batch_size=2) is swin
+    counts = []
+    assert api.refit(swin, squares, size, progress=counts.append, batch_size=2) is swin
+    assert sum(counts) == len(mosaics(squares, size)) and len(counts) > 1
     psaq_mm.calibrate(expected, mosaics(squares, size))
     assert_close(ranges(swin), ranges(expected), rtol=1e-6, atol=1e-7)
 
@@ -212,7 +214,9 @@ def test_refit_of_learnt_ranges(swin, squares):
     modes = {m: m.training for m in swin.modules()}
     api.refit(swin, squares, (56, 56), learnt=True)  # they are of that size already
     assert_close(ranges(swin), learnt, rtol=0., atol=0.)
-    api.refit(swin, squares, (80, 112), learnt=True, batch_size=2)
+    counts = []
+    api.refit(swin, squares, (80, 112), learnt=True, progress=counts.append, batch_size=2)
+    assert sum(counts) == len(squares) + len(mosaics(squares, (80, 112)))
     psaq_mm.calibrate(expected, mosaics(squares, (80, 112)))
     assert_half(ranges(swin), ranges(expected))
     assert {m: m.training for m in swin.modules()} == modes

@@ -69,6 +69,13 @@ class ProgressHook(PSAQHook):
     def after_calibration(self, runner: 'PSAQRunner') -> None:
         self._close()
 
+    def before_final_ranges(self, runner: 'PSAQRunner', total: int) -> None:
+        self._open('final ranges', total, 'image')
+
+    after_final_ranges_batch = after_calibration_batch
+
+    after_final_ranges = after_calibration
+
     def before_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
         self._shown: Dict[str, str] = {}
         self._open('evolution', evolver.total_steps, 'step', evolver.step_index)

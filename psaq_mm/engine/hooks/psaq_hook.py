@@ -64,5 +64,14 @@ class PSAQHook(Hook):
     def after_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
         """When ``runner.model`` is the student of the best round."""
 
+    def before_final_ranges(self, runner: 'PSAQRunner', total: int) -> None:
+        """Before the ranges are set once more; ``total`` images will be run."""
+
+    def after_final_ranges_batch(self, runner: 'PSAQRunner', count: int) -> None:
+        """After each batch of ``count`` of them."""
+
+    def after_final_ranges(self, runner: 'PSAQRunner') -> None:
+        """When the ranges of ``runner.model`` are its last ones."""
+
     def after_quantize(self, runner: 'PSAQRunner') -> None:
         """When ``quantized.pth`` is written; in the main process alone."""

@@ -3,6 +3,7 @@
 from torch import nn
 
 from psaq_mm import api
+from psaq_mm.evolution import mosaics
 from psaq_mm.registry import LOOPS
 
 from ..test_size import test_size
@@ -30,8 +31,13 @@ class FinalRangesLoop(PhaseLoop):
         if (size is None or size == own) and (learnt or not trained):
             return runner.model  # the ranges are those of this size already
         with runner.phase('final_ranges'):
-            api.refit(runner.model, runner.images, size or own, learnt,
-                      **runner.settings['calibration'])
+            total = len(mosaics(runner.images, size or own)) + learnt * len(runner.images)
+            runner.call_hook('before_final_ranges', total=total)
+            api.refit(
+                runner.model, runner.images, size or own, learnt,
+                lambda count: runner.call_hook('after_final_ranges_batch', count=count),
+                **runner.settings['calibration'])
+            runner.call_hook('after_final_ranges')
         height, width = size or own
         runner.logger.info(f'final ranges are set for images of {height}x{width}')
         return runner.model
