@@ -40,7 +40,8 @@ EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     newest_alone=dict(new_fraction=1.),
     # what the student learns
     learn_ranges=dict(learn='ranges'),
-    learn_both=dict(learn='both'),
+    learn_weights=dict(learn='weights'),
+    fast_ranges=dict(range_lr=5e-3),
     # where it is compared
     backbone_alone=dict(taps=dict(neck=0., scores=0., deltas=0.)),
     no_neck=dict(taps=dict(neck=0.)),

@@ -61,7 +61,7 @@ def test_default(write):
         spec = sections.quantization.spec_for(name, 'input')
         assert spec.observer['type'] == rule and spec.margin == 2
     assert sections.evolution.rounds > 0 and sections.evolution.competes
-    assert sections.evolution.learn == 'weights'
+    assert sections.evolution.learn == 'both'
     assert sections.synthesis.batches() == [8]
 
 

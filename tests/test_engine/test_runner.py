@@ -81,8 +81,8 @@ def test_phases_and_hooks(trace, quantization_config, tmp_path):
                      'before_evolution',
                      f'evolution 1 {sample}', "evolution 2 ['discrepancy', 'round']",
                      f'evolution 3 {sample}', "evolution 4 ['discrepancy', 'round']",
-                     'after_evolution', 'before_final_ranges 1', 'final batch 1',
-                     'after_final_ranges', 'after_quantize']  # one mosaic at test size
+                     'after_evolution', 'before_final_ranges 3', 'final batch 2',
+                     'final batch 1', 'after_final_ranges', 'after_quantize']
     assert not any(type(hook).__name__ == 'EMAHook' for hook in runner.hooks)
     # The teacher stays float and unchanged; the student is another model.
     assert not list(named_quant_ops(runner.teacher)) and list(named_quant_ops(student))

@@ -50,9 +50,9 @@ evolution = dict(
     sample_lr=0.05,
     buffer_size=32,
     new_fraction=0.5,
-    learn='weights',  # 'both' clips what synthetic images do not show
+    learn='both',
     weight_lr=1e-5,  # w4a4.py takes more: its steps are coarser
-    range_lr=1e-3,  # relative to the scale
+    range_lr=1e-3,  # relative to the scale; 5e-3 clips what synthetic images do not show
     patience=3,
     save_interval=100)
 

@@ -17,6 +17,5 @@ evolution = dict(
     sample_steps=50,
     student_steps=100,
     batch_size=32,
-    learn='both',
     weight_lr=1e-5,
     range_lr=1e-3)
