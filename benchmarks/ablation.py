@@ -3,7 +3,11 @@
 
     python benchmarks/ablation.py                          # all variants, the demo detector
     python benchmarks/ablation.py --variants no_competitor learn_ranges --settings w4a4
+    python benchmarks/ablation.py --variants prior predictors_as_rest --scope model --settings w4a4
     python benchmarks/ablation.py --table                  # what is measured so far
+
+Variants of the game and of the images play the game; those of the quantizer are the
+prior alone (compare with ``prior``), as ranges show best without a student that learns.
 
 Every value is kept in a JSON file as soon as it is there, that of ``accuracy.py``;
 a run that was cut off goes on. ``--no-metrics`` measures the SQNR of feature maps on real test
@@ -64,13 +68,34 @@ IMAGES: Dict[str, Dict[str, Any]] = dict(
     images_4=dict(num_images=4))
 """Changes of the images, with the game as it is."""
 
+MIN_MAX = dict(observer=dict(type='MinMaxObserver'))
+EIGHT = dict(weight=dict(bits=8), activation=dict(bits=8))
+
+QUANTIZER: Dict[str, Dict[str, Any]] = dict(
+    min_max_inputs=dict(roles=dict(input=MIN_MAX)),
+    min_max_attention=dict(roles=dict(attention=MIN_MAX)),
+    percentile_everywhere=dict(overrides={
+        pattern: dict(input=dict(observer=dict(type='PercentileObserver', percentile=0.999)))
+        for pattern in ('*attn*.proj', '*patch_embed*')}),
+    no_margin=dict(activation=dict(margin=0.), roles=dict(attention=dict(margin=0.))),
+    patch_embed_as_rest=dict(patch_embed_bits=None),
+    # scope model
+    predictors_as_rest=dict(predictor_bits=None),
+    neck_in_8_bits=dict(overrides={'neck*': EIGHT}),
+    box_head_in_8_bits=dict(overrides={'*bbox_head*': EIGHT}),
+    mask_head_in_8_bits=dict(overrides={'*mask_head*': EIGHT}),
+    backbone_in_8_bits=dict(overrides={'backbone*': EIGHT}))
+"""Changes of the quantizer, without the game."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    variants = [*EVOLUTION, *IMAGES]
+    variants = [*EVOLUTION, *IMAGES, *QUANTIZER]
     parser.add_argument('--model', choices=sorted(MODELS), default='demo')
-    parser.add_argument('--variants', nargs='+', choices=variants, default=variants)
+    parser.add_argument('--variants', nargs='+', choices=variants,
+                        default=[v for v in variants if not v.endswith('_in_8_bits')])
     parser.add_argument('--settings', nargs='+', default=['w4a4', 'w3a3'])
+    parser.add_argument('--scope', choices=['backbone', 'model'], default='backbone')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
     parser.add_argument('--no-metrics', action='store_true', help='measure the SQNR alone')
@@ -83,25 +108,28 @@ def main() -> None:
         for seed in args.seeds:
             for setting in args.settings:
                 for variant in args.variants:
-                    if results.has(variant, setting, 'backbone', seed):
+                    if results.has(variant, setting, args.scope, seed):
                         continue
                     changes = IMAGES.get(variant, {})
+                    rules = EVOLUTION['prior' if variant in QUANTIZER else
+                                      variant if variant in EVOLUTION else 'default']
                     images = subject.synthetic(variant if changes else 'prior', seed, **changes)
                     before, start = subject.seconds, time.perf_counter()
                     student = subject.student(
-                        images, seed, quantization=bits_of(setting),
-                        evolution=merged(rules_of(setting), EVOLUTION.get(variant, {})),
+                        images, seed, quantization=merged(bits_of(setting), dict(scope=args.scope),
+                                                           QUANTIZER.get(variant, {})),
+                        evolution=merged(rules_of(setting), rules),
                         synthesis=changes)
                     seconds = before + time.perf_counter() - start
                     found = subject.evaluate(student, not args.no_metrics)
-                    results.add(dict(found, seconds=seconds), variant, setting, 'backbone', seed)
+                    results.add(dict(found, seconds=seconds), variant, setting, args.scope, seed)
     keys = [k for k in METRICS if any(k in v for v in results.values.values())]
     print(f'{args.model}, seeds {args.seeds}: mean (lowest to highest seed)\n')
     heads = [f'{METRICS[k][0]} {s.upper()}' for s in args.settings for k in keys]
     print(f'| | {" | ".join(heads)} | seconds |')
     print('|---' * (len(heads) + 2) + '|')
     for variant in args.variants:
-        rows = [results.over_seeds(args.seeds, variant, s, 'backbone') for s in args.settings]
+        rows = [results.over_seeds(args.seeds, variant, s, args.scope) for s in args.settings]
         seconds = [v['seconds'] for r in rows for v in r]
         if seconds:
             cells = [cell(r, k) for r in rows for k in keys]
