@@ -20,8 +20,11 @@ from typing import Any, Dict
 
 from experiment import (
     METRICS,
+    MIN_MAX,
     MODELS,
+    NO_PATCH_SIMILARITY,
     ROOT,
+    V1_FORM,
     Results,
     Subject,
     bits_of,
@@ -59,16 +62,17 @@ EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     double_steps=dict(rounds=10))
 
 IMAGES: Dict[str, Dict[str, Any]] = dict(
-    prior_10_points=dict(priors=dict(patch_similarity=dict(
-        type='PatchSimilarityPrior', weight=1.0, form='v1', points=10))),
+    prior_10_points=V1_FORM,
     prior_1024_bins=dict(priors=dict(patch_similarity=dict(
         type='PatchSimilarityPrior', weight=1.0, form='binned', bins=1024))),
-    no_patch_similarity=dict(priors=dict(patch_similarity=None)),
+    no_patch_similarity=NO_PATCH_SIMILARITY,
     images_16=dict(num_images=16),
     images_4=dict(num_images=4))
 """Changes of the images, with the game as it is."""
 
-MIN_MAX = dict(observer=dict(type='MinMaxObserver'))
+LABELS = dict(prior_10_points='v1', no_patch_similarity='tv')
+"""Variants whose images ``accuracy.py`` makes too; of the others, their name."""
+
 EIGHT = dict(weight=dict(bits=8), activation=dict(bits=8))
 
 QUANTIZER: Dict[str, Dict[str, Any]] = dict(
@@ -113,7 +117,8 @@ def main() -> None:
                     changes = IMAGES.get(variant, {})
                     rules = EVOLUTION['prior' if variant in QUANTIZER else
                                       variant if variant in EVOLUTION else 'default']
-                    images = subject.synthetic(variant if changes else 'prior', seed, **changes)
+                    label = LABELS.get(variant, variant) if changes else 'prior'
+                    images = subject.synthetic(label, seed, **changes)
                     before, start = subject.seconds, time.perf_counter()
                     student = subject.student(
                         images, seed, quantization=merged(bits_of(setting), dict(scope=args.scope),

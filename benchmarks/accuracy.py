@@ -31,8 +31,11 @@ from typing import Dict, List, Optional
 
 from experiment import (
     METRICS,
+    MIN_MAX,
     MODELS,
+    NO_PATCH_SIMILARITY,
     ROOT,
+    V1_FORM,
     Results,
     Subject,
     bits_of,
@@ -44,12 +47,8 @@ from experiment import (
 from torch import nn
 
 NO_GAME = dict(rounds=0)
-NO_PATCH_SIMILARITY = dict(priors=dict(patch_similarity=None))
-V1_FORM = dict(priors=dict(patch_similarity=dict(
-    type='PatchSimilarityPrior', weight=1.0, form='v1', points=10)))
 ROWS = ('noise', 'tv', 'real1', 'real32', 'minmax', 'v1', 'prior', 'real32+', 'paper',
         'default')
-MIN_MAX = dict(observer=dict(type='MinMaxObserver'))
 NAIVE = dict(activation=dict(margin=0.),
              roles=dict(input=MIN_MAX, attention=dict(MIN_MAX, margin=0.)))
 

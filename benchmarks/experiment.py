@@ -26,7 +26,6 @@ from psaq_mm.adapters import find_adapter
 from psaq_mm.checkpoint import load_float_weights, save_json
 from psaq_mm.engine import build_float_model, load_config, read_sections
 from psaq_mm.engine.test_size import test_size
-from psaq_mm.evolution import mosaics
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'demo'
@@ -48,6 +47,16 @@ MODELS = dict(
 METRICS = {'coco/bbox_mAP': ('box AP', 100), 'coco/segm_mAP': ('mask AP', 100),
            'mIoU': ('mIoU', 1), 'accuracy/top1': ('top-1', 1), 'sqnr': ('SQNR', 1)}
 """Key to its name in tables and its factor to points (or decibel)."""
+
+MIN_MAX = dict(observer=dict(type='MinMaxObserver'))
+"""Of a role in ``quantization``: the naive range."""
+
+NO_PATCH_SIMILARITY = dict(priors=dict(patch_similarity=None))
+"""Of ``synthesis``: total variation alone. Its images have the label ``tv``."""
+
+V1_FORM = dict(priors=dict(patch_similarity=dict(
+    type='PatchSimilarityPrior', weight=1.0, form='v1', points=10)))
+"""Of ``synthesis``: V1's form of the prior. Its images have the label ``v1``."""
 
 TRAINING = DEMO / 'data' / 'families'
 """A few scenes of the training split, beside all of them."""
@@ -198,7 +207,8 @@ class Subject:
             psaq_mm.evolve(student, self.model, images, seed=seed, synthesis=prior, **rules)
         if self.test_size is not None and not real_size:
             learnt = bool(rules['rounds']) and rules['learn'] != 'weights'
-            if mosaics(images, self.test_size) is not images or (rules['rounds'] and not learnt):
+            other_size = tuple(images.shape[-2:]) != tuple(self.test_size)
+            if other_size or (rules['rounds'] and not learnt):
                 api.refit(student, images, self.test_size, learnt)
         return student
 

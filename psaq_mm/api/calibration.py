@@ -43,6 +43,13 @@ def scope_of(model: nn.Module, adapter: Adapter) -> str:
     return 'backbone' if inside else 'model'
 
 
+def _forward(model: nn.Module) -> Callable[[Tensor], None]:
+    """What runs the quantized part of a model on a batch of images."""
+    adapter = find_adapter(model)
+    scope, device = scope_of(model, adapter), module_device(model)
+    return lambda batch: adapter.forward(model, batch.to(device), scope)
+
+
 def calibrate(model: nn.Module, images: Tensor,
               progress: Optional[Callable[[int], None]] = None, **settings: Any) -> nn.Module:
     """Set the ranges of a quantized model on images, and switch it on.
@@ -70,13 +77,10 @@ def calibrate(model: nn.Module, images: Tensor,
             else type(images).__name__
         raise UserError('calibration needs float images of shape (N, C, H, W) with N of at '
                         f'least 1, got {got}')
-    adapter = find_adapter(model)
-    scope, device = scope_of(model, adapter), module_device(model)
+    forward = _forward(model)
     try:
         with frozen(model):
-            calibrate_ranges(model, images,
-                             lambda batch: adapter.forward(model, batch.to(device), scope),
-                             chosen.batch_size, progress)
+            calibrate_ranges(model, images, forward, chosen.batch_size, progress)
     except ValueError as error:
         raise UserError(f'calibration failed: {error}') from error
     return model
@@ -108,10 +112,6 @@ def refit(model: nn.Module, images: Tensor, size: Tuple[int, int],
     if not learnt:
         return calibrate(model, others, progress,
                          batch_size=as_many_pixels(chosen.batch_size, images, others))
-    adapter = find_adapter(model)
-    scope, device = scope_of(model, adapter), module_device(model)
     with frozen(model):
-        carry_ranges_over(model, images, others,
-                          lambda batch: adapter.forward(model, batch.to(device), scope),
-                          chosen.batch_size, progress)
+        carry_ranges_over(model, images, others, _forward(model), chosen.batch_size, progress)
     return model

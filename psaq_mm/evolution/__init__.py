@@ -6,7 +6,7 @@ from .evolution_settings import EvolutionSettings
 from .evolver import Evolver
 from .final_ranges import as_many_pixels, carry_ranges_over
 from .measurement import measure_sqnr
-from .mosaic import mosaics
+from .mosaic import mosaic_count, mosaics
 from .sample_step import learning_rate_factor
 from .settings import CalibrationSettings, SynthesisSettings
 from .student import Student
@@ -15,5 +15,5 @@ from .synthesis import Synthesizer
 __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Evolver', 'Student', 'SynthesisSettings',
     'Synthesizer', 'as_many_pixels', 'calibrate_ranges', 'carry_ranges_over', 'discrepancy',
-    'learning_rate_factor', 'measure_sqnr', 'mosaics'
+    'learning_rate_factor', 'measure_sqnr', 'mosaic_count', 'mosaics'
 ]

@@ -7,6 +7,15 @@ import torch
 from torch import Tensor
 
 
+def mosaic_count(images: Tensor, size: Tuple[int, int]) -> int:
+    """How many images :func:`mosaics` gives."""
+    height, width = size
+    if images.shape[-2:] == (height, width):
+        return len(images)
+    return max(1, math.ceil(len(images) * images.shape[-2] * images.shape[-1]
+                            / (height * width)))
+
+
 def mosaics(images: Tensor, size: Tuple[int, int], seed: int = 0) -> Tensor:
     """Lay images side by side until they fill a size [choice].
 
@@ -27,8 +36,7 @@ def mosaics(images: Tensor, size: Tuple[int, int], seed: int = 0) -> Tensor:
     if images.shape[-2:] == (height, width):
         return images
     rows, columns = -(-height // images.shape[-2]), -(-width // images.shape[-1])
-    count = max(1, math.ceil(len(images) * images.shape[-2] * images.shape[-1]
-                             / (height * width)))
+    count = mosaic_count(images, size)
     generator = torch.Generator().manual_seed(seed)
     tiles = count * rows * columns
     order = torch.cat([torch.randperm(len(images), generator=generator)

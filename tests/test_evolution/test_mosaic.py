@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psaq_mm.evolution import mosaics
+from psaq_mm.evolution import mosaic_count, mosaics
 
 
 def plain(count, height=4, width=4, channels=1):
@@ -35,6 +35,7 @@ def test_same_size_is_left_alone():
     images = torch.randn(3, 3, 8, 6)
     assert mosaics(images, (8, 6)) is images
     assert mosaics(images, (6, 8)) is not images
+    assert mosaic_count(images, (8, 6)) == 3
 
 
 @given(count=st.integers(1, 7), height=st.integers(1, 6), width=st.integers(1, 6),
@@ -48,7 +49,7 @@ def test_each_tile_is_an_image(count, height, width, to, seed):
     assert whole.shape[1:] == (2, *to)
     if to != (height, width):
         wanted = max(1, math.ceil(count * height * width / (to[0] * to[1])))
-        assert len(whole) == wanted
+        assert len(whole) == wanted == mosaic_count(images, to)
         assert whole.is_contiguous()
     for mosaic in whole:
         for top in range(0, to[0], height):

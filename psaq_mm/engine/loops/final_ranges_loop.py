@@ -3,7 +3,7 @@
 from torch import nn
 
 from psaq_mm import api
-from psaq_mm.evolution import mosaics
+from psaq_mm.evolution import mosaic_count
 from psaq_mm.registry import LOOPS
 
 from ..test_size import test_size
@@ -31,7 +31,7 @@ class FinalRangesLoop(PhaseLoop):
         if (size is None or size == own) and (learnt or not trained):
             return runner.model  # the ranges are those of this size already
         with runner.phase('final_ranges'):
-            total = len(mosaics(runner.images, size or own)) + learnt * len(runner.images)
+            total = mosaic_count(runner.images, size or own) + learnt * len(runner.images)
             runner.call_hook('before_final_ranges', total=total)
             api.refit(
                 runner.model, runner.images, size or own, learnt,
