@@ -75,31 +75,52 @@ class ActivationForm(nn.Module):
 class FakeQuantizeForm(ActivationForm):
     """The same as OpenVINO's FakeQuantize.
 
-    OpenVINO turns a FakeQuantize of 255 or 256 levels into integers, and moves
-    these as far as it can. Around the small matmuls of attention that costs
-    more than it saves [measured]: there, ``in_float``, one level is added
-    beyond a clip. The values are the same, and OpenVINO leaves it in float,
-    within the layers before and after it.
-
     Args:
         quantizer (Quantizer): With one range for the whole tensor.
         where (str): Its name, for messages.
-        in_float (bool): As said. Defaults to False.
     """
 
-    def __init__(self, quantizer: Quantizer, where: str, in_float: bool = False) -> None:
+    def __init__(self, quantizer: Quantizer, where: str) -> None:
         super().__init__(quantizer, where)
         first, last = (-127, 127) if self.dtype == torch.int8 else (0, 255)
-        self.clipped = in_float or quantizer.spec.integer_range != (first, last)
-        self.levels = last - first + 1 + in_float
+        self.clipped = quantizer.spec.integer_range != (first, last)
+        self.levels = last - first + 1
         zero_point = self.zero_point.float()
         self.register_buffer('first', (first - zero_point) * self.scale)
-        self.register_buffer('last', (last + in_float - zero_point) * self.scale)
+        self.register_buffer('last', (last - zero_point) * self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.clipped:
             x = torch.clamp(x, self.low, self.high)
         return fake_quantize(x, self.first, self.last, self.levels)
+
+
+class RoundForm(ActivationForm):
+    """The same as a float that is rounded.
+
+    OpenVINO turns a FakeQuantize into integers, and moves these as far as it
+    can. Around the small matmuls of attention that costs more than it saves
+    [measured]. A rounding it leaves where it is, in float, within the layers
+    before and after it.
+
+    Args:
+        quantizer (Quantizer): With one range for the whole tensor.
+        where (str): Its name, for messages.
+    """
+
+    def __init__(self, quantizer: Quantizer, where: str) -> None:
+        super().__init__(quantizer, where)
+        zero_point = float(self.zero_point)
+        self.least, self.most = (float(end) - zero_point for end in quantizer.spec.integer_range)
+        self.step = float(self.scale)
+
+    def integers(self, x: Tensor, factor: float = 1.) -> Tensor:
+        """The integers of ``factor * x`` less the zero point, as floats: times
+        :attr:`step` they are its quantized values."""
+        return torch.clamp(torch.round(x * (factor / self.step)), self.least, self.most)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.integers(x) * self.step
 
 
 class WeightForm(nn.Module):
@@ -177,8 +198,11 @@ def use_export_forms(model: nn.Module, target: str, float_roles: Collection[str]
             form: nn.Module = _Pass()
             if quantizer.enabled and role not in float_roles:
                 where = f'{name} ({role})'
-                form = ActivationForm(quantizer, where) if target == 'onnx' else \
-                    FakeQuantizeForm(quantizer, where, in_float=role in ATTENTION_ROLES)
+                if target == 'onnx':
+                    form = ActivationForm(quantizer, where)
+                else:
+                    form = (RoundForm if role in ATTENTION_ROLES else FakeQuantizeForm)(
+                        quantizer, where)
             op.quantizers[role] = form
         if not quantized:
             if weight is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from psaq_mm.ops import QuantOp
 
-from .export_forms import quantize_input, split_linear
+from .export_forms import RoundForm, quantize_input, split_linear
 from .window_order import Window, merge_order, padded, shift_masks, window_order
 
 
@@ -54,12 +54,17 @@ class AttentionForm(nn.Module):
     def _quantize(self, role: str, x: Tensor) -> Tensor:
         return self.host.quantize(role, x) if isinstance(self.host, QuantOp) else x
 
-    def _heads(self, layer: nn.Module, role: str, x: Tensor, scale: float = 1.) -> Tensor:
-        """A projection of shape (num_windows*B, heads, N, head_dim)."""
-        x = layer(x)
-        if scale != 1.:
-            x = x * scale
-        x = self._quantize(role, x)  # before the heads part: engines do it in the linear layer
+    def _operand(self, role: str, x: Tensor, factor: float = 1.) -> Tuple[Tensor, float]:
+        """What is multiplied for ``factor * x``, and what the product has to be
+        multiplied by: a rounded operand's step goes with the other operand."""
+        form = self.host.quantizers[role] if isinstance(self.host, QuantOp) \
+            and role in self.host.quantizers else None
+        if isinstance(form, RoundForm):
+            return form.integers(x, factor), form.step
+        return self._quantize(role, _times(x, factor)), 1.
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """Shape (num_windows*B, heads, N, head_dim)."""
         heads = self.host.num_heads
         return x.reshape(-1, self.area, heads, x.shape[-1] // heads).permute(0, 2, 1, 3)
 
@@ -74,14 +79,18 @@ class AttentionForm(nn.Module):
         """
         channels = x.shape[-1]
         x = quantize_input(self.host.qkv, x)
-        q = self._heads(self.q, 'query', x, float(self.host.scale))
-        k, v = self._heads(self.k, 'key', x), self._heads(self.v, 'value', x)
+        # Before the heads part: engines do this in the linear layer.
+        q, q_step = self._operand('query', self.q(x), float(self.host.scale))
+        k, k_step = self._operand('key', self.k(x))
+        v, v_step = self._operand('value', self.v(x))
+        q, k = self._heads(q), self._heads(_times(k, q_step * k_step))
         bias = self.table.index_select(1, self.index)
         bias = bias.reshape(1, self.host.num_heads, self.area, self.area)
         logits = self._quantize('logits', q @ k.transpose(-2, -1)) + bias
         if self.masks is not None:
             logits = logits + self.masks[kind.repeat(batch) if batch > 1 else kind].unsqueeze(1)
-        attention = self._quantize('attention', logits.softmax(dim=-1))
+        attention, step = self._operand('attention', logits.softmax(dim=-1))
+        v = self._heads(_times(v, v_step * step))
         out = (attention @ v).transpose(1, 2).reshape(batch, -1, channels)
         return self.host.proj(out)
 
@@ -269,6 +278,10 @@ class SwinForm(nn.Module):
                           [BlockPlan(*(read(block, field) for field in BlockPlan._fields))
                            for block in blocks], read(stage, 'output'))
                 for stage, blocks in self._names]
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1. else x * factor
 
 
 def _gather(x: Tensor, places: Optional[Tensor]) -> Tensor:

@@ -128,6 +128,20 @@ def test_numbers_are_the_checkpoints(tmp_path):
     assert np.array_equal(np.concatenate([p[1] for p in parts]), scale)
 
 
+def test_keys_are_transposed_within_the_product(tmp_path):
+    openvino = pytest.importorskip('openvino')
+    model = demo_model('mask_rcnn_swin')
+    export_graphs(model, tmp_path, 'openvino', [SIZE])
+    graph = openvino.Core().read_model(str(next(tmp_path.glob('*.xml'))))
+    products = [op for op in graph.get_ordered_ops() if op.get_type_name() == 'MatMul'
+                and op.input_value(1).get_node().get_type_name() == 'Transpose']
+    within = [op for op in products if op.get_attributes()['transpose_b']]
+    assert len(within) == sum(len(stage.blocks) for stage in model.backbone.stages)
+    for op in products:
+        order = list(op.input_value(1).get_node().input_value(1).get_node().get_vector())
+        assert order == [0, 2, 1, 3]
+
+
 def test_four_bits_are_stored_in_four(tmp_path):
     model = demo_model('swin', weight=dict(bits=4))
     size = {}

@@ -8,6 +8,7 @@ from torch import nn
 from psaq_mm.deploy.export_forms import (
     ActivationForm,
     FakeQuantizeForm,
+    RoundForm,
     WeightForm,
     split_linear,
     use_export_forms,
@@ -24,11 +25,7 @@ def quantizer(low, high, **spec):
     return made
 
 
-FORMS = [ActivationForm, FakeQuantizeForm,
-         lambda q, where: FakeQuantizeForm(q, where, in_float=True)]
-
-
-@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('form', [ActivationForm, FakeQuantizeForm, RoundForm])
 @pytest.mark.parametrize('bits', [2, 4, 6, 8])
 @pytest.mark.parametrize('symmetric', [False, True])
 def test_activation(form, bits, symmetric):
@@ -40,6 +37,17 @@ def test_activation(form, bits, symmetric):
     # A value halfway between two integers may fall to either.
     assert (difference > 1e-5 * step * 2**bits).float().mean() < 0.003
     assert difference.max() <= step * 1.001
+
+
+def test_rounded_operands():
+    """Their integers are those of the quantizer less its zero point, exactly."""
+    source = quantizer([-1.3], [2.9], bits=8, symmetric=False)
+    x = torch.randn(999) * 2
+    form = RoundForm(source, 'x')
+    expected = source.to_integers(x / 4) - source.zero_point
+    assert ((form.integers(x, 0.25) - expected).abs() > 0).float().mean() < 0.003
+    assert form.integers(x).min() == -source.zero_point and torch.equal(
+        form.integers(x) * form.step, form(x))
 
 
 def test_several_ranges():
