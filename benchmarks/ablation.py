@@ -92,6 +92,22 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
 """Changes of the quantizer, without the game."""
 
 
+def measure(subject: Subject, variant: str, setting: str, scope: str, seed: int,
+            metrics: bool) -> Dict[str, float]:
+    """What a variant's student keeps, and the seconds it took."""
+    changes = IMAGES.get(variant, {})
+    rules = EVOLUTION['prior' if variant in QUANTIZER else
+                      variant if variant in EVOLUTION else 'default']
+    label = LABELS.get(variant, variant) if changes else 'prior'
+    images = subject.synthetic(label, seed, **changes)
+    before, start = subject.seconds, time.perf_counter()
+    student = subject.student(
+        images, seed, synthesis=changes, evolution=merged(rules_of(setting), rules),
+        quantization=merged(bits_of(setting), dict(scope=scope), QUANTIZER.get(variant, {})))
+    seconds = before + time.perf_counter() - start
+    return dict(subject.evaluate(student, metrics), seconds=seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     variants = [*EVOLUTION, *IMAGES, *QUANTIZER]
@@ -109,25 +125,11 @@ def main() -> None:
     results = Results(args.work_dir / f'{args.model}.json')
     if not args.table:
         subject = Subject(args.model, args.work_dir)
-        for seed in args.seeds:
-            for setting in args.settings:
-                for variant in args.variants:
-                    if results.has(variant, setting, args.scope, seed):
-                        continue
-                    changes = IMAGES.get(variant, {})
-                    rules = EVOLUTION['prior' if variant in QUANTIZER else
-                                      variant if variant in EVOLUTION else 'default']
-                    label = LABELS.get(variant, variant) if changes else 'prior'
-                    images = subject.synthetic(label, seed, **changes)
-                    before, start = subject.seconds, time.perf_counter()
-                    student = subject.student(
-                        images, seed, quantization=merged(bits_of(setting), dict(scope=args.scope),
-                                                           QUANTIZER.get(variant, {})),
-                        evolution=merged(rules_of(setting), rules),
-                        synthesis=changes)
-                    seconds = before + time.perf_counter() - start
-                    found = subject.evaluate(student, not args.no_metrics)
-                    results.add(dict(found, seconds=seconds), variant, setting, args.scope, seed)
+
+        def measured(variant: str, setting: str, scope: str, seed: int) -> Dict[str, float]:
+            return measure(subject, variant, setting, scope, seed, not args.no_metrics)
+
+        results.fill(args.variants, args.settings, args.scope, args.seeds, measured)
     keys = [k for k in METRICS if any(k in v for v in results.values.values())]
     print(f'{args.model}, seeds {args.seeds}: mean (lowest to highest seed)\n')
     heads = [f'{METRICS[k][0]} {s.upper()}' for s in args.settings for k in keys]

@@ -107,6 +107,11 @@ class Rows:
         self.seconds = before + time.perf_counter() - start
         return student
 
+    def measure(self, row: str, setting: str, scope: str, seed: int) -> Dict[str, float]:
+        """What the student of :meth:`student` keeps, and the seconds it took."""
+        student = self.student(row, setting, scope, seed)
+        return dict(self.subject.evaluate(student), seconds=self.seconds)
+
     @property
     def paper(self) -> Subject:
         """Subject: The same model with the settings of the preset ``paper``."""
@@ -193,14 +198,7 @@ def main() -> None:
         rows = Rows(args.model, args.work_dir)
         if not results.has('float', 0):
             results.add(rows.subject.evaluate(rows.subject.model), 'float', 0)
-        for seed in args.seeds:
-            for setting in args.settings:
-                for row in args.rows:
-                    key = (row, setting, args.scope, seed)
-                    if not results.has(*key):
-                        student = rows.student(row, setting, args.scope, seed)
-                        found = rows.subject.evaluate(student)
-                        results.add(dict(found, seconds=rows.seconds), *key)
+        results.fill(args.rows, args.settings, args.scope, args.seeds, rows.measure)
     print(f'{args.model}, seeds {args.seeds}')
     print_table(results, args.scope, args.seeds, args.settings, args.rows)
     if args.plot:

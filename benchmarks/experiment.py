@@ -5,6 +5,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -275,6 +276,22 @@ class Results:
         shown = ', '.join(f'{METRICS[k][0]} {METRICS[k][1] * v:.2f}'
                           for k, v in found.items() if k in METRICS)
         print(f'{name}: {shown}, {found.get("seconds", 0):.0f} s', file=sys.stderr, flush=True)
+
+    def fill(self, names: Iterable[str], settings: Iterable[str], scope: str,
+             seeds: Iterable[int], measure: Callable[[str, str, str, int], Mapping[str, float]]) \
+            -> None:
+        """Measure what is not there yet: each name at each setting, seed by seed.
+
+        Args:
+            names (Iterable[str]): Rows or variants.
+            settings (Iterable[str]): Such as ``w4a8``.
+            scope (str): ``backbone`` or ``model``.
+            seeds (Iterable[int]): Seeds of the runs.
+            measure (Callable): Takes name, setting, scope and seed.
+        """
+        for seed, setting, name in itertools.product(seeds, settings, names):
+            if not self.has(name, setting, scope, seed):
+                self.add(measure(name, setting, scope, seed), name, setting, scope, seed)
 
     def over_seeds(self, seeds: Iterable[int], *key: Any) -> List[Dict[str, float]]:
         """Values of all seeds that are there."""

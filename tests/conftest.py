@@ -10,6 +10,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'demo'
+SINGLE_STAGE = dict(retinanet='retinanet/retinanet_r50_fpn_1x_coco.py',
+                    fcos='fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py')
 
 
 @pytest.fixture(scope='session')
@@ -45,6 +47,20 @@ def load_script(path: Path) -> ModuleType:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+def single_stage(name, folder):
+    """Config of a small single-stage detector on a Swin, as docs/your_own_model.md says."""
+    backbone = dict(type='SwinTransformer', _delete_=True, embed_dims=12, depths=(1, 1, 1, 1),
+                    num_heads=(1, 2, 2, 2), out_indices=(1, 2, 3))
+    norm = ", norm_cfg=dict(type='GN', num_groups=4)" if name == 'fcos' else ''
+    config = folder / f'{name}.py'
+    config.write_text(
+        f"_base_ = ['mmdet::{SINGLE_STAGE[name]}', '{ROOT}/configs/_base_/w8a8.py']\n"
+        f'model = dict(backbone={backbone!r}, neck=dict(in_channels=[24, 48, 96], '
+        'out_channels=16, start_level=0), bbox_head=dict(in_channels=16, feat_channels=16, '
+        f'num_classes=5{norm}))\n')
+    return config
 
 
 def calibrated_op(op, x):

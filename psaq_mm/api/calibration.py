@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Ranges of a student, on images."""
-from typing import Any, Callable, Optional, Tuple
+import contextlib
+from typing import Any, Callable, Iterator, Optional, Tuple
 
 from torch import Tensor, nn
 
@@ -43,11 +44,16 @@ def scope_of(model: nn.Module, adapter: Adapter) -> str:
     return 'backbone' if inside else 'model'
 
 
-def _forward(model: nn.Module) -> Callable[[Tensor], None]:
-    """What runs the quantized part of a model on a batch of images."""
+@contextlib.contextmanager
+def _observing(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
+    """A frozen model, and what runs its quantized part on a batch of images."""
     adapter = find_adapter(model)
     scope, device = scope_of(model, adapter), module_device(model)
-    return lambda batch: adapter.forward(model, batch.to(device), scope)
+    try:
+        with frozen(model):
+            yield lambda batch: adapter.forward(model, batch.to(device), scope)
+    except ValueError as error:
+        raise UserError(f'calibration failed: {error}') from error
 
 
 def calibrate(model: nn.Module, images: Tensor,
@@ -77,12 +83,8 @@ def calibrate(model: nn.Module, images: Tensor,
             else type(images).__name__
         raise UserError('calibration needs float images of shape (N, C, H, W) with N of at '
                         f'least 1, got {got}')
-    forward = _forward(model)
-    try:
-        with frozen(model):
-            calibrate_ranges(model, images, forward, chosen.batch_size, progress)
-    except ValueError as error:
-        raise UserError(f'calibration failed: {error}') from error
+    with _observing(model) as forward:
+        calibrate_ranges(model, images, forward, chosen.batch_size, progress)
     return model
 
 
@@ -104,6 +106,9 @@ def refit(model: nn.Module, images: Tensor, size: Tuple[int, int],
 
     Returns:
         nn.Module: The same model.
+
+    Raises:
+        UserError: As :func:`calibrate` does.
     """
     chosen = CalibrationSettings.from_dict(settings)
     others = mosaics(images, size)
@@ -112,6 +117,6 @@ def refit(model: nn.Module, images: Tensor, size: Tuple[int, int],
     if not learnt:
         return calibrate(model, others, progress,
                          batch_size=as_many_pixels(chosen.batch_size, images, others))
-    with frozen(model):
-        carry_ranges_over(model, images, others, _forward(model), chosen.batch_size, progress)
+    with _observing(model) as forward:
+        carry_ranges_over(model, images, others, forward, chosen.batch_size, progress)
     return model

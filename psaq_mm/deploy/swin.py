@@ -3,12 +3,10 @@
 
 Modifications to what the hosts compute, none of which changes a result:
 
-- Norms, linear layers and residuals treat each token alone, so tokens need not
-  stand row by row. They stay in the order of the windows from block to block:
-  one gather between two blocks takes the place of pad, roll, partition, and of
-  all that in reverse. Where a feature map needs padding, or its size is not
-  known, it stays row by row, with one gather before and one after attention.
-- Patch merging is one gather too, straight into the windows of the next stage.
+- Pad, roll and window partition are one gather, and all that in reverse is
+  another. Both stand where tokens are integers already, before the layers that
+  take them: a quarter of the bytes move.
+- Patch merging is one gather too.
 - Query, key and value are three linear layers: nothing needs to be copied apart.
 - The mask of shifted windows is one of four, looked up by the kind of window.
 """
@@ -68,16 +66,22 @@ class AttentionForm(nn.Module):
         heads = self.host.num_heads
         return x.reshape(-1, self.area, heads, x.shape[-1] // heads).permute(0, 2, 1, 3)
 
-    def forward(self, x: Tensor, kind: Tensor, batch: int) -> Tensor:
+    def forward(self, x: Tensor, order: 'BlockPlan', batch: int) -> Tensor:
         """Args:
-            x (Tensor): Shape (B, num_windows * N, C).
-            kind (Tensor): Kind of each window, shape (num_windows, ).
+            x (Tensor): Tokens row by row, shape (B, L, C).
+            order (BlockPlan): Where they go.
             batch (int): B.
 
         Returns:
-            Tensor: Shape (B, num_windows * N, C).
+            Tensor: Shape (B, L, C).
         """
         channels = x.shape[-1]
+        if order.valid is None:
+            # Once more behind the gather, where it changes nothing: engines look for the
+            # integers beside the layer.
+            x = _gather(quantize_input(self.host.qkv, x), order.enter)
+        else:
+            x = _gather(x, order.enter) * order.valid  # padding is zero
         x = quantize_input(self.host.qkv, x)
         # Before the heads part: engines do this in the linear layer.
         q, q_step = self._operand('query', self.q(x), float(self.host.scale))
@@ -88,11 +92,12 @@ class AttentionForm(nn.Module):
         bias = bias.reshape(1, self.host.num_heads, self.area, self.area)
         logits = self._quantize('logits', q @ k.transpose(-2, -1)) + bias
         if self.masks is not None:
-            logits = logits + self.masks[kind.repeat(batch) if batch > 1 else kind].unsqueeze(1)
+            kind = order.kind.repeat(batch) if batch > 1 else order.kind
+            logits = logits + self.masks[kind].unsqueeze(1)
         attention, step = self._operand('attention', logits.softmax(dim=-1))
         v = self._heads(_times(v, v_step * step))
         out = (attention @ v).transpose(1, 2).reshape(batch, -1, channels)
-        return self.host.proj(out)
+        return self.host.proj(_gather(quantize_input(self.host.proj, out), order.leave))
 
 
 class BlockForm(nn.Module):
@@ -141,20 +146,18 @@ class StageForm(nn.Module):
 
 
 class BlockPlan(NamedTuple):
-    """Gathers of a block, None where nothing moves."""
-    stream: Optional[Tensor]  # tokens, before the block
-    enter: Optional[Tensor]  # normalized tokens to slots
-    valid: Optional[Tensor]
-    leave: Optional[Tensor]  # slots to tokens
+    """Where tokens go in a block."""
+    enter: Tensor  # row by row to windows
+    valid: Optional[Tensor]  # 1 or 0 for padding; None without padding
+    leave: Tensor  # windows to row by row
     kind: Tensor
 
 
 class StagePlan(NamedTuple):
-    """Gathers of a stage."""
+    """Where tokens go in a stage."""
     merge: Optional[Tensor]
     merge_valid: Optional[Tensor]
     blocks: List[BlockPlan]
-    output: Optional[Tensor]
 
 
 class SwinForm(nn.Module):
@@ -195,7 +198,7 @@ class SwinForm(nn.Module):
         outputs = []
         stage: Any
         for stage, plan in zip(self.stages, plans):
-            if stage.merge is not None:
+            if plan.merge is not None:
                 channels = 4 * x.shape[-1]
                 x = _gather(x, plan.merge)
                 if plan.merge_valid is not None:
@@ -203,52 +206,32 @@ class SwinForm(nn.Module):
                 x = stage.merge(x.reshape(self.batch, -1, channels))
                 height, width = padded(height, 2) // 2, padded(width, 2) // 2
             for block, order in zip(stage.blocks, plan.blocks):
-                x = _gather(x, order.stream)
-                inside = _gather(block.normalize(x), order.enter)
-                if order.valid is not None:
-                    inside = inside * order.valid  # padding is zero
-                attended = block.attention(inside, order.kind, self.batch)
-                x = block.finish(x, _gather(attended, order.leave))
+                x = block.finish(x, block.attention(block.normalize(x), order, self.batch))
             if stage.output is not None:
-                outputs.append((_gather(stage.output(x), plan.output), height, width))
+                outputs.append((stage.output(x), height, width))
         return outputs
 
     def _plans(self, height: Any, width: Any) -> List[StagePlan]:
-        """Work out what moves where. ``place`` is the place of each row token
-        in the stream; None while it runs row by row."""
+        """Work out what moves where."""
         plans = []
-        place: Optional[Tensor] = None
         stage: Any
         for stage in self.stages:
             merge = merge_valid = None
             if stage.merge is not None:
                 merge, merge_valid = merge_order(height, width, stage.merge.neighbours)
-                if self.size is not None and height % 2 == 0 and width % 2 == 0:
-                    merge_valid = None
-                if place is not None:
-                    merge = place[merge]
-                place = None
+                merge, merge_valid = merge.reshape(-1), self._padding(merge_valid.reshape(-1, 1))
                 height, width = padded(height, 2) // 2, padded(width, 2) // 2
             blocks = []
             for block in stage.blocks:
                 order = window_order(height, width, block.window, block.shift, self.roll_first)
-                stream: Optional[Tensor] = None
-                if self.size is None or height % block.window[0] or width % block.window[1]:
-                    stream, place = place, None
-                    blocks.append(BlockPlan(stream, order.token_of_slot, order.valid,
-                                            order.slot_of_token, order.kind))
-                    continue
-                if place is None and merge is not None and not blocks and merge_valid is None:
-                    merge = merge[order.token_of_slot]
-                elif place is None or not torch.equal(place, order.slot_of_token):
-                    stream = order.token_of_slot if place is None else place[order.token_of_slot]
-                place = order.slot_of_token
-                blocks.append(BlockPlan(stream, None, None, None, order.kind))
-            if merge is not None:
-                merge = merge.reshape(-1)
-                merge_valid = None if merge_valid is None else merge_valid.reshape(-1, 1)
-            plans.append(StagePlan(merge, merge_valid, blocks, place))
+                blocks.append(BlockPlan(order.token_of_slot, self._padding(order.valid),
+                                        order.slot_of_token, order.kind))
+            plans.append(StagePlan(merge, merge_valid, blocks))
         return plans
+
+    def _padding(self, valid: Tensor) -> Optional[Tensor]:
+        """None where it is known that there is none."""
+        return None if self.size is not None and bool(valid.all()) else valid
 
     def _keep(self, plans: List[StagePlan]) -> None:
         """Store plans as buffers, so that tracing finds constants; equal ones once."""
@@ -276,7 +259,7 @@ class SwinForm(nn.Module):
 
         return [StagePlan(read(stage, 'merge'), read(stage, 'merge_valid'),
                           [BlockPlan(*(read(block, field) for field in BlockPlan._fields))
-                           for block in blocks], read(stage, 'output'))
+                           for block in blocks])
                 for stage, blocks in self._names]
 
 
@@ -284,5 +267,5 @@ def _times(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1. else x * factor
 
 
-def _gather(x: Tensor, places: Optional[Tensor]) -> Tensor:
-    return x if places is None else x.index_select(1, places)
+def _gather(x: Tensor, places: Tensor) -> Tensor:
+    return x.index_select(1, places)

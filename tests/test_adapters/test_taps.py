@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import DEMO, ROOT
+from conftest import DEMO, single_stage
 from mmdet.structures.bbox import bbox2roi
 from torch import nn
 
@@ -21,23 +21,7 @@ GROUPS = dict(
     upernet=('backbone', 'logits'), swin=('backbone', 'logits'), deit=('backbone', 'logits'),
     retinanet=('backbone', 'neck', 'scores', 'deltas'),
     fcos=('backbone', 'neck', 'scores', 'deltas'))
-SINGLE_STAGE = dict(retinanet='retinanet/retinanet_r50_fpn_1x_coco.py',
-                    fcos='fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py')
 SIZE = (64, 96)
-
-
-def single_stage(name, folder):
-    """A small one on a Swin, as docs/your_own_model.md says."""
-    backbone = dict(type='SwinTransformer', _delete_=True, embed_dims=12, depths=(1, 1, 1, 1),
-                    num_heads=(1, 2, 2, 2), out_indices=(1, 2, 3))
-    norm = ", norm_cfg=dict(type='GN', num_groups=4)" if name == 'fcos' else ''
-    config = folder / f'{name}.py'
-    config.write_text(
-        f"_base_ = ['mmdet::{SINGLE_STAGE[name]}', '{ROOT}/configs/_base_/w8a8.py']\n"
-        f'model = dict(backbone={backbone!r}, neck=dict(in_channels=[24, 48, 96], '
-        'out_channels=16, start_level=0), bbox_head=dict(in_channels=16, feat_channels=16, '
-        f'num_classes=5{norm}))\n')
-    return config
 
 
 @pytest.fixture(scope='module')

@@ -11,6 +11,7 @@ from torch import nn
 
 import psaq_mm
 from psaq_mm import api
+from psaq_mm.errors import UserError
 from psaq_mm.evolution import calibrate_ranges, carry_ranges_over, mosaics
 from psaq_mm.evolution.final_ranges import activation_ranges, carry_over
 from psaq_mm.ops import apply_plan, named_quant_ops, quantization_enabled
@@ -198,6 +199,13 @@ def test_refit_sets_the_ranges_anew(size, swin, squares):
     assert sum(counts) == len(mosaics(squares, size)) and len(counts) > 1
     psaq_mm.calibrate(expected, mosaics(squares, size))
     assert_close(ranges(swin), ranges(expected), rtol=1e-6, atol=1e-7)
+
+
+def test_refit_on_values_that_are_not_finite(swin, squares):
+    psaq_mm.calibrate(swin, squares)
+    squares[0, 1, 5, 5] = float('nan')
+    with pytest.raises(UserError, match='calibration failed: .*NaN or infinite'):
+        api.refit(swin, squares, (80, 112), learnt=True)
 
 
 def test_refit_of_learnt_ranges(swin, squares):

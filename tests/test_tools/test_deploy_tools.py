@@ -53,7 +53,7 @@ def test_export_and_evaluate(call_tool, data, tmp_path, target, backend):
         'export', data / 'detector_w8a8.py', data / 'quantized.pth', '--format', target,
         '--size', 224, 224, '--out', tmp_path / 'graphs')
     assert status == 0, err
-    assert '1 graph(s) of backbone + neck' in out
+    assert '1 graph(s) of backbone + neck + rpn_head' in out
     manifest = json.loads((tmp_path / 'graphs' / 'export.json').read_text())
     assert all(row['sqnr_db'] > 33 for row in manifest['graphs'][0]['parity']['outputs'])
     assert manifest['graphs'][0]['size'] == [224, 224]

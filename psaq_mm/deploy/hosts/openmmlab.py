@@ -1,8 +1,10 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Detectors of mmdet and segmentors of mmseg with a Swin backbone.
 
-Of a detector, backbone and neck become the graph; of a segmentor, the decode
-head too. What comes after (proposals, RoIAlign, NMS, resizing) stays the host's.
+Backbone, neck and the convolutional head behind them become the graph: of a
+detector the dense head (the RPN, or that of a single-stage detector), of a
+segmentor the decode head. What comes after (proposals, RoIAlign, RoI heads,
+NMS, resizing) stays the host's.
 """
 import copy
 from typing import Any, List, Optional, Tuple
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psaq_mm.adapters.openmmlab_taps import dense_head
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp
 
@@ -115,12 +118,23 @@ def swin_form(backbone: Any, size: Optional[Size], batch: int) -> SwinForm:
 
 
 class OpenMMLabForm(nn.Module):
-    """Backbone, neck and, of a segmentor, decode head."""
+    """Backbone, neck and head.
+
+    Args:
+        backbone (nn.Module): A :class:`SwinForm`.
+        neck (nn.Module, optional): The host's.
+        decode_head (nn.Module, optional): Of a segmentor.
+        dense_head (nn.Module, optional): Of a detector.
+        with_features (bool): Whether a detector's features are outputs too.
+    """
 
     def __init__(self, backbone: nn.Module, neck: Optional[nn.Module],
-                 head: Optional[nn.Module]) -> None:
+                 decode_head: Optional[nn.Module], dense_head: Optional[nn.Module],
+                 with_features: bool) -> None:
         super().__init__()
-        self.backbone, self.neck, self.head = backbone, neck, head
+        self.backbone, self.neck = backbone, neck
+        self.decode_head, self.dense_head = decode_head, dense_head
+        self.with_features = with_features
 
     def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
         features: Any = []
@@ -129,46 +143,81 @@ class OpenMMLabForm(nn.Module):
             features.append(tokens.reshape(-1, height, width, channels).permute(0, 3, 1, 2))
         if self.neck is not None:
             features = self.neck(tuple(features))
-        if self.head is not None:
-            return (self.head.forward(features), )
-        return tuple(features)
+        return _outputs(tuple(features), self.decode_head, self.dense_head, self.with_features)
+
+
+def _outputs(features: Tuple[Tensor, ...], decode_head: Any, dense_head: Any,
+             with_features: bool) -> Tuple[Tensor, ...]:
+    """What the graph gives: the heads' own results, kind by kind and level by level."""
+    if decode_head is not None:
+        return (decode_head.forward(features), )
+    if dense_head is None:
+        return features
+    dense = tuple(level for kind in dense_head.forward(features) for level in kind)
+    return features + dense if with_features else dense
+
+
+def _dense_names(head: Any, levels: int) -> Tuple[str, ...]:
+    """Names of a dense head's outputs, one for each kind and level; empty for a
+    head that does not score every position of every level."""
+    head = copy.deepcopy(head).eval()
+    device = next(head.parameters()).device
+    with torch.no_grad():
+        try:
+            found = head.forward([torch.zeros(1, head.in_channels, 2, 2, device=device)
+                                  for _ in range(levels)])
+        except Exception:  # it is a program that wants more than features
+            return ()
+    kinds = len(found) if isinstance(found, tuple) else 0
+    if kinds not in (2, 3) or any(len(kind) != levels or any(
+            not isinstance(x, Tensor) or x.dim() != 4 for x in kind) for kind in found):
+        return ()
+    return tuple(f'{kind}_{level}' for kind in ('scores', 'deltas', 'centerness')[:kinds]
+                 for level in range(levels))
 
 
 class OpenMMLabPart(GraphPart):
-    """Backbone and neck, and the decode head of a segmentor."""
+    """Backbone, neck and the head behind them."""
 
-    @property
-    def _bare(self) -> bool:
-        return not hasattr(self.model, 'backbone')
-
-    @property
-    def _backbone(self) -> Any:
-        return self.model if self._bare else self.model.backbone
-
-    @property
-    def _neck(self) -> Any:
-        return None if self._bare else getattr(self.model, 'neck', None)
-
-    @property
-    def _head(self) -> Any:
-        head = None if self._bare else getattr(self.model, 'decode_head', None)
-        return None if isinstance(head, nn.ModuleList) else head
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        bare = not hasattr(model, 'backbone')
+        self._bare = bare
+        self._backbone = model if bare else model.backbone
+        self._neck: Any = None if bare else getattr(model, 'neck', None)
+        decode_head = None if bare else getattr(model, 'decode_head', None)
+        # A cascade of decode heads stays the host's.
+        self._decode_head = None if isinstance(decode_head, nn.ModuleList) else decode_head
+        count = len(self._backbone.out_indices)
+        if self._neck is not None:
+            count = getattr(self._neck, 'num_outs', count)
+        self._features = tuple(f'feature_{index}' for index in range(count))
+        self._dense_head: Any = None if bare or decode_head is not None else dense_head(model)
+        self._dense: Tuple[str, ...] = ()
+        if self._dense_head is not None:
+            self._dense = _dense_names(self._dense_head, count)
+            self._dense_head = self._dense_head if self._dense else None
+        # RoI heads need the features too.
+        self._with_features = getattr(model, 'roi_head', None) is not None
 
     @property
     def name(self) -> str:
         if self._bare:
             return 'backbone'
-        return ' + '.join(['backbone', *(['neck'] if self._neck is not None else []),
-                           *(['decode_head'] if self._head is not None else [])])
+        parts = ['backbone', *(['neck'] if self._neck is not None else [])]
+        if self._decode_head is not None:
+            parts.append('decode_head')
+        if self._dense_head is not None:
+            parts.append('rpn_head' if self._with_features else 'bbox_head')
+        return ' + '.join(parts)
 
     @property
     def output_names(self) -> Tuple[str, ...]:
-        if self._head is not None:
+        if self._decode_head is not None:
             return ('logits', )
-        count = len(self._backbone.out_indices)
-        if self._neck is not None:
-            count = getattr(self._neck, 'num_outs', count)
-        return tuple(f'feature_{index}' for index in range(count))
+        if self._dense_head is None:
+            return self._features
+        return self._features + self._dense if self._with_features else self._dense
 
     @property
     def channels(self) -> int:
@@ -178,11 +227,14 @@ class OpenMMLabPart(GraphPart):
         features = self._backbone(images)
         if self._neck is not None:
             features = self._neck(features)
-        return (self._head.forward(features), ) if self._head is not None else tuple(features)
+        return _outputs(tuple(features), self._decode_head, self._dense_head,
+                        self._with_features)
 
     def export_form(self, size: Optional[Size], batch: int = 1) -> nn.Module:
-        backbone, neck, head = copy.deepcopy((self._backbone, self._neck, self._head))
-        form = OpenMMLabForm(swin_form(backbone, size, batch), neck, head)
+        backbone, neck, decode_head, dense = copy.deepcopy(
+            (self._backbone, self._neck, self._decode_head, self._dense_head))
+        form = OpenMMLabForm(swin_form(backbone, size, batch), neck, decode_head, dense,
+                             self._with_features)
         use_pool_forms(form)
         form.eval()
         return form
@@ -191,8 +243,48 @@ class OpenMMLabPart(GraphPart):
         if self._bare:
             self.model.forward = run
             return
-        self.model.backbone = StandIn(run)
         if self._neck is not None:
             self.model.neck = StandIn(lambda features: features)
-        if self._head is not None:  # its predict() resizes what forward() returns
+        if self._decode_head is not None:  # its predict() resizes what forward() returns
             self.model.decode_head.forward = lambda features: features[0]
+        if self._dense_head is None:
+            self.model.backbone = StandIn(run)
+            return
+        standing = DenseHeadStandIn(run, len(self._features) if self._with_features else 0,
+                                    len(self._features))
+        self.model.backbone = StandIn(standing.features)
+        self._dense_head.forward = standing.forward
+
+
+class DenseHeadStandIn:
+    """Splits what a graph computes between the features and the dense head.
+
+    Args:
+        run (Callable): The graph.
+        features (int): How many of its outputs are features, the first ones.
+        levels (int): Levels of the head.
+    """
+
+    def __init__(self, run: Run, features: int, levels: int) -> None:
+        self.run, self.count, self.levels = run, features, levels
+        self._seen: Tuple[Tensor, ...] = ()
+        self._dense: Tuple[Tensor, ...] = ()
+
+    def features(self, images: Tensor) -> Tuple[Tensor, ...]:
+        """The features, or all outputs where the graph gives none."""
+        outputs = self.run(images)
+        self._dense = outputs[self.count:]
+        self._seen = outputs[:self.count] or outputs
+        return self._seen
+
+    def forward(self, features: Tuple[Tensor, ...]) -> Tuple[List[Tensor], ...]:
+        """What the head would give for the features of the last images.
+
+        Raises:
+            RuntimeError: If they are others.
+        """
+        if features is not self._seen:
+            raise RuntimeError('a graph has the dense head within: it gives its results for the '
+                               'features of the last images only')
+        return tuple(list(self._dense[i:i + self.levels])
+                     for i in range(0, len(self._dense), self.levels))
