@@ -1,8 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Latency of exported models in engines, beside torch and the peers' own int8.
 
-Backbones Swin-T and Swin-S, and a whole UperNet Swin-T, random weights (which
-cost the same time as trained ones), one image, all sides in turn in one run:
+Backbones Swin-T and Swin-S, a whole UperNet Swin-T, and backbone, neck and RPN
+of a Mask R-CNN Swin-T, random weights (which cost the same time as trained
+ones), one image, all sides in turn in one run:
 
     OMP_NUM_THREADS=1 python benchmarks/deploy.py --threads 1
     OMP_NUM_THREADS=2 python benchmarks/deploy.py --threads 2 --engines openvino
@@ -46,16 +47,21 @@ CASES: Dict[str, Tuple[str, Tuple[int, int]]] = {
     'swin-s 448': ('swin-s', (448, 448)),
     'swin-s 800x1344': ('swin-s', (800, 1344)),
     'upernet swin-t 512': ('upernet', (512, 512)),
+    'mask-rcnn swin-t 800x1344': ('mask-rcnn', (800, 1344)),
 }
+
+
+WHOLE = {'upernet': 'upernet_swin_t_w8a8.py', 'mask-rcnn': 'mask_rcnn_swin_t_w8a8.py'}
+"""Configs of models with a neck and heads."""
 
 
 def build(kind: str) -> nn.Module:
     """A float model with random weights."""
     torch.manual_seed(0)
-    if kind == 'upernet':
+    if kind in WHOLE:
         from psaq_mm.engine import build_float_model, load_config
         configs = Path(__file__).resolve().parents[1] / 'configs'
-        model = build_float_model(load_config(configs / 'upernet_swin_t_w8a8.py'))
+        model = build_float_model(load_config(configs / WHOLE[kind]))
         model.backbone.init_cfg = None
     else:
         from mmdet.models.backbones import SwinTransformer
@@ -104,9 +110,25 @@ def variants(model: nn.Module, images: torch.Tensor) -> Dict[str, Tuple[nn.Modul
 
     backbone = quantized('backbone')
     found = {'ours': (backbone, ()), 'ours, float attention': (backbone, ATTENTION_ROLES)}
-    if hasattr(model, 'decode_head'):
+    if graph_part(model).name != 'backbone':
         found['ours, heads too'] = (quantized('model'), ())
     return {**found, 'ours, not quantized': (model, ())}
+
+
+def rpn_in_torch(model: nn.Module, images: torch.Tensor, threads: int, folder: Path) -> Side:
+    """The float model's graph without its RPN, and that in torch."""
+    head = model.rpn_head
+    features = copy.deepcopy(model)
+    del features.rpn_head
+    size = tuple(images.shape[2:])
+    export_graphs(features, folder, 'openvino', [size])
+    graphs = Graphs(folder, 'openvino', threads)
+
+    def run() -> None:
+        with torch.no_grad():
+            head(graphs(images))
+
+    return run
 
 
 def openvino_side(graph: Any, images: np.ndarray, threads: int, precision: str) -> Side:
@@ -166,6 +188,9 @@ def openvino_sides(model: nn.Module, plain: Path, images: torch.Tensor, threads:
             run = Graphs(out, 'openvino', threads, precision).engine(size)
             sides[name + suffix] = lambda run=run: run.run(array)
         sizes[name] = _size(next(out.glob('*.xml')))
+    if hasattr(model, 'rpn_head'):
+        sides['openvino ours, not quantized, RPN in torch'] = rpn_in_torch(
+            model, images, threads, folder / 'without_rpn')
     return sides, sizes
 
 
