@@ -81,6 +81,8 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
     percentile_everywhere=dict(overrides={
         pattern: dict(input=dict(observer=dict(type='PercentileObserver', percentile=0.999)))
         for pattern in ('*attn*.proj', '*patch_embed*')}),
+    percentile_99=dict(roles=dict(input=dict(
+        observer=dict(type='PercentileObserver', percentile=0.99)))),
     no_margin=dict(activation=dict(margin=0.), roles=dict(attention=dict(margin=0.))),
     patch_embed_as_rest=dict(patch_embed_bits=None),
     # scope model
