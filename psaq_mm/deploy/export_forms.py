@@ -9,11 +9,12 @@ from typing import Any, Collection, Optional
 import torch
 from torch import Tensor, nn
 
-from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantLinear, QuantOp, named_quant_ops
 from psaq_mm.quantization import Quantizer
 
-from .graph_ops import dequantize_linear, fake_quantize, quantize_linear
+from .activation_form import ActivationForm, FakeQuantizeForm, RoundForm, check_range
+from .conv_form import is_matrix_product, matrix_product_forward
+from .graph_ops import dequantize_linear
 
 FORMATS = ('onnx', 'openvino')
 """What can be written."""
@@ -22,133 +23,34 @@ ATTENTION_ROLES = ('query', 'key', 'attention', 'value')
 """Operands of the two matmuls of attention."""
 
 
-def _checked_range(quantizer: Quantizer, where: str) -> None:
-    """Raise unless integers, scale and zero point fit the types of ONNX."""
-    low, high = quantizer.spec.integer_range
-    zero_point = quantizer.zero_point.round()
-    if (quantizer.scale <= 0).any():
-        raise UserError(f'{where}: a scale is not positive, which no engine takes; quantize again')
-    if (zero_point < low).any() or (zero_point > high).any():
-        raise UserError(f'{where}: a zero point lies outside of the integers {low} to {high}, '
-                        'which no engine takes; quantize again with learnable_ranges=False')
-
-
-class ActivationForm(nn.Module):
-    """One activation's quantizer as QuantizeLinear and DequantizeLinear.
-
-    Engines saturate at the ends of their integer type. Where the quantizer
-    has fewer integers, values are clipped first to what these stand for.
-
-    Args:
-        quantizer (Quantizer): With one range for the whole tensor.
-        where (str): Its name, for messages.
-
-    Raises:
-        UserError: If the range fits no engine, or there are several.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, quantizer: Quantizer, where: str) -> None:
-        super().__init__()
-        _checked_range(quantizer, where)
-        if quantizer.axis is not None:
-            raise UserError(f'{where} is quantized per channel, which the integer kernels of no '
-                            "engine take; quantize with activation.granularity='per_tensor'")
-        spec = quantizer.spec
-        self.dtype = torch.int8 if spec.symmetric else torch.uint8
-        info = torch.iinfo(self.dtype)
-        self.clipped = spec.integer_range != (info.min, info.max)
-        scale, zero_point = quantizer.scale.detach(), quantizer.zero_point.detach().round()
-        self.low, self.high = (float((end - zero_point) * scale) for end in spec.integer_range)
-        self.register_buffer('scale', scale.clone())
-        self.register_buffer('zero_point', zero_point.to(self.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.clipped:
-            x = torch.clamp(x, self.low, self.high)
-        q = quantize_linear(x, self.scale, self.zero_point, 1)
-        return dequantize_linear(q, self.scale, self.zero_point, 1)
-
-
-class FakeQuantizeForm(ActivationForm):
-    """The same as OpenVINO's FakeQuantize.
-
-    Args:
-        quantizer (Quantizer): With one range for the whole tensor.
-        where (str): Its name, for messages.
-    """
-
-    def __init__(self, quantizer: Quantizer, where: str) -> None:
-        super().__init__(quantizer, where)
-        first, last = (-127, 127) if self.dtype == torch.int8 else (0, 255)
-        self.clipped = quantizer.spec.integer_range != (first, last)
-        self.levels = last - first + 1
-        zero_point = self.zero_point.float()
-        self.register_buffer('first', (first - zero_point) * self.scale)
-        self.register_buffer('last', (last - zero_point) * self.scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.clipped:
-            x = torch.clamp(x, self.low, self.high)
-        return fake_quantize(x, self.first, self.last, self.levels)
-
-
-class RoundForm(ActivationForm):
-    """The same as a float that is rounded.
-
-    OpenVINO turns a FakeQuantize into integers, and moves these as far as it
-    can. Around the small matmuls of attention that costs more than it saves
-    [measured]. A rounding it leaves where it is, in float, within the layers
-    before and after it.
-
-    Args:
-        quantizer (Quantizer): With one range for the whole tensor.
-        where (str): Its name, for messages.
-    """
-
-    def __init__(self, quantizer: Quantizer, where: str) -> None:
-        super().__init__(quantizer, where)
-        zero_point = float(self.zero_point)
-        self.least, self.most = (float(end) - zero_point for end in quantizer.spec.integer_range)
-        self.step = float(self.scale)
-
-    def integers(self, x: Tensor, factor: float = 1.) -> Tensor:
-        """The integers of ``factor * x`` less the zero point, as floats: times
-        :attr:`step` they are its quantized values."""
-        return torch.clamp(torch.round(x * (factor / self.step)), self.least, self.most)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.integers(x) * self.step
-
-
 class WeightForm(nn.Module):
     """A weight as integers and a DequantizeLinear.
 
     Args:
         op (QuantOp): With a quantized weight.
         where (str): Its name, for messages.
-        transposed (bool): Whether a weight (out, in) is kept as (in, out).
+        as_matrix (bool): Whether a weight (out, in) or (out, in, kh, kw) is
+            kept as (in, out) or (kh * kw * in, out).
     """
 
     integers: Tensor
     scale: Tensor
     zero_point: Optional[Tensor]
 
-    def __init__(self, op: QuantOp, where: str, transposed: bool) -> None:
+    def __init__(self, op: QuantOp, where: str, as_matrix: bool) -> None:
         super().__init__()
         quantizer = op.weight_quantizer
         assert quantizer is not None
-        _checked_range(quantizer, where)
+        check_range(quantizer, where)
         spec = quantizer.spec
         self.bits = spec.bits
         axis = 0 if quantizer.axis is None else quantizer.axis
         with torch.no_grad():
             integers = quantizer.to_integers(op.weight)
         dtype = torch.int8 if spec.symmetric else torch.uint8
-        if transposed:
-            integers, axis = integers.t(), 1 - axis
+        if as_matrix:
+            integers = integers.movedim((0, 1), (-1, -2)).flatten(0, -2)
+            axis = 1
         self.axis = axis
         self.register_buffer('integers', integers.to(dtype).contiguous())
         self.register_buffer('scale', quantizer.scale.detach().clone())
@@ -208,12 +110,14 @@ def use_export_forms(model: nn.Module, target: str, float_roles: Collection[str]
             if weight is not None:
                 weight.enabled = False
             continue
-        linear = isinstance(op, QuantLinear)
-        op.quantizers['weight'] = WeightForm(op, f'{name} (weight)', transposed=linear)
-        # On the instance: what the op's own forward calls, and of a linear layer all of it.
+        forward = _linear_forward(op) if isinstance(op, QuantLinear) else None
+        if target == 'onnx' and is_matrix_product(op):
+            forward = matrix_product_forward(op)
+        op.quantizers['weight'] = WeightForm(op, f'{name} (weight)', as_matrix=forward is not None)
+        # On the instance: what the op's own forward calls, or all of it.
         op.__dict__['quantized_weight'] = op.quantizers['weight'].forward
-        if linear:
-            op.__dict__['forward'] = _linear_forward(op)
+        if forward is not None:
+            op.__dict__['forward'] = forward
 
 
 def split_linear(layer: nn.Module, parts: int) -> nn.ModuleList:

@@ -10,15 +10,27 @@ Modifications to what the hosts compute, none of which changes a result:
 - Query, key and value are three linear layers: nothing needs to be copied apart.
 - The mask of shifted windows is one of four, looked up by the kind of window.
 """
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from psaq_mm.ops import QuantOp
 
-from .export_forms import RoundForm, quantize_input, split_linear
-from .window_order import Window, merge_order, padded, shift_masks, window_order
+from .activation_form import RoundForm
+from .export_forms import quantize_input, split_linear
+from .window_order import (
+    Grid,
+    MergeOrder,
+    Window,
+    WindowOrder,
+    merge_order,
+    padded,
+    shift_masks,
+    window_order,
+)
+
+Order = Union[WindowOrder, MergeOrder]
 
 
 class AttentionForm(nn.Module):
@@ -66,10 +78,10 @@ class AttentionForm(nn.Module):
         heads = self.host.num_heads
         return x.reshape(-1, self.area, heads, x.shape[-1] // heads).permute(0, 2, 1, 3)
 
-    def forward(self, x: Tensor, order: 'BlockPlan', batch: int) -> Tensor:
+    def forward(self, x: Tensor, order: 'Moves', batch: int) -> Tensor:
         """Args:
             x (Tensor): Tokens row by row, shape (B, L, C).
-            order (BlockPlan): Where they go.
+            order (Moves): Where they go.
             batch (int): B.
 
         Returns:
@@ -135,17 +147,7 @@ class MergeForm(nn.Module):
         return self.reduction(x if self.norm is None else self.norm(x))
 
 
-class StageForm(nn.Module):
-    """Patch merging, if any, blocks, and the norm of the stage's output, if it
-    has one."""
-
-    def __init__(self, merge: Optional[MergeForm], blocks: Sequence[BlockForm],
-                 output: Optional[nn.Module]) -> None:
-        super().__init__()
-        self.merge, self.blocks, self.output = merge, nn.ModuleList(blocks), output
-
-
-class BlockPlan(NamedTuple):
+class Moves(NamedTuple):
     """Where tokens go in a block."""
     enter: Tensor  # row by row to windows
     valid: Optional[Tensor]  # 1 or 0 for padding; None without padding
@@ -153,11 +155,108 @@ class BlockPlan(NamedTuple):
     kind: Tensor
 
 
-class StagePlan(NamedTuple):
-    """Where tokens go in a stage."""
-    merge: Optional[Tensor]
-    merge_valid: Optional[Tensor]
-    blocks: List[BlockPlan]
+class KeptOrder(nn.Module):
+    """An order for one size as buffers, so that tracing finds constants.
+
+    Args:
+        order (WindowOrder or MergeOrder): The order.
+    """
+
+    def __init__(self, order: Order) -> None:
+        super().__init__()
+        self.type: Any = type(order)
+        self.padded = bool((order.valid.product() == 0).any())
+        for field, grid in zip(order._fields, order):
+            for axis, values in zip(grid._fields, grid):
+                values = values if values.is_floating_point() else values.int()
+                self.register_buffer(f'{field}_{axis}', values)
+
+    def forward(self) -> Order:
+        order: Order = self.type(*(
+            Grid(*(getattr(self, f'{field}_{axis}') for axis in Grid._fields))
+            for field in self.type._fields))
+        return order
+
+
+class StageForm(nn.Module):
+    """Patch merging, if any, blocks, and the norm of the stage's output, if it
+    has one.
+
+    Args:
+        merge (MergeForm, optional): Patch merging before the blocks.
+        blocks (Sequence[BlockForm]): The blocks.
+        output (nn.Module, optional): The norm.
+    """
+
+    def __init__(self, merge: Optional[MergeForm], blocks: Sequence[BlockForm],
+                 output: Optional[nn.Module]) -> None:
+        super().__init__()
+        self.merge, self.blocks, self.output = merge, nn.ModuleList(blocks), output
+        self.kept: Optional[nn.ModuleDict] = None
+
+    def size_after(self, height: Any, width: Any) -> Tuple[Any, Any]:
+        """Height and width of the tokens in the blocks."""
+        if self.merge is None:
+            return height, width
+        return padded(height, 2) // 2, padded(width, 2) // 2
+
+    def orders(self, height: Any, width: Any, roll_first: bool) -> Dict[str, Order]:
+        """Work out what moves where: ``merge``, and one for each shift of windows."""
+        found: Dict[str, Order] = {}
+        if self.merge is not None:
+            found['merge'] = merge_order(height, width, self.merge.neighbours)
+        height, width = self.size_after(height, width)
+        block: Any
+        for block in self.blocks:
+            name = _order_of(block)
+            if name not in found:
+                found[name] = window_order(height, width, block.window, block.shift, roll_first)
+        return found
+
+    def keep(self, height: int, width: int, roll_first: bool) -> None:
+        """Work it out for one size, once and for all."""
+        self.kept = nn.ModuleDict({name: KeptOrder(order) for name, order in
+                                   self.orders(height, width, roll_first).items()})
+
+    def forward(self, x: Tensor, height: Any, width: Any, roll_first: bool,
+                batch: int) -> Tensor:
+        """Args:
+            x (Tensor): Tokens row by row, shape (B, H*W, C).
+            height (int or Tensor): H.
+            width (int or Tensor): W.
+            roll_first (bool): Whether the host rolls before it pads.
+            batch (int): B.
+
+        Returns:
+            Tensor: Tokens after the blocks.
+        """
+        kept: Any = self.kept
+        orders: Any = self.orders(height, width, roll_first) if kept is None \
+            else {name: order() for name, order in kept.items()}
+
+        def valid(name: str) -> Optional[Tensor]:
+            without = kept is not None and not kept[name].padded
+            return None if without else orders[name].valid.product()
+
+        if self.merge is not None:
+            channels = 4 * x.shape[-1]
+            x = _gather(x, orders['merge'].token.sum())
+            padding = valid('merge')
+            x = x if padding is None else x * padding
+            x = self.merge(x.reshape(batch, -1, channels))
+        # Blocks with the same windows share what is computed here.
+        moves = {name: Moves(order.token_of_slot.sum(), valid(name), order.slot_of_token.sum(),
+                             order.kind.sum())
+                 for name, order in orders.items() if name != 'merge'}
+        block: Any
+        for block in self.blocks:
+            attended = block.attention(block.normalize(x), moves[_order_of(block)], batch)
+            x = block.finish(x, attended)
+        return x
+
+
+def _order_of(block: BlockForm) -> str:
+    return 'window_{}_{}_shift_{}_{}'.format(*block.window, *block.shift)
 
 
 class SwinForm(nn.Module):
@@ -179,7 +278,10 @@ class SwinForm(nn.Module):
         self.embed, self.stages, self.roll_first = embed, nn.ModuleList(stages), roll_first
         self.size, self.batch = size, batch
         if size is not None:
-            self._keep(self._plans(*size))
+            height, width = size
+            for stage in stages:
+                stage.keep(height, width, roll_first)
+                height, width = stage.size_after(height, width)
 
     def forward(self, images: Tensor) -> List[Tuple[Tensor, Any, Any]]:
         """Args:
@@ -191,76 +293,15 @@ class SwinForm(nn.Module):
         """
         embed: Any = self.embed
         x, (height, width) = embed(images)
-        if self.size is None:
-            plans = self._plans(height, width)
-        else:
-            (height, width), plans = self.size, self._kept()
+        height, width = self.size or (height, width)
         outputs = []
         stage: Any
-        for stage, plan in zip(self.stages, plans):
-            if plan.merge is not None:
-                channels = 4 * x.shape[-1]
-                x = _gather(x, plan.merge)
-                if plan.merge_valid is not None:
-                    x = x * plan.merge_valid
-                x = stage.merge(x.reshape(self.batch, -1, channels))
-                height, width = padded(height, 2) // 2, padded(width, 2) // 2
-            for block, order in zip(stage.blocks, plan.blocks):
-                x = block.finish(x, block.attention(block.normalize(x), order, self.batch))
+        for stage in self.stages:
+            x = stage(x, height, width, self.roll_first, self.batch)
+            height, width = stage.size_after(height, width)
             if stage.output is not None:
                 outputs.append((stage.output(x), height, width))
         return outputs
-
-    def _plans(self, height: Any, width: Any) -> List[StagePlan]:
-        """Work out what moves where."""
-        plans = []
-        stage: Any
-        for stage in self.stages:
-            merge = merge_valid = None
-            if stage.merge is not None:
-                merge, merge_valid = merge_order(height, width, stage.merge.neighbours)
-                merge, merge_valid = merge.reshape(-1), self._padding(merge_valid.reshape(-1, 1))
-                height, width = padded(height, 2) // 2, padded(width, 2) // 2
-            blocks = []
-            for block in stage.blocks:
-                order = window_order(height, width, block.window, block.shift, self.roll_first)
-                blocks.append(BlockPlan(order.token_of_slot, self._padding(order.valid),
-                                        order.slot_of_token, order.kind))
-            plans.append(StagePlan(merge, merge_valid, blocks))
-        return plans
-
-    def _padding(self, valid: Tensor) -> Optional[Tensor]:
-        """None where it is known that there is none."""
-        return None if self.size is not None and bool(valid.all()) else valid
-
-    def _keep(self, plans: List[StagePlan]) -> None:
-        """Store plans as buffers, so that tracing finds constants; equal ones once."""
-        self._names: List[Tuple[Dict[str, str], List[Dict[str, str]]]] = []
-        known: Dict[bytes, str] = {}
-
-        def store(table: Any) -> Dict[str, str]:
-            names = {}
-            for field, value in zip(table._fields, table):
-                if isinstance(value, Tensor):
-                    value = value if value.is_floating_point() else value.int()
-                    key = str(value.dtype).encode() + value.numpy().tobytes()
-                    if key not in known:
-                        known[key] = f'order_{len(known)}'
-                        self.register_buffer(known[key], value)
-                    names[field] = known[key]
-            return names
-
-        for plan in plans:
-            self._names.append((store(plan), [store(block) for block in plan.blocks]))
-
-    def _kept(self) -> List[StagePlan]:
-        def read(names: Dict[str, str], field: str) -> Any:
-            return getattr(self, names[field]) if field in names else None
-
-        return [StagePlan(read(stage, 'merge'), read(stage, 'merge_valid'),
-                          [BlockPlan(*(read(block, field) for field in BlockPlan._fields))
-                           for block in blocks])
-                for stage, blocks in self._names]
 
 
 def _times(x: Tensor, factor: float) -> Tensor:

@@ -16,22 +16,53 @@ MASKED = -100.
 """What Swin adds to the logits of tokens that are no neighbours."""
 
 
+class Grid(NamedTuple):
+    """A table over the places of a map, as what rows and what columns add to it.
+
+    The two are a few hundred numbers where the table has tens of thousands:
+    files hold them, and engines make the table as they load the graph.
+    """
+    rows: Tensor
+    cols: Tensor
+
+    def sum(self) -> Tensor:
+        """Tensor: Rows plus columns, shape (places, )."""
+        return (self.rows + self.cols).reshape(-1)
+
+    def product(self) -> Tensor:
+        """Tensor: Rows times columns, shape (places, 1)."""
+        return (self.rows * self.cols).reshape(-1, 1)
+
+
 class WindowOrder(NamedTuple):
     """Where the tokens of a feature map stand in its windows.
 
     Args:
-        token_of_slot (Tensor): Row token of each slot, shape
-            (num_windows * N, ); 0 for padding.
-        valid (Tensor): 1 for slots of tokens and 0 for padding, float of shape
-            (num_windows * N, 1).
-        slot_of_token (Tensor): Slot of each row token, shape (H * W, ).
-        kind (Tensor): Kind of each window, an index into
-            :func:`shift_masks`, shape (num_windows, ).
+        token_of_slot (Grid): Row token of each slot, a sum over the
+            num_windows * N slots; some token for padding.
+        valid (Grid): 1 for slots of tokens and 0 for padding, a product of
+            floats over the same.
+        slot_of_token (Grid): Slot of each row token, a sum over the H * W
+            tokens.
+        kind (Grid): Kind of each window, an index into :func:`shift_masks`,
+            a sum over num_windows.
     """
-    token_of_slot: Tensor
-    valid: Tensor
-    slot_of_token: Tensor
-    kind: Tensor
+    token_of_slot: Grid
+    valid: Grid
+    slot_of_token: Grid
+    kind: Grid
+
+
+class MergeOrder(NamedTuple):
+    """Which row tokens patch merging puts side by side.
+
+    Args:
+        token (Grid): Token of each place, a sum over 4 places of each merged
+            token; some token for padding.
+        valid (Grid): 1 for tokens and 0 for padding, a product of floats.
+    """
+    token: Grid
+    valid: Grid
 
 
 def padded(length: Any, window: int) -> Any:
@@ -74,15 +105,17 @@ def window_order(height: Any, width: Any, window: Window, shift: Window,
     row, row_valid, row_back = _axis(height, wh, shift[0], roll_first)
     col, col_valid, col_back = _axis(width, ww, shift[1], roll_first)
     rows, cols = padded(height, wh) // wh, padded(width, ww) // ww
-    token = row.reshape(rows, 1, wh, 1) * width + col.reshape(1, cols, 1, ww)
-    valid = row_valid.reshape(rows, 1, wh, 1) & col_valid.reshape(1, cols, 1, ww)
-    slot = ((row_back // wh).unsqueeze(1) * cols + (col_back // ww)) * area \
-        + (row_back % wh).unsqueeze(1) * ww + col_back % ww
+
+    def of_slots(of_rows: Tensor, of_cols: Tensor) -> Grid:
+        return Grid(of_rows.reshape(rows, 1, wh, 1), of_cols.reshape(1, cols, 1, ww))
+
+    slot_of_row = row_back // wh * cols * area + row_back % wh * ww
+    slot_of_col = col_back // ww * area + col_back % ww
     last_row = (torch.arange(rows) == rows - 1).long()
     last_col = (torch.arange(cols) == cols - 1).long()
-    kind = last_row.unsqueeze(1) * 2 + last_col
-    return WindowOrder((token * valid).reshape(-1), valid.float().reshape(-1, 1),
-                       slot.reshape(-1), kind.reshape(-1))
+    return WindowOrder(of_slots(row * width, col), of_slots(row_valid.float(), col_valid.float()),
+                       Grid(slot_of_row.unsqueeze(1), slot_of_col),
+                       Grid(last_row.unsqueeze(1) * 2, last_col))
 
 
 def shift_masks(window: Window, shift: Window) -> Optional[Tensor]:
@@ -111,8 +144,8 @@ def shift_masks(window: Window, shift: Window) -> Optional[Tensor]:
     return torch.stack(masks)
 
 
-def merge_order(height: Any, width: Any, neighbours: Tuple[Window, ...]) -> Tuple[Tensor, Tensor]:
-    """Row tokens that patch merging puts side by side.
+def merge_order(height: Any, width: Any, neighbours: Tuple[Window, ...]) -> MergeOrder:
+    """Compute what patch merging puts side by side.
 
     Args:
         height (int or Tensor): Height of the feature map; odd ones are padded.
@@ -120,15 +153,12 @@ def merge_order(height: Any, width: Any, neighbours: Tuple[Window, ...]) -> Tupl
         neighbours (tuple): Offsets (down, right) in the order of the channels.
 
     Returns:
-        tuple[Tensor, Tensor]: Token of each place, shape (merged tokens, 4),
-        0 for padding, and 1 or 0 for padding, float of the same shape.
+        MergeOrder: The tables.
     """
     top = torch.arange(padded(height, 2) // 2) * 2
     left = torch.arange(padded(width, 2) // 2) * 2
-    down = torch.tensor([n[0] for n in neighbours])
-    right = torch.tensor([n[1] for n in neighbours])
-    row = top.reshape(-1, 1, 1) + down
-    col = left.reshape(1, -1, 1) + right
-    valid = (row < height) & (col < width)
-    token = (row * width + col) * valid
-    return token.reshape(-1, 4), valid.float().reshape(-1, 4)
+    row = top.reshape(-1, 1, 1) + torch.tensor([n[0] for n in neighbours])
+    col = left.reshape(1, -1, 1) + torch.tensor([n[1] for n in neighbours])
+    row_valid, col_valid = row < height, col < width
+    return MergeOrder(Grid(row * row_valid * width, col * col_valid),
+                      Grid(row_valid.float(), col_valid.float()))
