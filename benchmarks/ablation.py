@@ -14,17 +14,18 @@ a run that was cut off goes on. ``--no-metrics`` measures the SQNR of feature ma
 images alone, in seconds instead of a minute.
 """
 import argparse
-import time
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 from experiment import (
+    MEASURED,
     METRICS,
     MIN_MAX,
     MODELS,
     NO_PATCH_SIMILARITY,
     ROOT,
     V1_FORM,
+    Recipe,
     Results,
     Subject,
     bits_of,
@@ -94,20 +95,14 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
 """Changes of the quantizer, without the game."""
 
 
-def measure(subject: Subject, variant: str, setting: str, scope: str, seed: int,
-            metrics: bool) -> Dict[str, float]:
-    """What a variant's student keeps, and the seconds it took."""
+def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recipe:
+    """How a variant's student is made."""
     changes = IMAGES.get(variant, {})
     rules = EVOLUTION['prior' if variant in QUANTIZER else
                       variant if variant in EVOLUTION else 'default']
     label = LABELS.get(variant, variant) if changes else 'prior'
-    images = subject.synthetic(label, seed, **changes)
-    before, start = subject.seconds, time.perf_counter()
-    student = subject.student(
-        images, seed, synthesis=changes, evolution=merged(rules_of(setting), rules),
-        quantization=merged(bits_of(setting), dict(scope=scope), QUANTIZER.get(variant, {})))
-    seconds = before + time.perf_counter() - start
-    return dict(subject.evaluate(student, metrics), seconds=seconds)
+    quantization = merged(bits_of(setting), dict(scope=scope), QUANTIZER.get(variant, {}))
+    return subject.recipe(label, quantization, merged(rules_of(setting), rules), changes)
 
 
 def main() -> None:
@@ -120,25 +115,35 @@ def main() -> None:
     parser.add_argument('--scope', choices=['backbone', 'model'], default='backbone')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
+    parser.add_argument('--measured', type=Path, default=MEASURED, metavar='DIR',
+                        help='where values are kept')
     parser.add_argument('--no-metrics', action='store_true', help='measure the SQNR alone')
     parser.add_argument('--table', action='store_true', help='measure nothing, print')
     args = parser.parse_args()
     quiet()
-    results = Results(args.work_dir / f'{args.model}.json')
+    results = Results(args.measured / f'{args.model}.json')
+    subject = Subject(args.model, args.work_dir)
+    float_model = results.float_model(subject)
+
+    def recipe(variant: str, setting: str, scope: str) -> Recipe:
+        return recipe_of(subject, variant, setting, scope)
+
+    def measure(variant: str, made: Recipe, seed: int) -> Dict[str, float]:
+        student, seconds = subject.student(made, seed)
+        return dict(subject.evaluate(student, not args.no_metrics), seconds=seconds)
+
     if not args.table:
-        subject = Subject(args.model, args.work_dir)
-
-        def measured(variant: str, setting: str, scope: str, seed: int) -> Dict[str, float]:
-            return measure(subject, variant, setting, scope, seed, not args.no_metrics)
-
-        results.fill(args.variants, args.settings, args.scope, args.seeds, measured)
-    keys = [k for k in METRICS if any(k in v for v in results.values.values())]
-    print(f'{args.model}, seeds {args.seeds}: mean (lowest to highest seed)\n')
+        needed = 'sqnr' if args.no_metrics else next(iter(float_model))
+        results.fill(args.variants, args.settings, args.scope, args.seeds, recipe, measure, needed)
+    keys = [k for k in METRICS if k in float_model or k == 'sqnr']
+    print(f'{args.model}, scope `{args.scope}`, seeds {args.seeds}: mean (lowest to highest seed)\n')
     heads = [f'{METRICS[k][0]} {s.upper()}' for s in args.settings for k in keys]
     print(f'| | {" | ".join(heads)} | seconds |')
     print('|---' * (len(heads) + 2) + '|')
     for variant in args.variants:
-        rows = [results.over_seeds(args.seeds, variant, s, args.scope) for s in args.settings]
+        rows: List[Any] = [
+            results.over_seeds(args.seeds, recipe(variant, s, args.scope), variant, s, args.scope)
+            for s in args.settings]
         seconds = [v['seconds'] for r in rows for v in r]
         if seconds:
             cells = [cell(r, k) for r in rows for k in keys]

@@ -25,17 +25,18 @@ SQNR is that of the backbone's feature maps on real test images. Every value is
 kept in a JSON file as soon as it is there; a run that was cut off goes on.
 """
 import argparse
-import time
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Callable, Dict, List, Optional
 
 from experiment import (
+    MEASURED,
     METRICS,
     MIN_MAX,
     MODELS,
     NO_PATCH_SIMILARITY,
     ROOT,
     V1_FORM,
+    Recipe,
     Results,
     Subject,
     bits_of,
@@ -44,7 +45,6 @@ from experiment import (
     quiet,
     rules_of,
 )
-from torch import nn
 
 NO_GAME = dict(rounds=0)
 ROWS = ('noise', 'tv', 'real1', 'real32', 'minmax', 'v1', 'prior', 'real32+', 'paper',
@@ -66,51 +66,39 @@ class Rows:
         self._paper: Optional[Subject] = None
         self.work_dir = work_dir
 
-    def student(self, row: str, setting: str, scope: str, seed: int) -> nn.Module:
-        """The student of a row; ``seconds`` is the time that it took."""
-        subject = self.subject
+    def recipe(self, row: str, setting: str, scope: str) -> Recipe:
+        """How the student of a row is made."""
         quantization = merged(bits_of(setting), dict(scope=scope))
-        before = 0.
-        evolution: Optional[Dict] = NO_GAME
-        synthesis: Dict = {}
+        evolution: Dict = merged(rules_of(setting), NO_GAME)
         if row == 'noise':
-            images = subject.noise(8, seed)
-        elif row.startswith('real'):
-            images = subject.real_images(int(row[4:].rstrip('+')), seed)
+            return self.subject.recipe('noise8', quantization, evolution)
+        if row.startswith('real'):
             if row.endswith('+'):
-                evolution = dict(sample_steps=0)
-        else:
-            label = row
-            if row == 'tv':
-                synthesis = NO_PATCH_SIMILARITY
-            elif row == 'v1':
-                synthesis = V1_FORM
-            elif row == 'paper':
-                rules = subject.config.evolution
-                subject = self.paper
-                label = 'v1'  # the same images: the prior does not depend on the quantizer
-                synthesis = dict(V1_FORM, num_images=8, batch_size=8, steps=100)
-                evolution = dict(rounds=rules.rounds, sample_steps=rules.sample_steps,
-                                 student_steps=rules.student_steps,
-                                 batch_size=rules.batch_size)
-            elif row == 'minmax':
-                quantization, label = merged(quantization, NAIVE), 'prior'
-            elif row == 'default':
-                evolution, label = None, 'prior'
-            images = subject.synthetic(label, seed, **synthesis)
-            before = subject.seconds
-        start = time.perf_counter()
-        student = subject.student(images, seed, quantization=quantization,
-                                  evolution=merged(rules_of(setting), evolution or {}),
-                                  synthesis=synthesis,
-                                  real_size=row.startswith('real'))
-        self.seconds = before + time.perf_counter() - start
-        return student
+                evolution = merged(rules_of(setting), dict(sample_steps=0))
+            return self.subject.recipe(row.rstrip('+'), quantization, evolution)
+        if row == 'tv':
+            return self.subject.recipe('tv', quantization, evolution, NO_PATCH_SIMILARITY)
+        if row == 'v1':
+            return self.subject.recipe('v1', quantization, evolution, V1_FORM)
+        if row == 'paper':
+            rules = self.subject.config.evolution
+            evolution = merged(rules_of(setting), dict(
+                rounds=rules.rounds, sample_steps=rules.sample_steps,
+                student_steps=rules.student_steps, batch_size=rules.batch_size))
+            # The same images as those of v1: the prior does not depend on the quantizer.
+            return self.paper.recipe('v1', quantization, evolution,
+                                     dict(V1_FORM, num_images=8, batch_size=8, steps=100))
+        if row == 'minmax':
+            quantization = merged(quantization, NAIVE)
+        elif row == 'default':
+            evolution = rules_of(setting)
+        return self.subject.recipe('prior', quantization, evolution)
 
-    def measure(self, row: str, setting: str, scope: str, seed: int) -> Dict[str, float]:
-        """What the student of :meth:`student` keeps, and the seconds it took."""
-        student = self.student(row, setting, scope, seed)
-        return dict(self.subject.evaluate(student), seconds=self.seconds)
+    def measure(self, row: str, recipe: Recipe, seed: int) -> Dict[str, float]:
+        """What the student of a row keeps, and the seconds it took."""
+        maker = self.paper if row == 'paper' else self.subject
+        student, seconds = maker.student(recipe, seed)
+        return dict(self.subject.evaluate(student), seconds=seconds)
 
     @property
     def paper(self) -> Subject:
@@ -120,57 +108,56 @@ class Rows:
         return self._paper
 
 
-def print_table(results: Results, scope: str, seeds: List[int], settings: List[str],
+Found = Callable[[str, str], List[Dict[str, float]]]
+"""Row and setting to the values of all seeds that are there."""
+
+
+def print_table(float_model: Dict[str, float], found: Found, scope: str, settings: List[str],
                 rows: List[str]) -> None:
     """A table for each metric, from what is there."""
-    float_rows = results.over_seeds([0], 'float')
     for key, (name, _) in METRICS.items():
-        if not any(key in value for value in results.values.values()):
+        if key not in float_model and key != 'sqnr':
             continue
         print(f'\n{name}, scope `{scope}`: mean (lowest to highest seed)\n')
         print(f'| | {" | ".join(s.upper() for s in settings)} |')
         print('|---' * (len(settings) + 1) + '|')
         if key != 'sqnr':
-            print(f'| float | {" | ".join([cell(float_rows, key)] * len(settings))} |')
+            print(f'| float | {" | ".join([cell([float_model], key)] * len(settings))} |')
         for row in rows:
-            cells = [cell(results.over_seeds(seeds, row, setting, scope), key)
-                     for setting in settings]
+            cells = [cell(found(row, setting), key) for setting in settings]
             if any(cells):
                 print(f'| {row} | {" | ".join(cells)} |')
     print(f'\nseconds to quantize, scope `{scope}`, mean over bits and seeds\n')
     print('| | seconds |\n|---|---|')
     for row in rows:
-        values = [v['seconds'] for s in settings
-                  for v in results.over_seeds(seeds, row, s, scope)]
+        values = [v['seconds'] for s in settings for v in found(row, s)]
         if values:
             print(f'| {row} | {sum(values) / len(values):.0f} |')
 
 
-def plot(results: Results, model: str, scope: str, seeds: List[int], settings: List[str],
+def plot(title: str, float_model: Dict[str, float], found: Found, settings: List[str],
          rows: List[str], path: Path) -> None:
     """Draw accuracy against seconds: a panel for each setting, mean and lowest
     to highest seed of each row, the float model as a line."""
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
-    key, (name, factor) = next((k, v) for k, v in METRICS.items()
-                               if any(k in value for value in results.values.values()))
+    key, (name, factor) = next((k, v) for k, v in METRICS.items() if k in float_model)
     figure, panels = pyplot.subplots(1, len(settings), figsize=(1 + 3.2 * len(settings), 3.6),
                                      squeeze=False)
     for axes, setting in zip(panels[0], settings):
-        for value in results.over_seeds([0], 'float'):
-            axes.axhline(factor * value[key], color='black', linewidth=1, label='float')
+        axes.axhline(factor * float_model[key], color='black', linewidth=1, label='float')
         for index, row in enumerate(rows):
-            found = results.over_seeds(seeds, row, setting, scope)
-            if not found:
+            values = found(row, setting)
+            if not values:
                 continue
-            points = [factor * value[key] for value in found]
+            points = [factor * value[key] for value in values]
             mean = sum(points) / len(points)
-            axes.errorbar(sum(v['seconds'] for v in found) / len(found), mean,
+            axes.errorbar(sum(v['seconds'] for v in values) / len(values), mean,
                           [[mean - min(points)], [max(points) - mean]], fmt='o', capsize=3,
                           color=f'C{index}', label=row)
         axes.set_xscale('log')
-        axes.set_title(f'{model}, {scope}, {setting.upper()}', fontsize=10)
+        axes.set_title(f'{title}, {setting.upper()}', fontsize=10)
         axes.set_xlabel('seconds to quantize')
     panels[0][0].set_ylabel(name)
     panels[0][-1].legend(fontsize=7)
@@ -188,21 +175,29 @@ def main() -> None:
     parser.add_argument('--scope', choices=['backbone', 'model'], default='backbone')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
+    parser.add_argument('--measured', type=Path, default=MEASURED, metavar='DIR',
+                        help='where values are kept')
     parser.add_argument('--table', action='store_true', help='measure nothing, print')
     parser.add_argument('--plot', type=Path, metavar='PNG',
                         help='draw accuracy against seconds there')
     args = parser.parse_args()
     quiet()
-    results = Results(args.work_dir / f'{args.model}.json')
+    results = Results(args.measured / f'{args.model}.json')
+    rows = Rows(args.model, args.work_dir)
+    float_model = results.float_model(rows.subject)
     if not args.table:
-        rows = Rows(args.model, args.work_dir)
-        if not results.has('float', 0):
-            results.add(rows.subject.evaluate(rows.subject.model), 'float', 0)
-        results.fill(args.rows, args.settings, args.scope, args.seeds, rows.measure)
+        results.fill(args.rows, args.settings, args.scope, args.seeds, rows.recipe, rows.measure,
+                     next(iter(float_model)))
+
+    def found(row: str, setting: str) -> List[Dict[str, float]]:
+        return results.over_seeds(args.seeds, rows.recipe(row, setting, args.scope),
+                                  row, setting, args.scope)
+
     print(f'{args.model}, seeds {args.seeds}')
-    print_table(results, args.scope, args.seeds, args.settings, args.rows)
+    print_table(float_model, found, args.scope, args.settings, args.rows)
     if args.plot:
-        plot(results, args.model, args.scope, args.seeds, args.settings, args.rows, args.plot)
+        plot(f'{args.model}, {args.scope}', float_model, found, args.settings, args.rows,
+             args.plot)
 
 
 if __name__ == '__main__':

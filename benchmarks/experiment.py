@@ -4,16 +4,19 @@ sources, students of all kinds, and what is measured on real test images."""
 import contextlib
 import copy
 import dataclasses
+import functools
+import hashlib
 import io
 import itertools
 import json
 import logging
 import math
+import re
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 
 import psaq_mm
 from psaq_mm import api
-from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters import Adapter, find_adapter
 from psaq_mm.checkpoint import load_float_weights, save_json
 from psaq_mm.engine import build_float_model, load_config, read_sections
 from psaq_mm.engine.test_size import test_size
@@ -59,8 +62,40 @@ V1_FORM = dict(priors=dict(patch_similarity=dict(
     type='PatchSimilarityPrior', weight=1.0, form='v1', points=10)))
 """Of ``synthesis``: V1's form of the prior. Its images have the label ``v1``."""
 
+MEASURED = ROOT / 'benchmarks' / 'measured'
+"""Where values are kept, a file for each model."""
+
 TRAINING = DEMO / 'data' / 'families'
 """A few scenes of the training split, beside all of them."""
+
+
+class Recipe(NamedTuple):
+    """How a student is made, in plain values, so that what is measured can be
+    kept with what it was measured of.
+
+    Args:
+        images (str): ``noise8``, ``real32`` (or other numbers), or a label of
+            synthetic images.
+        quantization (dict): The whole section.
+        evolution (dict): The same; no rounds, no game.
+        synthesis (dict): The same.
+    """
+    images: str
+    quantization: Dict[str, Any]
+    evolution: Dict[str, Any]
+    synthesis: Dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """str: Changes with everything that the student depends on."""
+        rules = {k: v for k, v in self.evolution.items() if k != 'save_interval'}
+        return fingerprint_of([self.images, self.quantization,
+                               rules if rules['rounds'] else {}, self.synthesis])
+
+
+def fingerprint_of(values: Any) -> str:
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Subject:
@@ -73,15 +108,7 @@ class Subject:
     """
 
     def __init__(self, name: str, work_dir: Path, preset: str = 'default') -> None:
-        file, checkpoint = MODELS[name]
-        if not checkpoint.exists():
-            sys.exit(f'{checkpoint} is not here' + (
-                f': python demo/train.py demo/{file.name} --half trains it'
-                if DEMO in file.parents else ': nothing to measure'))
-        if name != 'bccd':
-            from scenes import render_split
-            render_split('val', DEMO / 'data')
-            render_split('train', TRAINING, 96)
+        file, self.checkpoint = MODELS[name]
         self.name, self.work_dir = name, work_dir / name
         self.work_dir.mkdir(parents=True, exist_ok=True)
         config = self.work_dir / f'{name}_{preset}.py'
@@ -92,14 +119,35 @@ class Subject:
         self.size = self.sections.synthesis.size
         if name in ('swin', 'deit'):
             self.size = (112, 112)
-        self.model = build_float_model(self.config)
-        load_float_weights(self.model, str(checkpoint))
-        self.adapter = find_adapter(self.model)
         self.test_size = test_size(self.config)
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """nn.Module: The float model."""
+        if not self.checkpoint.exists():
+            sys.exit(f'{self.checkpoint} is not here' + (
+                f': python demo/train.py demo/{MODELS[self.name][0].name} --half trains it'
+                if DEMO in MODELS[self.name][0].parents else ': nothing to measure'))
+        if self.name != 'bccd':
+            from scenes import render_split
+            render_split('val', DEMO / 'data')
+            render_split('train', TRAINING, 96)
+        model = build_float_model(self.config)
+        load_float_weights(model, str(self.checkpoint))
+        return model
+
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        """Adapter: Of the model."""
+        return find_adapter(self.model)
+
+    @functools.cached_property
+    def _probe(self) -> List[Tuple[Tensor, List[Tensor]]]:
+        """Test images, and the float model's feature maps of them."""
+        preprocess: Any = self.model.data_preprocessor
         loader = Runner.build_dataloader(copy.deepcopy(self.config.test_dataloader))
-        self._probe = [self.model.data_preprocessor(batch, False)['inputs']
-                       for batch, _ in zip(loader, range(16))]
-        self._features = [self._backbone(self.model, x) for x in self._probe]
+        images = [preprocess(batch, False)['inputs'] for batch, _ in zip(loader, range(16))]
+        return [(x, self._backbone(self.model, x)) for x in images]
 
     def _backbone(self, model: nn.Module, images: Tensor) -> List[Tensor]:
         with torch.no_grad():
@@ -109,9 +157,9 @@ class Subject:
     def sqnr(self, student: nn.Module) -> float:
         """SQNR of the backbone's feature maps on real test images: the mean
         over stages, in decibel, over up to 16 batches of the test set."""
-        signal = [0.] * len(self._features[0])
+        signal = [0.] * len(self._probe[0][1])
         noise = list(signal)
-        for images, expected in zip(self._probe, self._features):
+        for images, expected in self._probe:
             for i, (a, b) in enumerate(zip(expected, self._backbone(student, images))):
                 signal[i] += float(a.double().square().sum())
                 noise[i] += float((a.double() - b.double()).square().sum())
@@ -163,55 +211,74 @@ class Subject:
         images = torch.randn(count, lower.shape[1], *self.size, generator=generator)
         return torch.minimum(torch.maximum(images, lower), upper)
 
-    def synthetic(self, label: str, seed: int, **changes: Any) -> Tensor:
-        """Images by the prior, kept in a file of that label.
+    def synthetic(self, label: str, seed: int, synthesis: Mapping[str, Any]) -> Tensor:
+        """Images by the prior, kept in a file.
 
         Args:
             label (str): Name of these settings.
             seed (int): Seed of the run.
-            **changes: What differs from the preset's ``synthesis``.
+            synthesis (Mapping): The whole section.
         """
-        file = self.work_dir / f'{label}_{seed}.pt'
+        file = self.work_dir / f'{label}_{fingerprint_of(synthesis)}_{seed}.pt'
         if not file.exists():
             start = time.perf_counter()
-            settings = merged(dataclasses.asdict(self.sections.synthesis),
-                              dict(image_size=self.size), changes)
-            images = psaq_mm.synthesize(self.model, seed=seed, **settings)
+            images = psaq_mm.synthesize(self.model, seed=seed, **synthesis)
             torch.save(dict(images=images, seconds=time.perf_counter() - start), file)
         saved = torch.load(file)
         self.seconds = saved['seconds']
         return saved['images']
 
-    def student(self, images: Tensor, seed: int = 0, *,
-                quantization: Optional[Mapping[str, Any]] = None,
-                evolution: Optional[Mapping[str, Any]] = None,
-                synthesis: Optional[Mapping[str, Any]] = None,
-                real_size: bool = False) -> nn.Module:
+    def recipe(self, images: str, quantization: Mapping[str, Any] = {},
+               evolution: Mapping[str, Any] = {}, synthesis: Mapping[str, Any] = {}) -> Recipe:
+        """The preset's sections, with changes.
+
+        Args:
+            images (str): As of :class:`Recipe`.
+            quantization (Mapping): Changes of the section. Defaults to none.
+            evolution (Mapping): The same; ``rounds=0`` for no game.
+            synthesis (Mapping): The same.
+        """
+        sections = self.config.to_dict()
+        prior = merged(dataclasses.asdict(self.sections.synthesis),
+                       dict(image_size=self.size), synthesis)
+        return Recipe(images, merged(sections['quantization'], quantization),
+                      merged(sections['evolution'], evolution), prior)
+
+    def images_of(self, recipe: Recipe, seed: int) -> Tensor:
+        """What a student is calibrated on; ``seconds`` is the time it took."""
+        self.seconds = 0.
+        number = re.fullmatch(r'(noise|real)(\d+)', recipe.images)
+        if number is None:
+            return self.synthetic(recipe.images, seed, recipe.synthesis)
+        source = self.noise if number[1] == 'noise' else self.real_images
+        return source(int(number[2]), seed)
+
+    def student(self, recipe: Recipe, seed: int) -> Tuple[nn.Module, float]:
         """A quantized copy of the model: calibrated, evolved, and with its last
         ranges at test size, as tools/quantize.py does it.
 
         Args:
-            images (Tensor): To calibrate on, and to start the game with.
-            seed (int): Of the game. Defaults to 0.
-            quantization (Mapping, optional): Changes of the preset's section.
-            evolution (Mapping, optional): The same; ``rounds=0`` for no game.
-            synthesis (Mapping, optional): The same.
-            real_size (bool): Whether the images have the test size already.
+            recipe (Recipe): How.
+            seed (int): Of the images and of the game.
+
+        Returns:
+            tuple: The student, and the seconds it took with its images.
         """
-        sections = self.config.to_dict()
+        images = self.images_of(recipe, seed)
+        start = time.perf_counter()
         student = copy.deepcopy(self.model)
-        psaq_mm.quantize(student, **merged(sections['quantization'], quantization or {}))
+        psaq_mm.quantize(student, **recipe.quantization)
         psaq_mm.calibrate(student, images)
-        rules = merged(sections['evolution'], evolution or {})
+        rules = recipe.evolution
         if rules['rounds']:
-            prior = merged(sections['synthesis'], dict(image_size=self.size), synthesis or {})
-            psaq_mm.evolve(student, self.model, images, seed=seed, synthesis=prior, **rules)
-        if self.test_size is not None and not real_size:
+            psaq_mm.evolve(student, self.model, images, seed=seed, synthesis=recipe.synthesis,
+                           **rules)
+        if self.test_size is not None and not recipe.images.startswith('real'):
             learnt = bool(rules['rounds']) and rules['learn'] != 'weights'
             other_size = tuple(images.shape[-2:]) != tuple(self.test_size)
             if other_size or (rules['rounds'] and not learnt):
                 api.refit(student, images, self.test_size, learnt)
-        return student
+        return student, self.seconds + time.perf_counter() - start
 
 
 def merged(*sections: Mapping[str, Any]) -> Dict[str, Any]:
@@ -248,7 +315,8 @@ def rules_of(setting: str) -> Dict[str, Any]:
 
 class Results:
     """Measured values in a JSON file, so that a long run can be continued, and
-    several can share what they measure.
+    several can share what they measure. A value counts only for the recipe
+    that it was measured of.
 
     Args:
         file (Path): Written after each measurement.
@@ -256,29 +324,41 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.values: Dict[str, Dict[str, float]] = {}
+        self.values: Dict[str, Dict[str, Any]] = {}
         self._read()
 
     def _read(self) -> None:
         if self.file.exists():
             self.values.update(json.loads(self.file.read_text()))
 
-    def has(self, *key: Any) -> bool:
-        self._read()
-        return '/'.join(map(str, key)) in self.values
+    def get(self, recipe: Optional[Recipe], *key: Any) -> Optional[Dict[str, float]]:
+        """What is there for a key and its recipe, None if nothing is."""
+        value = self.values.get('/'.join(map(str, key)))
+        if value is None or (recipe and value.get('recipe') != recipe.fingerprint):
+            return None
+        return {k: v for k, v in value.items() if k != 'recipe'}
 
-    def add(self, found: Mapping[str, float], *key: Any) -> None:
+    def add(self, found: Mapping[str, float], recipe: Optional[Recipe], *key: Any) -> None:
         """Keep what was measured for a key, and show it."""
         name = '/'.join(map(str, key))
         self._read()
-        self.values[name] = dict(found)
-        save_json(self.values, self.file)
+        rounded = {k: float(f'{v:.6g}') for k, v in found.items()}
+        self.values[name] = {**rounded, **(dict(recipe=recipe.fingerprint) if recipe else {})}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        save_json(dict(sorted(self.values.items())), self.file)
         shown = ', '.join(f'{METRICS[k][0]} {METRICS[k][1] * v:.2f}'
                           for k, v in found.items() if k in METRICS)
         print(f'{name}: {shown}, {found.get("seconds", 0):.0f} s', file=sys.stderr, flush=True)
 
+    def float_model(self, subject: Subject) -> Dict[str, float]:
+        """What the float model reaches, measured if it is not there."""
+        if self.get(None, 'float') is None:
+            self.add(subject.evaluate(subject.model), None, 'float')
+        return self.get(None, 'float') or {}
+
     def fill(self, names: Iterable[str], settings: Iterable[str], scope: str,
-             seeds: Iterable[int], measure: Callable[[str, str, str, int], Mapping[str, float]]) \
+             seeds: Iterable[int], recipe: Callable[[str, str, str], Recipe],
+             measure: Callable[[str, Recipe, int], Mapping[str, float]], needed: str = 'sqnr') \
             -> None:
         """Measure what is not there yet: each name at each setting, seed by seed.
 
@@ -287,16 +367,21 @@ class Results:
             settings (Iterable[str]): Such as ``w4a8``.
             scope (str): ``backbone`` or ``model``.
             seeds (Iterable[int]): Seeds of the runs.
-            measure (Callable): Takes name, setting, scope and seed.
+            recipe (Callable): Takes name, setting and scope.
+            measure (Callable): Takes name, recipe and seed.
+            needed (str): The value without which it is not there. Defaults to
+                ``sqnr``.
         """
         for seed, setting, name in itertools.product(seeds, settings, names):
-            if not self.has(name, setting, scope, seed):
-                self.add(measure(name, setting, scope, seed), name, setting, scope, seed)
+            made, key = recipe(name, setting, scope), (name, setting, scope, seed)
+            if needed not in (self.get(made, *key) or {}):
+                self.add(measure(name, made, seed), made, *key)
 
-    def over_seeds(self, seeds: Iterable[int], *key: Any) -> List[Dict[str, float]]:
+    def over_seeds(self, seeds: Iterable[int], recipe: Recipe, *key: Any) \
+            -> List[Dict[str, float]]:
         """Values of all seeds that are there."""
-        names = ['/'.join(map(str, (*key, seed))) for seed in seeds]
-        return [self.values[name] for name in names if name in self.values]
+        found = [self.get(recipe, *key, seed) for seed in seeds]
+        return [value for value in found if value]
 
 
 def cell(rows: List[Dict[str, float]], key: str) -> str:

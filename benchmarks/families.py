@@ -16,10 +16,10 @@ backbone; time interleaved in one process, memory in a process for each side.
 import argparse
 import statistics
 from pathlib import Path
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, List, Sequence
 
 import torch
-from experiment import METRICS, ROOT, Results, Subject, bits_of, cell, quiet
+from experiment import METRICS, ROOT, Recipe, Results, Subject, bits_of, cell, quiet
 from sample_step import sides_of
 from timing import interleave, median_ratio, peak_memory_mib, pin, run_in_process, timing_parser
 
@@ -39,28 +39,26 @@ def accuracy(family: str, seeds: Sequence[int], settings: Sequence[str], scope: 
     """Print the rows of a family."""
     results = Results(work_dir / f'families_{family}.json')
     subject = Subject(FAMILIES[family], work_dir, 'fast')
-    if not results.has('float', 0):
-        results.add(subject.evaluate(subject.model), 'float', 0)
-    names = [key for key in METRICS if key in results.over_seeds([0], 'float')[0]]
+    float_model = results.float_model(subject)
+    names = [key for key in METRICS if key in float_model]
 
-    def print_row(bits: str, source: str, *key: Any) -> None:
-        rows = results.over_seeds(seeds, *key)
+    def recipe(source: str, setting: str, scope: str) -> Recipe:
+        return subject.recipe('prior' if source == 'data-free' else 'real32',
+                              dict(bits_of(setting), scope=scope))
+
+    def measure(source: str, made: Recipe, seed: int) -> Dict[str, float]:
+        return subject.evaluate(subject.student(made, seed)[0])
+
+    def print_row(bits: str, source: str, rows: List[Dict[str, float]]) -> None:
         cells = '; '.join(f'{METRICS[name][0]} {cell(rows, name)}' for name in names)
         print(f'| {family} | {bits} | {source} | {cells} |', flush=True)
 
-    print_row('float', '', 'float')
+    print_row('float', '', [float_model])
     for setting in settings:
         for source in SOURCES:
-            for seed in seeds:
-                if results.has(source, setting, scope, seed):
-                    continue
-                images = subject.synthetic('prior', seed) if source == 'data-free' \
-                    else subject.real_images(32, seed)
-                student = subject.student(
-                    images, quantization=dict(bits_of(setting), scope=scope),
-                    real_size=source != 'data-free')
-                results.add(subject.evaluate(student), source, setting, scope, seed)
-            print_row(setting.upper(), source, source, setting, scope)
+            results.fill([source], [setting], scope, seeds, recipe, measure)
+            print_row(setting.upper(), source, results.over_seeds(
+                seeds, recipe(source, setting, scope), source, setting, scope))
 
 
 def full_size_sides(name: str) -> Dict[str, Any]:
