@@ -49,6 +49,10 @@ class EvolutionSettings:
             first ones; 0 learns from the newest alone. Defaults to 32.
         new_fraction (float): Fraction of a batch taken from the newest
             images. Defaults to 0.5.
+        zoom (float): Largest magnification of the images that the student
+            learns from; 1 leaves them as they are. Defaults to 1.
+        contrast (float): Least contrast of these, of 1; blended with plain
+            colours for the rest. Defaults to 1.
         learn (str): ``ranges``, ``weights`` (and biases) or ``both``.
             Defaults to ``both``.
         weight_lr (float): Peak learning rate of weights. Defaults to 1e-5.
@@ -70,6 +74,8 @@ class EvolutionSettings:
     sample_lr: float = 0.05
     buffer_size: int = 32
     new_fraction: float = 0.5
+    zoom: float = 1.
+    contrast: float = 1.
     learn: str = 'both'
     weight_lr: float = 1e-5
     range_lr: float = 1e-3
@@ -86,8 +92,8 @@ class EvolutionSettings:
         if self.rounds and not self.sample_steps + self.student_steps:
             raise UserError('rounds of no steps: set sample_steps or student_steps, or rounds=0')
         for key, low, high in (('adversarial_weight', 0, 1e6), ('sample_lr', 0, 1e3),
-                               ('new_fraction', 0, 1), ('weight_lr', 0, 1),
-                               ('range_lr', 0, 1)):
+                               ('new_fraction', 0, 1), ('zoom', 1, 16), ('contrast', 0, 1),
+                               ('weight_lr', 0, 1), ('range_lr', 0, 1)):
             check_number(getattr(self, key), key, low, high)
         if self.adversarial_fraction is not None:
             check_number(self.adversarial_fraction, 'adversarial_fraction', 0, 1e6)

@@ -24,6 +24,7 @@ from .pixel_descent import PixelDescent
 from .sample_step import augment, gradient_of, learning_rate_factor, prior_losses
 from .settings import SynthesisSettings
 from .student import Student
+from .views import random_blend, random_zoom
 
 Teacher = Callable[[Tensor], Tuple[TeacherRecord, TapRecord]]
 
@@ -184,8 +185,10 @@ class Evolver:
     def _student_step(self, round_index: int, within: int) -> Dict[str, float]:
         settings = self.settings
         batch = self.buffer.draw(settings.batch_size, settings.new_fraction, self.generator)
-        images = augment(self._local(batch).to(self.device), self.synthesis,
-                         self.synthesis.shifts[-1], self.generator)
+        views = random_zoom(batch.to(self.device), settings.zoom, self.generator)
+        views = random_blend(views, settings.contrast, self.lower, self.upper, self.generator)
+        images = augment(self._local(views), self.synthesis, self.synthesis.shifts[-1],
+                         self.generator)
         with torch.no_grad():
             _, taps = self.teacher(images)
         step = round_index * settings.student_steps + within - settings.sample_steps

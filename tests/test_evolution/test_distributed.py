@@ -11,7 +11,8 @@ from psaq_mm.evolution import EvolutionSettings, Evolver, Student, SynthesisSett
 from psaq_mm.prior import TeacherRecord
 
 RULES = dict(rounds=2, student_steps=6, batch_size=4, weight_lr=1e-3, range_lr=1e-2)
-ALONE, TOGETHER = dict(RULES, sample_steps=0), dict(RULES, sample_steps=3)
+ALONE = dict(RULES, sample_steps=0, zoom=3., contrast=0.2)
+TOGETHER = dict(RULES, sample_steps=3)
 
 
 def game(**rules):

@@ -46,7 +46,8 @@ def test_rounds_of_nothing():
 @pytest.mark.parametrize('key, low, high, good', [
     ('adversarial_weight', '0', r'1e\+06', (0, 1e6, 2.5)), ('sample_lr', '0', '1000', (0, 0.3)),
     ('new_fraction', '0', '1', (0, 1, 0.25)), ('weight_lr', '0', '1', (0, 1e-5)),
-    ('range_lr', '0', '1', (0., 1)),
+    ('range_lr', '0', '1', (0., 1)), ('contrast', '0', '1', (0, 0.2, 1)),
+    ('zoom', '1', '16', (1, 3., 16)),
     ('adversarial_fraction', '0', r'1e\+06', (0, 0.3, 7., None))])
 def test_bad_numbers(key, low, high, good):
     bad = [-0.1, NAN, INFINITY, '0.1', True, [0.1]]
