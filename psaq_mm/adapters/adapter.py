@@ -93,6 +93,13 @@ class Adapter:
         that quantization changes its input and not only its values."""
         return False
 
+    def kinds(self, model: nn.Module, name: str) -> Tuple[str, ...]:
+        """What a module is, of ``psaq_mm.quantization.settings.KINDS``."""
+        found = dict(patch_embed=self.is_patch_embed(model, name),
+                     predictor=self.is_predictor(model, name),
+                     roi_head=self.follows_proposals(model, name))
+        return tuple(kind for kind, holds in found.items() if holds)
+
     def is_rgb(self, model: nn.Module) -> bool:
         """Whether the model sees RGB images; else BGR."""
         raise NotImplementedError

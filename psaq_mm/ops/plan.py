@@ -64,15 +64,13 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
     _require_matches('include', settings.include, candidates, f' in scope {settings.scope!r}')
     # These may name what another scope would hold.
     _require_matches('exclude', settings.exclude, list(roles))
-    _require_matches('overrides', [p for p in settings.overrides if p != '_scope_'],
-                     list(roles))
+    _require_matches('overrides', [p for p in settings.overrides
+                                   if p != '_scope_' and not p.startswith('@')], list(roles))
     plan: Plan = {}
     for name in candidates:
         if _any_match(name, settings.include) and not _any_match(name, settings.exclude):
-            patch_embed = adapter.is_patch_embed(model, name)
-            predictor = adapter.is_predictor(model, name)
-            plan[name] = {r: settings.spec_for(name, r, patch_embed, predictor)
-                          for r in roles[name]}
+            kinds = adapter.kinds(model, name)
+            plan[name] = {r: settings.spec_for(name, r, kinds) for r in roles[name]}
     if not plan:
         raise UserError('quantization: nothing is left to quantize after include, exclude and '
                         'placement')

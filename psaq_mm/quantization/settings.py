@@ -2,7 +2,7 @@
 """The ``quantization`` section of a config."""
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Dict, Mapping, Optional, Sequence, Union
+from typing import Any, Collection, Dict, Mapping, Optional, Sequence, Union
 
 from psaq_mm.errors import UserError
 from psaq_mm.sections import build_section, nearest
@@ -11,6 +11,11 @@ from .placement import ROLES, resolve_placement
 from .spec import QuantSpec
 
 SCOPES = ('backbone', 'model')
+
+KINDS = ('patch_embed', 'predictor', 'roi_head')
+"""Layers that ``overrides`` may name as ``@patch_embed`` and so on, whatever they
+are called in a model: the first, the last ones, and those that run on proposed
+regions."""
 
 
 def _patterns(value: Any, key: str) -> Sequence[str]:
@@ -48,8 +53,9 @@ class QuantizationSettings:
             8: at 4 bits the box regressor alone costs two points [measured].
         roles (dict): Role name to arguments that differ from ``activation``
             (or ``weight``), e.g. ``dict(attention=dict(bits=8))``.
-        overrides (dict): Wildcard to a dict with ``weight``, ``activation``
-            or role keys, applied last and in order.
+        overrides (dict): Wildcard, or ``@`` and one of :data:`KINDS`, to a
+            dict with ``weight``, ``activation`` or role keys, applied last
+            and in order. A wildcard must match a module, a kind need not.
         learnable_ranges (bool): If True scales and zero points are
             parameters. Defaults to False.
     """
@@ -83,6 +89,9 @@ class QuantizationSettings:
         for pattern, changes in self.overrides.items():
             if pattern == '_scope_':
                 continue
+            if pattern.startswith('@') and pattern[1:] not in KINDS:
+                raise UserError(f'unknown kind of layers overrides[{pattern!r}]; known: '
+                                + ', '.join(f'@{kind}' for kind in KINDS))
             if not isinstance(changes, Mapping):
                 raise UserError(f'overrides[{pattern!r}] must be a dict, got {changes!r}')
             for target in changes:
@@ -93,9 +102,8 @@ class QuantizationSettings:
         for group in ('weight', 'activation'):
             QuantSpec.from_dict(self._of_group(group), group)
         for role in sorted(self.placed_roles):
-            self.spec_for('', role)
-            self.spec_for('', role, patch_embed=True)
-            self.spec_for('', role, predictor=True)
+            for kinds in ((), *((kind, ) for kind in KINDS)):
+                self.spec_for('', role, kinds)
         for pattern in self.overrides:
             for role in sorted(self.placed_roles):
                 self.spec_for(pattern, role)
@@ -117,8 +125,8 @@ class QuantizationSettings:
                          granularity='per_channel' if weight else 'per_tensor'),
                     **getattr(self, group))
 
-    def spec_for(self, module_name: str, role: str, patch_embed: bool = False,
-                 predictor: bool = False) -> QuantSpec:
+    def spec_for(self, module_name: str, role: str,
+                 kinds: Collection[str] = ()) -> QuantSpec:
         """The spec of one tensor.
 
         Later ones win: the group's defaults, ``weight`` or ``activation``,
@@ -127,10 +135,8 @@ class QuantizationSettings:
         Args:
             module_name (str): Full name of the float module.
             role (str): The tensor's role.
-            patch_embed (bool): Whether the module is the patch embedding's
-                projection. Defaults to False.
-            predictor (bool): Whether its output is the model's. Defaults to
-                False.
+            kinds (Collection[str]): What the module is, of :data:`KINDS`.
+                Defaults to none of them.
 
         Returns:
             QuantSpec: Its spec.
@@ -140,15 +146,17 @@ class QuantizationSettings:
         """
         group = 'weight' if role == 'weight' else 'activation'
         values, where = self._of_group(group), group
-        for applies, key in ((patch_embed, 'patch_embed_bits'), (predictor, 'predictor_bits')):
-            if applies and getattr(self, key) is not None:
+        for kind in ('patch_embed', 'predictor'):
+            key = f'{kind}_bits'
+            if kind in kinds and getattr(self, key) is not None:
                 values['bits'] = getattr(self, key)
                 where = key
         if role in self.roles:
             values.update(self.roles[role])
             where = f'roles.{role}'
         for pattern, changes in self.overrides.items():
-            if fnmatchcase(module_name, pattern) or module_name == pattern:
+            if fnmatchcase(module_name, pattern) or module_name == pattern \
+                    or (pattern.startswith('@') and pattern[1:] in kinds):
                 for target in (group, role):
                     if target in changes:
                         values.update(changes[target])

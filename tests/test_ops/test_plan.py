@@ -229,6 +229,12 @@ def test_predictors_stay_at_8_bits():
         assert 'roi_head.fc_cls' not in plan(Detector(), **given)
 
 
+def test_overrides_by_kind():
+    chosen = plan(swin(), overrides={'@patch_embed': dict(weight=dict(bits=5)), '@roi_head': {}})
+    bits = {name: roles['weight'].bits for name, roles in chosen.items() if 'weight' in roles}
+    assert bits.pop('patch_embed.projection') == 5 and set(bits.values()) == {8}
+
+
 def test_overrides_by_name():
     chosen = plan(swin(), overrides={'stages.1.*': dict(weight=dict(bits=4)),
                                      '*.w_msa': dict(attention=dict(bits=6, symmetric=True))})

@@ -37,8 +37,8 @@ def test_groups():
     assert chosen.spec_for('a', 'weight') == QuantSpec(4, True, 'per_channel')
     for role in set(ROLES) - {'weight'}:
         assert chosen.spec_for('a', role) == QuantSpec(6, True, 'per_tensor')
-        assert chosen.spec_for('a', role, patch_embed=True).bits == 6
-    assert chosen.spec_for('a', 'weight', patch_embed=True).bits == 4
+        assert chosen.spec_for('a', role, ('patch_embed', )).bits == 6
+    assert chosen.spec_for('a', 'weight', ('patch_embed', )).bits == 4
 
 
 # Each level differs from the one below by its bits, and from all by a second value of its own.
@@ -53,7 +53,7 @@ LEVELS = dict(
 def test_precedence():
     def bits(levels, name='stem.conv', role='input'):
         chosen = settings(**{level: LEVELS[level] for level in levels})
-        return chosen.spec_for(name, role, patch_embed=True).bits
+        return chosen.spec_for(name, role, ('patch_embed', )).bits
 
     assert bits(['activation']) == 8  # the default of patch_embed_bits
     names = list(LEVELS)
@@ -63,7 +63,7 @@ def test_precedence():
     assert bits(names, 'other') == 5
     assert bits(names, 'other', 'key') == 4
     # What a higher level leaves alone stays.
-    assert settings(**LEVELS).spec_for('stem.conv', 'input', patch_embed=True).symmetric
+    assert settings(**LEVELS).spec_for('stem.conv', 'input', ('patch_embed', )).symmetric
 
 
 def test_precedence_of_weight():
@@ -71,7 +71,7 @@ def test_precedence_of_weight():
                       roles=dict(weight=dict(bits=5)),
                       overrides={'head': dict(weight=dict(bits=6))})
     assert chosen.spec_for('neck', 'weight') == QuantSpec(5, True, 'per_tensor')
-    assert chosen.spec_for('neck', 'weight', patch_embed=True).bits == 5
+    assert chosen.spec_for('neck', 'weight', ('patch_embed', )).bits == 5
     assert chosen.spec_for('head', 'weight') == QuantSpec(6, True, 'per_tensor')
 
 
@@ -99,22 +99,36 @@ def test_overrides_by_wildcard_or_exact_name():
 def test_patch_embed_bits():
     chosen = settings(weight=dict(bits=4), activation=dict(bits=4))
     for role in ('weight', 'input'):
-        assert chosen.spec_for('patch_embed.projection', role, patch_embed=True).bits == 8
+        assert chosen.spec_for('patch_embed.projection', role, ('patch_embed', )).bits == 8
         assert chosen.spec_for('patch_embed.projection', role).bits == 4
     chosen = settings(weight=dict(bits=4), patch_embed_bits=6)
-    assert chosen.spec_for('p', 'weight', patch_embed=True) == QuantSpec(6, True, 'per_channel')
+    assert chosen.spec_for('p', 'weight', ('patch_embed', )) == QuantSpec(6, True, 'per_channel')
 
 
 def test_predictor_bits():
     chosen = settings(weight=dict(bits=4), activation=dict(bits=4))
     for role in ('weight', 'input'):
-        assert chosen.spec_for('head.fc_reg', role, predictor=True).bits == 8
+        assert chosen.spec_for('head.fc_reg', role, ('predictor', )).bits == 8
         assert chosen.spec_for('head.fc_reg', role).bits == 4
     chosen = settings(weight=dict(bits=4), predictor_bits=None)
-    assert chosen.spec_for('p', 'weight', predictor=True).bits == 4
+    assert chosen.spec_for('p', 'weight', ('predictor', )).bits == 4
     chosen = settings(weight=dict(bits=4), predictor_bits=6, roles=dict(weight=dict(bits=5)))
-    assert chosen.spec_for('p', 'weight', predictor=True).bits == 5  # roles win
-    assert chosen.spec_for('p', 'input', predictor=True).bits == 6
+    assert chosen.spec_for('p', 'weight', ('predictor', )).bits == 5  # roles win
+    assert chosen.spec_for('p', 'input', ('predictor', )).bits == 6
+
+
+def test_overrides_of_a_kind():
+    """Whatever the layers are called; a kind that a model lacks is no error."""
+    chosen = settings(overrides={'@roi_head': dict(weight=dict(bits=6), input=dict(bits=5)),
+                                 '@predictor': dict(input=dict(bits=7))})
+    for kinds, weight, activation in (((), 8, 8), (('roi_head', ), 6, 5), (('predictor', ), 8, 7),
+                                      (('roi_head', 'predictor'), 6, 7)):
+        assert chosen.spec_for('fc', 'weight', kinds).bits == weight
+        assert chosen.spec_for('fc', 'input', kinds).bits == activation
+    with pytest.raises(UserError, match=r"'@predictors'.*@patch_embed, @predictor, @roi_head"):
+        settings(overrides={'@predictors': {}})
+    with pytest.raises(UserError, match='bits'):
+        settings(overrides={'@predictor': dict(input=dict(bits=11))})
 
 
 def test_observer_of_a_group():
