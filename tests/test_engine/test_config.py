@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Configs: every shipped one loads, bases combine, mistakes are named."""
 import pytest
-from conftest import ROOT
+from conftest import DEMO, ROOT
 from mmengine.config import Config
 
 from psaq_mm import UserError
@@ -24,6 +24,22 @@ def test_all_configs_are_there():
     assert names == detectors | classifiers
 
 
+@pytest.mark.parametrize('bits, percentile', [('w8a8', 0.999), ('w4a4', 0.999), ('w3a3', 0.99)])
+def test_bits_of_a_base(tmp_path, bits, percentile):
+    """Where integers are few, ranges clip more, and weights learn faster."""
+    config = tmp_path / 'x.py'
+    config.write_text(f"_base_ = ['{DEMO}/mask_rcnn_swin_demo.py', "
+                      f"'{ROOT}/configs/_base_/{bits}.py']\n")
+    sections = read_sections(load_config(config))
+    quantization = sections.quantization
+    assert quantization.spec_for('x', 'weight').bits == int(bits[1])
+    assert quantization.spec_for('x', 'input').bits == int(bits[3])
+    assert quantization.spec_for('x', 'input').observer == dict(
+        type='PercentileObserver', percentile=percentile)
+    assert quantization.spec_for('x', 'input').margin == (2 if bits == 'w8a8' else 0)
+    assert sections.evolution.weight_lr == {'w8a8': 1e-5, 'w4a4': 1e-4, 'w3a3': 3e-4}[bits]
+
+
 @pytest.mark.parametrize('path', QUANTIZED, ids=lambda p: p.stem)
 def test_shipped_config(path):
     config = load_config(path)
@@ -31,7 +47,7 @@ def test_shipped_config(path):
     bits = path.stem.rsplit('_', 1)[1]
     assert f'w{settings.spec_for("x", "weight").bits}a{settings.spec_for("x", "input").bits}' \
         == bits
-    assert settings.spec_for('x', 'weight', patch_embed=True).bits == 8
+    assert settings.spec_for('x', 'weight', ('patch_embed', )).bits == 8
     if config.model.type != 'psaq_mm.TimmClassifier':
         assert config.model.backbone.type == 'SwinTransformer'
         size = path.stem.split('swin_')[1][0]

@@ -56,11 +56,17 @@ def test_default(write):
     assert sections.quantization.placement == 'operands'
     assert sections.quantization.scope == 'backbone'
     assert sections.quantization.patch_embed_bits == sections.quantization.predictor_bits == 8
-    for name, rule in (('x.qkv', 'PercentileObserver'), ('x.attn.w_msa.proj', 'MinMaxObserver'),
-                       ('model.patch_embed.proj', 'MinMaxObserver')):
-        spec = sections.quantization.spec_for(name, 'input')
+    for name, kinds, rule in (
+            ('x.qkv', (), 'PercentileObserver'), ('x.attn.w_msa.proj', (), 'MinMaxObserver'),
+            ('patch_embed.proj', ('patch_embed', ), 'MinMaxObserver'),
+            ('roi_head.bbox_head.fc_reg', ('roi_head', 'predictor'), 'MinMaxObserver')):
+        spec = sections.quantization.spec_for(name, 'input', kinds)
         assert spec.observer['type'] == rule and spec.margin == 2
-    assert sections.evolution.rounds > 0 and sections.evolution.competes
+    assert sections.quantization.spec_for('x', 'input').observer['percentile'] == 0.999
+    spec = sections.quantization.spec_for('x', 'input', ('roi_head', ))
+    assert spec.observer['percentile'] == 0.9995
+    assert sections.evolution.rounds > 0 and not sections.evolution.sample_steps
+    assert sections.evolution.zoom > 1 > sections.evolution.contrast
     assert sections.evolution.learn == 'both'
     assert sections.synthesis.batches() == [8]
 
@@ -90,6 +96,8 @@ def test_paper(write):
     assert terms['patch_similarity'].form == 'v1'
     assert (terms['patch_similarity'].weight, terms['total_variation'].weight) == (1., 0.05)
     assert sections.evolution.rounds > 0 and not dict(sections.evolution.losses)
+    assert sections.evolution.sample_steps and sections.evolution.competes
+    assert sections.evolution.zoom == sections.evolution.contrast == 1  # V2 tells of no views
 
 
 # Who wins

@@ -17,5 +17,7 @@ evolution = dict(
     sample_steps=50,
     student_steps=100,
     batch_size=32,
+    zoom=1.0,
+    contrast=1.0,
     weight_lr=1e-5,
     range_lr=1e-3)
