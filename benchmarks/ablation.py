@@ -2,7 +2,7 @@
 """Which rules of the game earn their cost: the preset ``default``, one change at a time.
 
     python benchmarks/ablation.py                          # all variants, the demo detector
-    python benchmarks/ablation.py --variants no_competitor learn_ranges --settings w4a4
+    python benchmarks/ablation.py --variants compete learn_ranges --settings w4a4
     python benchmarks/ablation.py --variants prior predictors_as_rest --scope model --settings w4a4
     python benchmarks/ablation.py --table                  # what is measured so far
 
@@ -38,14 +38,18 @@ from experiment import (
 EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     default=dict(),
     prior=dict(rounds=0),  # no game
-    # the competitor
-    no_sample_steps=dict(sample_steps=0),
-    no_competitor=dict(adversarial_fraction=0.),
-    fraction_01=dict(adversarial_fraction=0.1),
-    unbounded=dict(adversarial_fraction=None),
-    # the buffer
-    no_buffer=dict(buffer_size=0),
-    newest_alone=dict(new_fraction=1.),
+    # what it learns from
+    no_views=dict(zoom=1., contrast=1.),
+    zoom_alone=dict(contrast=1.),
+    contrast_alone=dict(zoom=1.),
+    wider_views=dict(zoom=5., contrast=0.1),
+    # images that move too, and compete
+    compete=dict(sample_steps=5),
+    compete_unbounded=dict(sample_steps=5, adversarial_fraction=None),
+    fraction_01=dict(sample_steps=5, adversarial_fraction=0.1),
+    move_alone=dict(sample_steps=5, adversarial_fraction=0.),
+    no_buffer=dict(sample_steps=5, buffer_size=0),
+    newest_alone=dict(sample_steps=5, new_fraction=1.),
     # what the student learns
     learn_ranges=dict(learn='ranges'),
     learn_weights=dict(learn='weights'),
@@ -59,8 +63,8 @@ EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     squared=dict(losses=dict(backbone='relative_l2', neck='relative_l2',
                              scores='relative_l2', deltas='relative_l2')),
     # cost
-    half_steps=dict(rounds=3),
-    double_steps=dict(rounds=10))
+    half_steps=dict(student_steps=10),
+    double_steps=dict(student_steps=40))
 
 IMAGES: Dict[str, Dict[str, Any]] = dict(
     prior_10_points=V1_FORM,
@@ -82,8 +86,8 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
     percentile_everywhere=dict(overrides={
         pattern: dict(input=dict(observer=dict(type='PercentileObserver', percentile=0.999)))
         for pattern in ('*attn*.proj', '*patch_embed*')}),
-    percentile_99=dict(roles=dict(input=dict(
-        observer=dict(type='PercentileObserver', percentile=0.99)))),
+    percentile_99=dict(roles=dict(input=dict(observer=dict(percentile=0.99)))),
+    percentile_999=dict(roles=dict(input=dict(observer=dict(percentile=0.999)))),
     no_margin=dict(activation=dict(margin=0.), roles=dict(attention=dict(margin=0.))),
     patch_embed_as_rest=dict(patch_embed_bits=None),
     # scope model
@@ -136,7 +140,8 @@ def main() -> None:
         needed = 'sqnr' if args.no_metrics else next(iter(float_model))
         results.fill(args.variants, args.settings, args.scope, args.seeds, recipe, measure, needed)
     keys = [k for k in METRICS if k in float_model or k == 'sqnr']
-    print(f'{args.model}, scope `{args.scope}`, seeds {args.seeds}: mean (lowest to highest seed)\n')
+    print(f'{args.model}, scope `{args.scope}`, seeds {args.seeds}: '
+          'mean (lowest to highest seed)\n')
     heads = [f'{METRICS[k][0]} {s.upper()}' for s in args.settings for k in keys]
     print(f'| | {" | ".join(heads)} | seconds |')
     print('|---' * (len(heads) + 2) + '|')

@@ -7,6 +7,7 @@ ones), one image, all sides in turn in one run:
 
     OMP_NUM_THREADS=1 python benchmarks/deploy.py --threads 1
     OMP_NUM_THREADS=2 python benchmarks/deploy.py --threads 2 --engines openvino
+    OMP_NUM_THREADS=1 python benchmarks/deploy.py --cases 'swin-s 800x1344' --brief  # less memory
 
 The peers are NNCF (`model_type=TRANSFORMER`) in OpenVINO, and onnxruntime's
 quantize_static (QDQ) and quantize_dynamic, each from the host's model as
@@ -115,6 +116,11 @@ def variants(model: nn.Module, images: torch.Tensor) -> Dict[str, Tuple[nn.Modul
     return {**found, 'ours, not quantized': (model, ())}
 
 
+def timed(variant: str, brief: bool) -> bool:
+    """Whether a variant of ours is run, and not only written."""
+    return not brief or variant in ('ours', 'ours, heads too')
+
+
 def rpn_in_torch(model: nn.Module, images: torch.Tensor, threads: int, folder: Path) -> Side:
     """The float model's graph without its RPN, and that in torch."""
     head = model.rpn_head
@@ -153,7 +159,7 @@ def onnxruntime_side(path: Path, images: np.ndarray, threads: int) -> Side:
 
 
 def openvino_sides(model: nn.Module, plain: Path, images: torch.Tensor, threads: int,
-                   folder: Path) -> Tuple[Dict[str, Side], Dict[str, int]]:
+                   folder: Path, brief: bool) -> Tuple[Dict[str, Side], Dict[str, int]]:
     """Ours, the engine's own precisions, and NNCF."""
     import nncf
     import openvino
@@ -184,18 +190,18 @@ def openvino_sides(model: nn.Module, plain: Path, images: torch.Tensor, threads:
         name = f'openvino {variant}'
         out = folder / name.replace(' ', '_').replace(',', '')
         export_graphs(source_model, out, 'openvino', [size], roles)
-        for suffix, precision in (('', 'fp32'), (' + bf16', 'bf16')):
+        for suffix, precision in (('', 'fp32'), (' + bf16', 'bf16')) * timed(variant, brief):
             run = Graphs(out, 'openvino', threads, precision).engine(size)
             sides[name + suffix] = lambda run=run: run.run(array)
         sizes[name] = _size(next(out.glob('*.xml')))
-    if hasattr(model, 'rpn_head'):
+    if hasattr(model, 'rpn_head') and not brief:
         sides['openvino ours, not quantized, RPN in torch'] = rpn_in_torch(
             model, images, threads, folder / 'without_rpn')
     return sides, sizes
 
 
 def onnxruntime_sides(model: nn.Module, plain: Path, images: torch.Tensor, threads: int,
-                      folder: Path) -> Tuple[Dict[str, Side], Dict[str, int]]:
+                      folder: Path, brief: bool) -> Tuple[Dict[str, Side], Dict[str, int]]:
     """Ours, the engine's own precision, and its two quantizers."""
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -232,8 +238,9 @@ def onnxruntime_sides(model: nn.Module, plain: Path, images: torch.Tensor, threa
         name = f'onnxruntime {variant}'
         out = folder / name.replace(' ', '_').replace(',', '')
         export_graphs(source_model, out, 'onnx', [size], roles)
-        run = Graphs(out, 'onnxruntime', threads).engine(size)
-        sides[name] = lambda run=run: run.run(array)
+        if timed(variant, brief):
+            run = Graphs(out, 'onnxruntime', threads).engine(size)
+            sides[name] = lambda run=run: run.run(array)
         sizes[name] = _size(next(out.glob('*.onnx')))
     return sides, sizes
 
@@ -254,7 +261,8 @@ def torch_sides(model: nn.Module, images: torch.Tensor) -> Dict[str, Side]:
     return {'torch fp32': lambda: run(False), 'torch bf16': lambda: run(True)}
 
 
-def measure(case: str, engines: List[str], threads: int, rounds: int) -> List[Dict[str, Any]]:
+def measure(case: str, engines: List[str], threads: int, rounds: int,
+            brief: bool) -> List[Dict[str, Any]]:
     """All sides of a case, in turn; prints a table."""
     kind, size = CASES[case]
     model = build(kind)
@@ -266,7 +274,7 @@ def measure(case: str, engines: List[str], threads: int, rounds: int) -> List[Di
         sides, sizes = torch_sides(model, images), {}
         for engine, make in (('openvino', openvino_sides), ('onnxruntime', onnxruntime_sides)):
             if engine in engines:
-                more, bytes_of = make(model, plain, images, threads, folder)
+                more, bytes_of = make(model, plain, images, threads, folder, brief)
                 sides.update(more)
                 sizes.update(bytes_of)
         seconds = interleave(sides, rounds)
@@ -307,6 +315,8 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--core', type=int, default=0, help='first CPU core to run on')
     parser.add_argument('--rounds', type=int, default=11)
+    parser.add_argument('--brief', action='store_true', help='run of ours only what is quantized '
+                        'as a whole: neither float attention nor float')
     parser.add_argument('--json', metavar='FILE', help='write the figures there too')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
@@ -319,7 +329,7 @@ def main() -> None:
           f'{openvino.__version__}, onnxruntime {onnxruntime.__version__}')
     rows: List[Dict[str, Any]] = []
     for case in args.cases:
-        rows += measure(case, args.engines, args.threads, args.rounds)
+        rows += measure(case, args.engines, args.threads, args.rounds, args.brief)
         if args.json:
             Path(args.json).write_text(json.dumps(rows, indent=2))
 

@@ -297,7 +297,8 @@ def base_of(setting: str) -> Dict[str, Any]:
     closest one that has."""
     base = ROOT / 'configs' / '_base_' / f'{setting}.py'
     if not base.exists():
-        base = base.with_name('w4a4.py' if int(setting[3]) <= 4 else 'w4a8.py')
+        bits = int(setting[3])
+        base = base.with_name('w3a3.py' if bits <= 3 else 'w4a4.py' if bits == 4 else 'w4a8.py')
     return dict(Config.fromfile(str(base)).to_dict())
 
 
