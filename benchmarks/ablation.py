@@ -71,8 +71,10 @@ IMAGES: Dict[str, Dict[str, Any]] = dict(
     prior_1024_bins=dict(priors=dict(patch_similarity=dict(
         type='PatchSimilarityPrior', weight=1.0, form='binned', bins=1024))),
     no_patch_similarity=NO_PATCH_SIMILARITY,
-    images_16=dict(num_images=16),
-    images_4=dict(num_images=4))
+    prior_half_steps=dict(steps=50),
+    prior_double_steps=dict(steps=200),
+    images_4=dict(num_images=4),
+    images_16=dict(num_images=16))
 """Changes of the images, with the game as it is."""
 
 LABELS = dict(prior_10_points='v1', no_patch_similarity='tv')

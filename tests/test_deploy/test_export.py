@@ -54,12 +54,14 @@ def test_detector(tmp_path, target, backend):
         Graphs(tmp_path, backend, sha256='cd')
 
 
-@pytest.mark.parametrize('name, target, backend', [
-    ('mask_rcnn_swin', 'onnx', 'onnxruntime'), ('mask_rcnn_swin', 'openvino', 'openvino'),
-    ('upernet_swin', 'onnx', 'onnxruntime')])
-def test_any_size(tmp_path, name, target, backend):
+@pytest.mark.parametrize('name, target, backend, scope', [
+    ('mask_rcnn_swin', 'onnx', 'onnxruntime', 'backbone'),
+    ('mask_rcnn_swin', 'openvino', 'openvino', 'backbone'),
+    ('mask_rcnn_swin', 'onnx', 'onnxruntime', 'model'),
+    ('upernet_swin', 'onnx', 'onnxruntime', 'backbone')])
+def test_any_size(tmp_path, name, target, backend, scope):
     """One graph takes images of all sizes."""
-    model = demo_model(name)
+    model = demo_model(name, scope=scope)
     export_graphs(model, tmp_path, target, check_size=SIZE)
     graphs = Graphs(tmp_path, backend, threads=1)
     for size in (SIZE, (75, 101)):
@@ -127,6 +129,28 @@ def test_numbers_are_the_checkpoints(tmp_path):
     integers, scale = weights['backbone.stages.0.blocks.0.attn.w_msa.qkv']
     assert np.array_equal(np.concatenate([p[0] for p in parts], 1), integers.T)
     assert np.array_equal(np.concatenate([p[1] for p in parts]), scale)
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_convolutions_multiply_integers(tmp_path, bits):
+    """In onnxruntime all quantized layers of a whole model, without a float output of one."""
+    import onnxruntime
+    model = demo_model('upernet_swin', scope='model', weight=dict(bits=bits))
+    manifest = export_graphs(model, tmp_path, 'onnx', [SIZE])
+    assert lowest(manifest) > 30
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / 'optimized.onnx')
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(tmp_path / 'model_96x128.onnx'), options)
+    kinds = [n.op_type for n in onnx.load(str(tmp_path / 'optimized.onnx')).graph.node]
+    layers = [name for name, op in named_quant_ops(model) if 'weight' in op.quantizers
+              and not name.startswith('auxiliary')]
+    blocks = sum(len(stage.blocks) for stage in model.backbone.stages)
+    if bits == 8:  # the patch embedding is a convolution; query, key and value are three
+        # layers, and of the two products of attention the second has a quantized output
+        assert kinds.count('MatMulIntegerToFloat') == len(layers) - 1 + 2 * blocks + blocks
+    assert kinds.count('Conv') == 1
 
 
 def test_keys_are_transposed_within_the_product(tmp_path):
