@@ -64,12 +64,19 @@ def _patches(x: Tensor, op: Any, zero_point: int) -> Tensor:
     Returns:
         Tensor: Shape (B, h, w, kh * kw * C).
     """
-    (top, left), (down, right) = op.padding, op.stride
+    (top, left), (down, right), (rows, cols) = op.padding, op.stride, op.kernel_size
     if top or left:
         x = F.pad(x, [0, 0, left, left, top, top], value=zero_point)
-    starts = [[i * step for i in range(count)]
-              for count, step in zip(op.kernel_size, op.dilation)]
-    height = (x.shape[1] - starts[0][-1] - 1) // down * down + 1
-    width = (x.shape[2] - starts[1][-1] - 1) // right * right + 1
-    parts = [x[:, i:i + height:down, j:j + width:right] for i in starts[0] for j in starts[1]]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    height, width, channels = x.shape[1:]
+    if (rows, cols, down, right) == (1, 1, 1, 1):
+        return x
+    reach = [(count - 1) * step for count, step in zip(op.kernel_size, op.dilation)]
+    h, w = (height - reach[0] - 1) // down + 1, (width - reach[1] - 1) // right + 1
+    # One gather: slices that are put together would be copied twice.
+    row = (torch.arange(h) * down).view(-1, 1, 1, 1) \
+        + (torch.arange(rows) * op.dilation[0]).view(1, 1, -1, 1)
+    col = (torch.arange(w) * right).view(1, -1, 1, 1) \
+        + (torch.arange(cols) * op.dilation[1]).view(1, 1, 1, -1)
+    places = (row * width + col).reshape(-1)
+    patches = x.reshape(-1, height * width, channels).index_select(1, places)
+    return patches.reshape(-1, h, w, rows * cols * channels)

@@ -133,7 +133,7 @@ def test_numbers_are_the_checkpoints(tmp_path):
 
 @pytest.mark.parametrize('bits', [8, 4])
 def test_convolutions_multiply_integers(tmp_path, bits):
-    """In onnxruntime all quantized layers of a whole model, without a float output of one."""
+    """All quantized layers of a whole model do in onnxruntime, but for the first."""
     import onnxruntime
     model = demo_model('upernet_swin', scope='model', weight=dict(bits=bits))
     manifest = export_graphs(model, tmp_path, 'onnx', [SIZE])
