@@ -1,20 +1,23 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""A quantized convolution as a product of two matrices of integers.
+"""A quantized convolution as products of two matrices of integers.
 
 onnxruntime multiplies integers in a convolution only where the output is
 quantized too, which the checkpoint's arithmetic does not do, and computes it in
 float otherwise. Its products of matrices have integer operands and a float
-result. So the integers of a patch are put side by side, channels last.
+result. So the integers of a patch are put side by side, channels last: row by
+row, as all patches of a map do not fit a cache.
 """
 from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from psaq_mm.ops import QuantConv2d, QuantOp
 
 from .activation_form import ActivationForm
+from .graph_ops import patch_product
 
 FEWEST_CHANNELS = 16
 """With fewer, such as those of an image, a patch is too short to be copied, and
@@ -43,40 +46,69 @@ def matrix_product_forward(op: Any) -> Callable[[Tensor], Tensor]:
     quantizer = op.quantizers['input']
 
     def forward(x: Tensor) -> Tensor:
-        integers = quantizer.to_integers(x).permute(0, 2, 3, 1)
-        patches = _patches(integers, op, int(quantizer.zero_point))
-        out = torch.matmul(quantizer.to_real(patches), op.quantizers['weight']())
-        if op.bias is not None:
-            out = out + op.bias.view(1, 1, 1, -1)
+        out = _product(quantizer.to_integers(x).permute(0, 2, 3, 1), op)
+        factor, shift = op.__dict__.get('norm', (None, op.bias))
+        if factor is not None:
+            out = out * factor
+        if shift is not None:
+            out = out + shift.view(1, 1, 1, -1)  # all dimensions: see _linear_forward
         return op.quantize('output', out.permute(0, 3, 1, 2))
 
     return forward
 
 
-def _patches(x: Tensor, op: Any, zero_point: int) -> Tensor:
-    """The channels of all places under the kernel side by side.
+def _product(x: Tensor, op: Any) -> Tensor:
+    """The convolution, without its bias.
 
     Args:
         x (Tensor): Integers, shape (B, H, W, C).
-        op (QuantConv2d): Kernel, stride, padding and dilation.
-        zero_point (int): The integer of padding.
+        op (QuantConv2d): Its quantizers in the form that is traced.
 
     Returns:
-        Tensor: Shape (B, h, w, kh * kw * C).
+        Tensor: Shape (B, h, w, out).
     """
+    quantizer, weight = op.quantizers['input'], op.quantizers['weight']
     (top, left), (down, right), (rows, cols) = op.padding, op.stride, op.kernel_size
     if top or left:
-        x = F.pad(x, [0, 0, left, left, top, top], value=zero_point)
-    height, width, channels = x.shape[1:]
+        x = F.pad(x, [0, 0, left, left, top, top], value=int(quantizer.zero_point))
     if (rows, cols, down, right) == (1, 1, 1, 1):
-        return x
+        return torch.matmul(quantizer.to_real(x), weight())
+    height, width, channels = x.shape[1:]
     reach = [(count - 1) * step for count, step in zip(op.kernel_size, op.dilation)]
     h, w = (height - reach[0] - 1) // down + 1, (width - reach[1] - 1) // right + 1
-    # One gather: slices that are put together would be copied twice.
     row = (torch.arange(h) * down).view(-1, 1, 1, 1) \
         + (torch.arange(rows) * op.dilation[0]).view(1, 1, -1, 1)
     col = (torch.arange(w) * right).view(1, -1, 1, 1) \
         + (torch.arange(cols) * op.dilation[1]).view(1, 1, 1, -1)
-    places = (row * width + col).reshape(-1)
-    patches = x.reshape(-1, height * width, channels).index_select(1, places)
-    return patches.reshape(-1, h, w, rows * cols * channels)
+    places = (row * width + col).flatten(1)
+    out: Tensor = patch_product(
+        x.reshape(-1, height * width, channels), places, quantizer.scale, quantizer.zero_point,
+        weight.integers, weight.scale, weight.zero_point)
+    return out
+
+
+def take_in_batch_norms(model: nn.Module) -> None:
+    """Let convolutions in this form do the BatchNorm behind them, channels last.
+
+    It multiplies each channel by a factor and adds a constant. Done within, the
+    integers of the next layer follow without being brought back and forth.
+
+    Args:
+        model (nn.Module): In evaluation mode; changed in place.
+    """
+    for module in model.modules():  # mmcv's ConvModule
+        conv: Any = getattr(module, 'conv', None)
+        norm = getattr(module, 'norm', None) if getattr(module, 'with_norm', False) else None
+        if not isinstance(conv, QuantConv2d) or 'forward' not in conv.__dict__ \
+                or 'output' in conv.quantizers or not isinstance(norm, _BatchNorm) \
+                or norm.running_mean is None or norm.running_var is None \
+                or tuple(module.order)[:2] != ('conv', 'norm'):  # type: ignore[arg-type]
+            continue
+        with torch.no_grad():
+            factor = (norm.running_var + norm.eps).rsqrt()
+            factor = factor if norm.weight is None else factor * norm.weight
+            shift = -norm.running_mean * factor
+            shift = shift if norm.bias is None else shift + norm.bias
+            shift = shift if conv.bias is None else shift + conv.bias * factor
+        conv.__dict__['norm'] = (factor, shift)
+        setattr(module, str(module.norm_name), nn.Identity())

@@ -13,7 +13,7 @@ from psaq_mm.ops import QuantLinear, QuantOp, named_quant_ops
 from psaq_mm.quantization import Quantizer
 
 from .activation_form import ActivationForm, FakeQuantizeForm, RoundForm, check_range
-from .conv_form import is_matrix_product, matrix_product_forward
+from .conv_form import is_matrix_product, matrix_product_forward, take_in_batch_norms
 from .graph_ops import dequantize_linear
 
 FORMATS = ('onnx', 'openvino')
@@ -118,6 +118,8 @@ def use_export_forms(model: nn.Module, target: str, float_roles: Collection[str]
         op.__dict__['quantized_weight'] = op.quantizers['weight'].forward
         if forward is not None:
             op.__dict__['forward'] = forward
+    if target == 'onnx':
+        take_in_batch_norms(model)
 
 
 def split_linear(layer: nn.Module, parts: int) -> nn.ModuleList:

@@ -19,10 +19,15 @@ the last that torch 2.1 writes."""
 OPENVINO_DOMAIN = 'org.openvinotoolkit'
 """Operators of this domain are understood by OpenVINO's reader of ONNX."""
 
+OWN_DOMAIN = 'psaq_mm'
+"""Operators of this domain do not leave us: ``onnx_export`` writes them out."""
+
 _library = torch.library.Library('psaq_mm', 'DEF')
 _library.define('quantize_linear(Tensor x, Tensor scale, Tensor zero_point, int axis) -> Tensor')
 _library.define('dequantize_linear(Tensor q, Tensor scale, Tensor? zero_point, int axis) '
                 '-> Tensor')
+_library.define('patch_product(Tensor q, Tensor places, Tensor scale, Tensor zero_point, '
+                'Tensor weight, Tensor weight_scale, Tensor? weight_zero_point) -> Tensor')
 _library.define('fake_quantize(Tensor x, Tensor low, Tensor high, int levels) -> Tensor')
 
 
@@ -50,6 +55,29 @@ def _dequantize_linear(q: Tensor, scale: Tensor, zero_point: Optional[Tensor],
     return values * _along(scale, q, axis)
 
 
+def _patch_product(q: Tensor, places: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor,
+                   weight_scale: Tensor, weight_zero_point: Optional[Tensor]) -> Tensor:
+    """A convolution as products of matrices, row by row of its result.
+
+    Args:
+        q (Tensor): Integers of a padded feature map, shape (B, H*W, C).
+        places (Tensor): Which of them are under the kernel, for each row of the
+            result, shape (h, w*k).
+        scale (Tensor): Of ``q``, shape ().
+        zero_point (Tensor): Likewise.
+        weight (Tensor): Integers, shape (k*C, out).
+        weight_scale (Tensor): Shape () or (out, ).
+        weight_zero_point (Tensor, optional): The same; None for 0.
+
+    Returns:
+        Tensor: Shape (B, h, w, out).
+    """
+    rows, (length, _) = len(places), weight.shape
+    patches = q.index_select(1, places.reshape(-1)).reshape(len(q), rows, -1, length)
+    return torch.matmul(_dequantize_linear(patches, scale, zero_point, 1),
+                        _dequantize_linear(weight, weight_scale, weight_zero_point, 1))
+
+
 def _fake_quantize(x: Tensor, low: Tensor, high: Tensor, levels: int) -> Tensor:
     """OpenVINO's FakeQuantize, its output range being that of its input."""
     step = (high - low) / (levels - 1)
@@ -59,10 +87,12 @@ def _fake_quantize(x: Tensor, low: Tensor, high: Tensor, levels: int) -> Tensor:
 
 _library.impl('quantize_linear', _quantize_linear, 'CompositeExplicitAutograd')
 _library.impl('dequantize_linear', _dequantize_linear, 'CompositeExplicitAutograd')
+_library.impl('patch_product', _patch_product, 'CompositeExplicitAutograd')
 _library.impl('fake_quantize', _fake_quantize, 'CompositeExplicitAutograd')
 
 quantize_linear: Any = torch.ops.psaq_mm.quantize_linear
 dequantize_linear: Any = torch.ops.psaq_mm.dequantize_linear
+patch_product: Any = torch.ops.psaq_mm.patch_product
 fake_quantize: Any = torch.ops.psaq_mm.fake_quantize
 
 
@@ -81,6 +111,17 @@ def _export_dequantize(g: Any, q: Any, scale: Any, zero_point: Any, axis: int) -
     return out
 
 
+@symbolic_helper.parse_args('v', 'v', 'v', 'v', 'v', 'v', 'v')
+def _export_patch_product(g: Any, q: Any, places: Any, scale: Any, zero_point: Any, weight: Any,
+                          weight_scale: Any, weight_zero_point: Any) -> Any:
+    inputs = [q, places, scale, zero_point, weight, weight_scale]
+    if not weight_zero_point.node().mustBeNone():
+        inputs.append(weight_zero_point)
+    out = g.op(f'{OWN_DOMAIN}::PatchProduct', *inputs)
+    out.setType(q.type().with_dtype(torch.float32).with_sizes([None] * 4))
+    return out
+
+
 @symbolic_helper.parse_args('v', 'v', 'v', 'i')
 def _export_fake_quantize(g: Any, x: Any, low: Any, high: Any, levels: int) -> Any:
     out = g.op(f'{OPENVINO_DOMAIN}::FakeQuantize', x, low, high, low, high, levels_i=levels)
@@ -90,4 +131,5 @@ def _export_fake_quantize(g: Any, x: Any, low: Any, high: Any, levels: int) -> A
 
 register_custom_op_symbolic('psaq_mm::quantize_linear', _export_quantize, OPSET)
 register_custom_op_symbolic('psaq_mm::dequantize_linear', _export_dequantize, OPSET)
+register_custom_op_symbolic('psaq_mm::patch_product', _export_patch_product, OPSET)
 register_custom_op_symbolic('psaq_mm::fake_quantize', _export_fake_quantize, OPSET)

@@ -12,7 +12,7 @@ from torch import nn
 from psaq_mm.errors import UserError
 
 from .export_forms import WeightForm, use_export_forms
-from .graph_ops import OPENVINO_DOMAIN, OPSET
+from .graph_ops import OPENVINO_DOMAIN, OPSET, OWN_DOMAIN
 from .graph_part import GraphPart, Size
 from .packages import require_package
 
@@ -70,6 +70,9 @@ def trace(part: GraphPart, size: Optional[Size], target: str,
             from error
     model = onnx.load_model_from_string(buffer.getvalue())
     _name_directly(model)
+    if target == 'onnx':
+        _write_out_patch_products(model)
+        _quantize_before_concat(model)
     _pack_small_weights(model, form)
     return model
 
@@ -129,6 +132,70 @@ def _name_directly(model: Any) -> None:
         if node.op_type == 'Identity' and node.input[0] in constants:
             known[node.output[0]] = node.input[0]
             model.graph.node.remove(node)
+
+
+def _write_out_patch_products(model: Any) -> None:
+    """Write convolutions that are products of matrices as a Scan over the rows of
+    their result: Gather, DequantizeLinear, MatMul."""
+    onnx = require_package('onnx')
+    make, kinds = onnx.helper, onnx.TensorProto
+    shapes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    for index, node in enumerate(list(model.graph.node)):
+        if node.domain != OWN_DOMAIN:
+            continue
+        q, places, scale, zero_point, weight, *weight_range = node.input
+        own = f'{node.name}/row'
+
+        def named(what: str, own: str = own) -> str:
+            return f'{own}/{what}'
+
+        length = onnx.numpy_helper.from_array(
+            np.array([0, -1, shapes[weight][0]], dtype=np.int64), named('shape'))
+        steps = [('Gather', [q, named('places')], 'patches', dict(axis=1)),
+                 ('Reshape', [named('patches'), named('shape')], 'matrix', {}),
+                 ('DequantizeLinear', [named('matrix'), scale, zero_point], 'real', {}),
+                 ('DequantizeLinear', [weight, *weight_range], 'weight', dict(axis=1)),
+                 ('MatMul', [named('real'), named('weight')], 'product', {})]
+        body = make.make_graph(
+            [make.make_node(kind, inputs, [named(output)], name=f'{own}/{kind}_{output}',
+                            **attributes) for kind, inputs, output, attributes in steps],
+            own, [make.make_tensor_value_info(named('places'), kinds.INT64, [None])],
+            [make.make_tensor_value_info(named('product'), kinds.FLOAT, [None] * 3)], [length])
+        scan = make.make_node('Scan', [places], list(node.output), name=f'{node.name}/Scan',
+                              body=body, num_scan_inputs=1, scan_output_axes=[1])
+        model.graph.node.remove(node)
+        model.graph.node.insert(index, scan)
+    for entry in list(model.opset_import):
+        if entry.domain == OWN_DOMAIN:
+            model.opset_import.remove(entry)
+
+
+def _quantize_before_concat(model: Any) -> None:
+    """Let integers be put together, not the floats that they are made of: a
+    quarter of the bytes. The numbers are the same."""
+    onnx = require_package('onnx')
+    makers = {name: node for node in model.graph.node for name in node.output}
+    uses: Dict[str, int] = {}
+    for name in [n for node in model.graph.node for n in node.input] \
+            + [output.name for output in model.graph.output]:
+        uses[name] = uses.get(name, 0) + 1
+    for node in list(model.graph.node):
+        concat = makers.get(node.input[0]) if node.op_type == 'QuantizeLinear' else None
+        if concat is None or concat.op_type != 'Concat' or uses[concat.output[0]] != 1:
+            continue
+        place = list(model.graph.node).index(concat)
+        result = node.output[0]
+        model.graph.node.remove(node)
+        parts = []
+        for number, name in enumerate(concat.input):
+            parts.append(onnx.helper.make_node(
+                'QuantizeLinear', [name, *node.input[1:]], [f'{result}_{number}'],
+                name=f'{node.name}_{number}'))
+        for part in reversed(parts):
+            model.graph.node.insert(place, part)
+        del concat.input[:]
+        concat.input.extend(part.output[0] for part in parts)
+        concat.output[0] = result
 
 
 def check_onnx(model: Any) -> None:
