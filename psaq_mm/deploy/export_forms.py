@@ -147,14 +147,16 @@ def split_linear(layer: nn.Module, parts: int) -> nn.ModuleList:
             if layer.bias is not None:
                 part.bias.copy_(layer.bias[rows])  # type: ignore[operator]
         if isinstance(layer, QuantLinear):
-            part = _split_op(layer, part, rows)
+            part = _with_quantizers(part, layer, set(layer.quantizers.keys()) - {'input'}, rows)
         layers.append(part)
     return layers
 
 
-def _split_op(layer: QuantLinear, part: nn.Module, rows: slice) -> QuantLinear:
-    whole: Any = {role: q for role, q in layer.quantizers.items() if role != 'input'}
-    op = QuantLinear.from_float(part, {role: q.spec for role, q in whole.items()})
+def _with_quantizers(linear: nn.Module, source: QuantOp, roles: Collection[str],
+                     rows: slice = slice(None)) -> QuantLinear:
+    """A linear layer with quantizers of another op, and their numbers."""
+    whole: Any = {role: q for role, q in source.quantizers.items() if role in roles}
+    op = QuantLinear.from_float(linear, {role: q.spec for role, q in whole.items()})
     for role, quantizer in whole.items():
         share: Any = op.quantizers[role]
         for key in ('scale', 'zero_point'):
@@ -163,6 +165,27 @@ def _split_op(layer: QuantLinear, part: nn.Module, rows: slice) -> QuantLinear:
         share.enabled = quantizer.enabled
     assert isinstance(op, QuantLinear)
     return op
+
+
+def patches_linear(conv: nn.Module) -> nn.Module:
+    """A convolution whose patches do not overlap as a linear layer on them.
+
+    Args:
+        conv (nn.Module): An ``nn.Conv2d`` of stride as its kernel and without
+            padding, or its quantized op.
+
+    Returns:
+        nn.Module: Maps (..., C * kh * kw), the channels first, to (..., out).
+    """
+    assert isinstance(conv, nn.Conv2d)
+    linear = nn.Linear(conv.weight[0].numel(), conv.out_channels, conv.bias is not None)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.flatten(1))
+        if conv.bias is not None:
+            linear.bias.copy_(conv.bias)
+    if isinstance(conv, QuantOp):
+        return _with_quantizers(linear, conv, ('weight', 'input', 'output'))
+    return linear
 
 
 def quantize_input(layer: Any, x: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def test_numbers_are_the_checkpoints(tmp_path):
 
 @pytest.mark.parametrize('bits', [8, 4])
 def test_convolutions_multiply_integers(tmp_path, bits):
-    """All quantized layers of a whole model do in onnxruntime, but for the first."""
+    """All quantized layers of a whole model do in onnxruntime."""
     import onnxruntime
     model = demo_model('upernet_swin', scope='model', weight=dict(bits=bits))
     manifest = export_graphs(model, tmp_path, 'onnx', [SIZE])
@@ -150,10 +150,10 @@ def test_convolutions_multiply_integers(tmp_path, bits):
     layers = [name for name, op in named_quant_ops(model) if 'weight' in op.quantizers
               and not name.startswith('auxiliary')]
     blocks = sum(len(stage.blocks) for stage in model.backbone.stages)
-    if bits == 8:  # the patch embedding is a convolution; query, key and value are three
-        # layers, and of the two products of attention the second has a quantized output
-        assert kinds.count('MatMulIntegerToFloat') == len(layers) - 1 + 2 * blocks + blocks
-    assert kinds.count('Conv') == 1
+    if bits == 8:  # query, key and value are three layers, and of the two products of
+        # attention the second has a quantized output
+        assert kinds.count('MatMulIntegerToFloat') == len(layers) + 2 * blocks + blocks
+    assert 'Conv' not in kinds
 
 
 def test_keys_are_transposed_within_the_product(tmp_path):

@@ -18,6 +18,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp
 
 from ..adaptive_pool import use_pool_forms
+from ..export_forms import patches_linear, quantize_input
 from ..graph_part import GraphPart, Run, Size, StandIn
 from ..swin import AttentionForm, BlockForm, MergeForm, StageForm, SwinForm
 from ..window_order import Window, padded
@@ -53,7 +54,8 @@ class OpenMMLabBlock(BlockForm):
 
 
 class PatchEmbedForm(nn.Module):
-    """The patch embedding, with sizes that may vary."""
+    """The patch embedding, with sizes that may vary: patches become rows, and the
+    convolution a linear layer, of which engines find the integers."""
 
     def __init__(self, backbone: Any, fixed: Optional[Size]) -> None:
         super().__init__()
@@ -62,6 +64,7 @@ class PatchEmbedForm(nn.Module):
         self.patch = tuple(projection.kernel_size)
         if tuple(projection.stride) != self.patch or any(projection.padding):
             raise UserError('backbone.patch_embed: patches that overlap cannot be exported')
+        self.project = patches_linear(projection)
         position = getattr(backbone, 'absolute_pos_embed', None)
         self.position = position if backbone.use_abs_pos_embed else None
 
@@ -77,9 +80,12 @@ class PatchEmbedForm(nn.Module):
         right = padded(width, self.patch[1]) - width
         if self.fixed is None or down or right:
             images = F.pad(images, [0, right, 0, down])
-        x = self.host.projection(images)
-        size = x.shape[2], x.shape[3]
-        x = x.flatten(2).transpose(1, 2)
+        (rows, cols), channels = self.patch, images.shape[1]
+        size = images.shape[2] // rows, images.shape[3] // cols
+        # Once more behind the reordering: see AttentionForm.
+        x = quantize_input(self.project, images)
+        x = x.reshape(-1, channels, size[0], rows, size[1], cols).permute(0, 2, 4, 1, 3, 5)
+        x = self.project(x.reshape(-1, size[0] * size[1], channels * rows * cols))
         if self.host.norm is not None:
             x = self.host.norm(x)
         if isinstance(self.host, QuantOp):
