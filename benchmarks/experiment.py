@@ -184,6 +184,7 @@ class Subject:
     def real_images(self, count: int, seed: int) -> Tensor:
         """Training images as the test pipeline prepares them, shape
         (count, C, H, W); another choice for each seed."""
+        preprocess: Any = self.model.data_preprocessor  # the model registers its host's datasets
         loader: Any = copy.deepcopy(self.config.test_dataloader)
         dataset: ConfigDict = loader.dataset
         if self.name == 'bccd':
@@ -202,7 +203,7 @@ class Subject:
         batch = dict(inputs=[c['inputs'] for c in chosen],
                      data_samples=[c['data_samples'] for c in chosen])
         with torch.no_grad():
-            return self.model.data_preprocessor(batch, False)['inputs']
+            return preprocess(batch, False)['inputs']
 
     def noise(self, count: int, seed: int) -> Tensor:
         """Gaussian noise within the valid pixels."""
@@ -343,7 +344,8 @@ class Results:
         """Keep what was measured for a key, and show it."""
         name = '/'.join(map(str, key))
         self._read()
-        rounded = {k: float(f'{v:.6g}') for k, v in found.items()}
+        rounded = {k: float(f'{v:.6g}') for k, v in found.items()
+                   if k in METRICS or k == 'seconds'}
         self.values[name] = {**rounded, **(dict(recipe=recipe.fingerprint) if recipe else {})}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         save_json(dict(sorted(self.values.items())), self.file)
