@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import calibrated_op
+from mmcv.cnn import ConvModule
 from torch import nn
 
 from psaq_mm.deploy.conv_form import is_matrix_product
@@ -61,3 +62,24 @@ def test_openvino_has_convolutions_of_its_own():
     use_export_forms(model, 'openvino')
     assert 'forward' not in op.__dict__
     assert torch.allclose(model(x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('specs', [SPECS, dict(SPECS, output=QuantSpec(symmetric=False)),
+                                   dict(weight=SPECS['weight'])], ids=str)
+def test_batch_norm_is_taken_in(specs, bias):
+    """Where the convolution is a product of matrices without a quantized output."""
+    torch.manual_seed(0)
+    module = ConvModule(16, 6, 3, padding=1, norm_cfg=dict(type='BN'), bias=bias).eval()
+    with torch.no_grad():
+        for values in (module.bn.weight, module.bn.bias, module.bn.running_mean):
+            values.normal_()
+        module.bn.running_var.uniform_(0.5, 2.)
+    assert module.bn.weight.min() < 0 < module.bn.weight.max()
+    x = torch.randn(2, 16, 9, 8)
+    module.conv = calibrated_op(QuantConv2d.from_float(module.conv, specs), x)
+    expected = module(x)
+    use_export_forms(module, 'onnx')
+    assert isinstance(module.norm, nn.Identity) == (specs is SPECS)
+    if 'output' not in specs:
+        assert torch.allclose(module(x), expected, atol=1e-4)
