@@ -9,7 +9,7 @@
 Variants of the game and of the images play the game; those of the quantizer are the
 prior alone (compare with ``prior``), as ranges show best without a student that learns.
 
-Every value is kept in a JSON file as soon as it is there, that of ``accuracy.py``;
+Every value is kept in benchmarks/measured as soon as it is there, as those of ``accuracy.py``;
 a run that was cut off goes on. ``--no-metrics`` measures the SQNR of feature maps on real test
 images alone, in seconds instead of a minute.
 """

@@ -18,11 +18,13 @@ differ in the images that ranges are set on, and in what the student then learns
     prior      8 images by the prior alone: the preset ``fast``
     real32+    as real32, and then the game's student steps on these images
     paper      the preset ``paper``, with 8 images and 100 steps in a phase
-               instead of 32 and 500, and as many student steps as ``default``
-    default    the preset ``default``: the prior, then the game
+               instead of 32 and 500, 5 sample steps in a round, and as many rounds
+               and student steps as ``default``
+    default    the preset ``default``: the prior, and the student learns from views
 
 SQNR is that of the backbone's feature maps on real test images. Every value is
-kept in a JSON file as soon as it is there; a run that was cut off goes on.
+kept in benchmarks/measured as soon as it is there, with a fingerprint of what it was
+measured of; a run that was cut off goes on, and what is outdated is measured again.
 """
 import argparse
 from pathlib import Path
@@ -83,8 +85,8 @@ class Rows:
         if row == 'paper':
             rules = self.subject.config.evolution
             evolution = merged(rules_of(setting), dict(
-                rounds=rules.rounds, sample_steps=rules.sample_steps,
-                student_steps=rules.student_steps, batch_size=rules.batch_size))
+                rounds=rules.rounds, sample_steps=5, student_steps=rules.student_steps,
+                batch_size=rules.batch_size))
             # The same images as those of v1: the prior does not depend on the quantizer.
             return self.paper.recipe('v1', quantization, evolution,
                                      dict(V1_FORM, num_images=8, batch_size=8, steps=100))
