@@ -88,7 +88,7 @@ class Rows:
                 rounds=rules.rounds, sample_steps=5, student_steps=rules.student_steps,
                 batch_size=rules.batch_size))
             # The same images as those of v1: the prior does not depend on the quantizer.
-            return self.paper.recipe('v1', quantization, evolution,
+            return self.paper.recipe('v1', merged(quantization, NAIVE), evolution,
                                      dict(V1_FORM, num_images=8, batch_size=8, steps=100))
         if row == 'minmax':
             quantization = merged(quantization, NAIVE)

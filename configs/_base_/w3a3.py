@@ -4,5 +4,5 @@ _base_ = './w4a4.py'
 quantization = dict(
     weight=dict(bits=3),
     activation=dict(bits=3),
-    roles=dict(input=dict(observer=dict(percentile=0.99))))
+    roles=dict(input=dict(observer=dict(type='PercentileObserver', percentile=0.99))))
 evolution = dict(weight_lr=3e-4)

@@ -40,6 +40,16 @@ def test_bits_of_a_base(tmp_path, bits, percentile):
     assert sections.evolution.weight_lr == {'w8a8': 1e-5, 'w4a4': 1e-4, 'w3a3': 3e-4}[bits]
 
 
+@pytest.mark.parametrize('preset', ['default', 'fast', 'paper'])
+@pytest.mark.parametrize('base', BASES, ids=lambda p: p.stem)
+def test_every_base_takes_every_preset(tmp_path, base, preset):
+    config = tmp_path / 'x.py'
+    config.write_text(f"_base_ = ['{DEMO}/mask_rcnn_swin_demo.py', '{base}']\n")
+    sections = read_sections(load_config(config, dict(preset=preset)))
+    assert sections.quantization.spec_for('x', 'input').observer['type'] in (
+        'MinMaxObserver', 'PercentileObserver')
+
+
 @pytest.mark.parametrize('path', QUANTIZED, ids=lambda p: p.stem)
 def test_shipped_config(path):
     config = load_config(path)
