@@ -71,8 +71,8 @@ def trace(part: GraphPart, size: Optional[Size], target: str,
     model = onnx.load_model_from_string(buffer.getvalue())
     _name_directly(model)
     if target == 'onnx':
+        _quantize_before_concat(model)  # first: what a Scan takes from around it is no input
         _write_out_patch_products(model)
-        _quantize_before_concat(model)
     _pack_small_weights(model, form)
     return model
 
