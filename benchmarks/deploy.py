@@ -18,7 +18,6 @@ import argparse
 import copy
 import inspect
 import io
-import json
 import logging
 import os
 import platform
@@ -30,6 +29,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 import torch
+from deploy_figures import MEASURED, PEERS, full_table, keep, name_of
 from timing import interleave, median_ratio
 from torch import nn
 
@@ -215,7 +215,8 @@ def onnxruntime_sides(model: nn.Module, plain: Path, images: torch.Tensor, threa
 
     class Samples(CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = [torch.randn(images.shape, generator=generator).numpy() for _ in range(2)]
+            # one: with two, Swin-S at 800x1344 takes more than 24 GiB
+            self.left = [torch.randn(images.shape, generator=generator).numpy()]
 
         def get_next(self) -> Any:
             return {'images': self.left.pop()} if self.left else None
@@ -278,32 +279,23 @@ def measure(case: str, engines: List[str], threads: int, rounds: int,
                 sides.update(more)
                 sizes.update(bytes_of)
         seconds = interleave(sides, rounds)
-    print(f'\n## {case}, {threads} thread(s), {rounds} rounds\n')
-    print('| | median s | p90 s | / torch fp32 | / engine fp32 | / peer int8 | MB | of fp32 |\n'
-          '|---|---|---|---|---|---|---|---|')
     rows = []
     for side in sides:
         engine = side.split()[0]
-        fp32, peer = f'{engine} fp32', {'openvino': 'openvino nncf',
-                                        'onnxruntime': 'onnxruntime quantize_static'}.get(engine)
+        fp32, peer = f'{engine} fp32', PEERS.get(engine)
         megabytes = sizes.get(side, 0) / 1e6
-        row = dict(case=case, side=side, threads=threads,
-                   median=statistics.median(seconds[side]),
-                   p90=float(np.quantile(seconds[side], .9)),
-                   to_torch=median_ratio(seconds, side, 'torch fp32'),
-                   to_fp32=median_ratio(seconds, side, fp32),
-                   to_peer=median_ratio(seconds, side, peer) if peer else None,
-                   megabytes=megabytes or None,
-                   # torch's exporter may write weights twice: ours does not
-                   size_to_fp32=megabytes / (sizes[f'{engine} ours, not quantized'] / 1e6)
-                   if megabytes else None)
-        rows.append(row)
-        cells = [f'{row["median"]:.4f}', f'{row["p90"]:.4f}']
-        cells += ['' if row[k] is None else f'{row[k]:.2f}' for k in
-                  ('to_torch', 'to_fp32', 'to_peer')]
-        cells += ['' if not megabytes else f'{megabytes:.1f}',
-                  '' if not megabytes else f'{row["size_to_fp32"]:.3f}']
-        print(f'| {side} | {" | ".join(cells)} |', flush=True)
+        rows.append(dict(
+            case=case, side=side, threads=threads, rounds=rounds,
+            median=statistics.median(seconds[side]),
+            p90=float(np.quantile(seconds[side], .9)),
+            to_torch=median_ratio(seconds, side, 'torch fp32'),
+            to_fp32=median_ratio(seconds, side, fp32),
+            to_peer=median_ratio(seconds, side, peer) if peer else None,
+            megabytes=megabytes or None,
+            # torch's exporter may write weights twice: ours does not
+            size_to_fp32=megabytes / (sizes[f'{engine} ours, not quantized'] / 1e6)
+            if megabytes else None))
+    print(f'\n## {name_of((case, threads))}\n\n{full_table(rows)}', flush=True)
     return rows
 
 
@@ -317,7 +309,8 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=11)
     parser.add_argument('--brief', action='store_true', help='run of ours only what is quantized '
                         'as a whole: neither float attention nor float')
-    parser.add_argument('--json', metavar='FILE', help='write the figures there too')
+    parser.add_argument('--measured', type=Path, default=MEASURED, metavar='FILE',
+                        help='where figures are kept, for deploy_figures.py')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
     logging.disable(logging.INFO)
@@ -327,11 +320,8 @@ def main() -> None:
     import openvino
     print(f'{platform.processor() or platform.machine()}, torch {torch.__version__}, openvino '
           f'{openvino.__version__}, onnxruntime {onnxruntime.__version__}')
-    rows: List[Dict[str, Any]] = []
     for case in args.cases:
-        rows += measure(case, args.engines, args.threads, args.rounds, args.brief)
-        if args.json:
-            Path(args.json).write_text(json.dumps(rows, indent=2))
+        keep(args.measured, measure(case, args.engines, args.threads, args.rounds, args.brief))
 
 
 if __name__ == '__main__':
