@@ -59,7 +59,9 @@ EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     no_neck=dict(taps=dict(neck=0.)),
     no_scores_deltas=dict(taps=dict(scores=0., deltas=0.)),
     with_rois=dict(taps=dict(rois=1.)),
-    detector_losses=dict(losses=dict(scores='binary_kl', deltas='confident_smooth_l1')),
+    plain_scores=dict(losses=dict(scores='relative_l1')),
+    confident_deltas=dict(losses=dict(deltas='confident_smooth_l1')),
+    kl_logits=dict(losses=dict(logits='softmax_kl')),
     squared=dict(losses=dict(backbone='relative_l2', neck='relative_l2',
                              scores='relative_l2', deltas='relative_l2')),
     # cost
@@ -141,7 +143,8 @@ def main() -> None:
     if not args.table:
         needed = 'sqnr' if args.no_metrics else next(iter(float_model))
         results.fill(args.variants, args.settings, args.scope, args.seeds, recipe, measure, needed)
-    keys = [k for k in METRICS if k in float_model or k == 'sqnr']
+    keys = [k for k in METRICS if k in float_model or k == 'sqnr'
+            or k == 'agreement' and 'mIoU' in float_model]
     print(f'{args.model}, scope `{args.scope}`, seeds {args.seeds}: '
           'mean (lowest to highest seed)\n')
     heads = [f'{METRICS[k][0]} {s.upper()}' for s in args.settings for k in keys]
@@ -153,7 +156,7 @@ def main() -> None:
             for s in args.settings]
         seconds = [v['seconds'] for r in rows for v in r]
         if seconds:
-            cells = [cell(r, k) for r in rows for k in keys]
+            cells = [cell(r, k, len(args.seeds)) for r in rows for k in keys]
             print(f'| {variant} | {" | ".join(cells)} | {sum(seconds) / len(seconds):.0f} |')
 
 

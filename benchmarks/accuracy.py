@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from experiment import (
+    COMPARISONS,
     MEASURED,
     METRICS,
     MIN_MAX,
@@ -115,26 +116,29 @@ Found = Callable[[str, str], List[Dict[str, float]]]
 
 
 def print_table(float_model: Dict[str, float], found: Found, scope: str, settings: List[str],
-                rows: List[str]) -> None:
+                rows: List[str], seeds: int) -> None:
     """A table for each metric, from what is there."""
     for key, (name, _) in METRICS.items():
-        if key not in float_model and key != 'sqnr':
+        if key not in float_model and key not in COMPARISONS:
+            continue
+        cells = {row: [cell(found(row, setting), key, seeds) for setting in settings]
+                 for row in rows}
+        if not any(map(any, cells.values())):
             continue
         print(f'\n{name}, scope `{scope}`: mean (lowest to highest seed)\n')
         print(f'| | {" | ".join(s.upper() for s in settings)} |')
         print('|---' * (len(settings) + 1) + '|')
-        if key != 'sqnr':
+        if key in float_model:
             print(f'| float | {" | ".join([cell([float_model], key)] * len(settings))} |')
-        for row in rows:
-            cells = [cell(found(row, setting), key) for setting in settings]
-            if any(cells):
-                print(f'| {row} | {" | ".join(cells)} |')
+        for row, values in cells.items():
+            if any(values):
+                print(f'| {row} | {" | ".join(values)} |')
     print(f'\nseconds to quantize, scope `{scope}`, mean over bits and seeds\n')
     print('| | seconds |\n|---|---|')
     for row in rows:
-        values = [v['seconds'] for s in settings for v in found(row, s)]
-        if values:
-            print(f'| {row} | {sum(values) / len(values):.0f} |')
+        seconds = [v['seconds'] for s in settings for v in found(row, s)]
+        if seconds:
+            print(f'| {row} | {sum(seconds) / len(seconds):.0f} |')
 
 
 def plot(title: str, float_model: Dict[str, float], found: Found, settings: List[str],
@@ -196,7 +200,8 @@ def main() -> None:
                                   row, setting, args.scope)
 
     print(f'{args.model}, seeds {args.seeds}')
-    print_table(float_model, found, args.scope, args.settings, args.rows)
+    print_table(float_model, found, args.scope, args.settings, args.rows,
+                len(args.seeds))
     if args.plot:
         plot(f'{args.model}, {args.scope}', float_model, found, args.settings, args.rows,
              args.plot)

@@ -16,9 +16,21 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+)
 
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
@@ -49,8 +61,12 @@ MODELS = dict(
     bccd=(BCCD / 'mask_rcnn_swin_bccd.py', BCCD / 'mask_rcnn_swin_bccd.pth'))
 
 METRICS = {'coco/bbox_mAP': ('box AP', 100), 'coco/segm_mAP': ('mask AP', 100),
-           'mIoU': ('mIoU', 1), 'accuracy/top1': ('top-1', 1), 'sqnr': ('SQNR', 1)}
+           'mIoU': ('mIoU', 1), 'agreement': ('mIoU with float', 1),
+           'accuracy/top1': ('top-1', 1), 'sqnr': ('SQNR', 1)}
 """Key to its name in tables and its factor to points (or decibel)."""
+
+COMPARISONS = ('sqnr', 'agreement')
+"""Metrics of a student beside its float model, which has none."""
 
 MIN_MAX = dict(observer=dict(type='MinMaxObserver'))
 """Of a role in ``quantization``: the naive range."""
@@ -166,11 +182,31 @@ class Subject:
         return statistics.mean(10 * math.log10(s / max(n, 1e-300))
                                for s, n in zip(signal, noise))
 
+    def _classes(self, model: nn.Module) -> Iterator[Tensor]:
+        """The class of each position that a segmentor gives, one-hot, shape
+        (positions, classes), for each batch of test images."""
+        for images, _ in self._probe:
+            with torch.no_grad():
+                logits = self.adapter.forward_taps(model, images, ('logits', )).taps['logits.0']
+            yield F.one_hot(logits.argmax(1), logits.shape[1]).flatten(0, 2).bool()
+
+    def agreement(self, student: nn.Module) -> float:
+        """Mean IoU of a segmentor's classes with those of the float model, on the
+        test images of :meth:`sqnr`: how far it still decides as the model
+        does that was to be quantized, whether that is right or wrong."""
+        pairs = list(zip(self._classes(self.model), self._classes(student)))
+        both = sum((a & b).sum(0) for a, b in pairs)
+        either = sum((a | b).sum(0) for a, b in pairs)
+        return 100 * float((both / either)[either > 0].mean())
+
     def evaluate(self, student: nn.Module, metrics: bool = True) -> Dict[str, float]:
-        """SQNR, and the metrics of the config's own evaluator on its test set."""
+        """SQNR, and the metrics of the config's own evaluator on its test set; of
+        segmentors the agreement with the float model too."""
         found = {} if student is self.model else dict(sqnr=self.sqnr(student))
         if not metrics:
             return found
+        if found and hasattr(student, 'decode_head'):
+            found['agreement'] = self.agreement(student)
         loader = Runner.build_dataloader(copy.deepcopy(self.config.test_dataloader))
         evaluator = Evaluator(copy.deepcopy(self.config.test_evaluator))
         evaluator.dataset_meta = loader.dataset.metainfo
@@ -387,14 +423,16 @@ class Results:
         return [value for value in found if value]
 
 
-def cell(rows: List[Dict[str, float]], key: str) -> str:
-    """Mean of a metric over seeds, in points, and its spread in brackets."""
+def cell(rows: List[Dict[str, float]], key: str, seeds: int = 0) -> str:
+    """Mean of a metric over seeds, in points, and its spread in brackets; how many
+    seeds they are if it is not as many as there should be."""
     values = [METRICS[key][1] * row[key] for row in rows if key in row]
     if not values:
         return ''
+    missing = f', {len(values)} of {seeds} seeds' if len(values) < seeds else ''
     if len(values) == 1:
-        return f'{values[0]:.1f}'
-    return f'{statistics.mean(values):.2f} ({min(values):.1f} to {max(values):.1f})'
+        return f'{values[0]:.1f}{missing}'
+    return f'{statistics.mean(values):.2f} ({min(values):.1f} to {max(values):.1f}{missing})'
 
 
 def quiet() -> None:

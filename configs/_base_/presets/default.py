@@ -49,7 +49,7 @@ evolution = dict(
     student_steps=20,
     batch_size=4,
     taps=dict(backbone=1.0, neck=1.0, scores=1.0, deltas=1.0, logits=1.0, rois=0.0),
-    losses=dict(),
+    losses=dict(scores='binary_kl'),  # of the rest, relative_l1
     adversarial_weight=1.0,
     adversarial_fraction=0.3,
     sample_lr=0.05,
