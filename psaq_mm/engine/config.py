@@ -10,13 +10,9 @@ from mmengine.config.utils import MODULE2PACKAGE
 
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import CalibrationSettings, EvolutionSettings, SynthesisSettings
+from psaq_mm.presets import SECTIONS, apply_preset
 from psaq_mm.quantization.settings import QuantizationSettings
 from psaq_mm.sections import nearest
-
-SECTIONS = ('quantization', 'synthesis', 'evolution', 'calibration')
-
-PRESETS = Path(__file__).resolve().parents[1] / '.mim' / 'configs' / '_base_' / 'presets'
-"""Where the files that ``preset`` names are."""
 
 OPTIONAL_KEYS = ('work_dir', 'log_level', 'default_scope', 'default_hooks', 'custom_hooks',
                  'custom_imports', 'visualizer', 'experiment_name', 'env_cfg', 'randomness')
@@ -63,7 +59,7 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
         if options:
             _reject_new_keys(config, options)
             config.merge_from_dict(options)
-        _apply_preset(config)
+        apply_preset(config)
     except UserError:
         raise
     except Exception as error:  # configs are programs: anything may be raised
@@ -87,30 +83,6 @@ def _reject_new_keys(config: Config, options: Dict[str, Any]) -> None:
         if top not in known:
             raise UserError(f'--cfg-options {key}: the config has no key {top!r}.'
                             f'{nearest(top, known)}')
-
-
-def _apply_preset(config: Config) -> None:
-    """Fill our sections in from the preset that a config names: its own values
-    win over the preset's.
-
-    Raises:
-        UserError: If there is no such preset.
-    """
-    name = config.get('preset')
-    if name is None:
-        return
-    known = sorted(file.stem for file in PRESETS.glob('*.py'))
-    if not known:
-        raise UserError(f'the presets of psaq_mm are not installed (no {PRESETS}): run make, '
-                        'or pip install psaq_mm')
-    if name not in known:
-        raise UserError(f'config {config.filename}: preset must be one of {", ".join(known)}, '
-                        f'got {name!r}.{nearest(str(name), known)}')
-    preset = Config.fromfile(str(PRESETS / f'{name}.py'))
-    own = {section: config[section] for section in SECTIONS if config.get(section) is not None}
-    preset.merge_from_dict(own)
-    for section in SECTIONS:
-        config[section] = preset[section]
 
 
 def _reject_misspelt_sections(config: Config) -> None:

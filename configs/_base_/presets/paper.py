@@ -17,6 +17,7 @@ evolution = dict(
     sample_steps=50,
     student_steps=100,
     batch_size=32,
+    losses=dict(_delete_=True),
     zoom=1.0,
     contrast=1.0,
     weight_lr=1e-5,

@@ -1,12 +1,17 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Presets: under the config's own values, which are under the options."""
+import copy
+
 import pytest
+import torch
 from conftest import DEMO, ROOT
+from mmdet.models.backbones.swin import SwinTransformer
 from mmengine.config import Config
 
+import psaq_mm
 from psaq_mm import UserError
 from psaq_mm.engine import load_config, read_sections
-from psaq_mm.engine.config import PRESETS, SECTIONS
+from psaq_mm.presets import BASES, PRESETS, SECTIONS
 
 SHIPPED = sorted((ROOT / 'configs').glob('*_w?a?.py'))
 NAMES = ('default', 'fast', 'paper')
@@ -247,3 +252,63 @@ def test_bases(base, placement, bits, write):
     quantization = read(path, preset='paper').quantization
     assert quantization.placement == 'v1'
     assert tuple(quantization.spec_for('x', role).bits for role in ('weight', 'input')) == bits
+
+
+# From Python
+
+
+def without_scope(values):
+    """Without what mmengine writes into dictionaries of a base in another package."""
+    if isinstance(values, dict):
+        return {k: without_scope(v) for k, v in values.items() if k != '_scope_'}
+    return values
+
+
+@pytest.mark.parametrize('preset', ['default', 'fast', 'paper'])
+@pytest.mark.parametrize('base', ['w8a8', 'w6a6', 'w4a8', 'w4a4', 'w3a3'])
+def test_as_a_config_gets_them(base, preset, tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text(f"_base_ = ['psaq_mm::_base_/{base}.py']\npreset = {preset!r}\n"
+                    "model = dict(type='Anything')\n")
+    config = load_config(path).to_dict()
+    assert without_scope(psaq_mm.shipped(base, preset)) == without_scope(
+        {section: config[section] for section in SECTIONS})
+
+
+def test_plain_values_of_ones_own():
+    first = psaq_mm.shipped('w4a4')
+    assert type(first['quantization']['weight']) is dict
+    first['quantization']['weight']['bits'] = 2
+    assert psaq_mm.shipped('w4a4')['quantization']['weight']['bits'] == 4
+
+
+def test_the_verbs_take_them():
+    swin = SwinTransformer(embed_dims=16, depths=(2, 2), num_heads=(1, 2), strides=(4, 2),
+                           out_indices=(0, 1))
+    swin.eval()
+    settings = psaq_mm.shipped('w4a4')
+    images = psaq_mm.synthesize(swin, seed=0, **{
+        **settings['synthesis'], 'num_images': 2, 'batch_size': 2, 'steps': 1, 'image_size': 56})
+    student = psaq_mm.quantize(copy.deepcopy(swin), **settings['quantization'])
+    psaq_mm.calibrate(student, images)
+    psaq_mm.evolve(student, swin, images, **{
+        **settings['evolution'], 'rounds': 1, 'student_steps': 1, 'batch_size': 2})
+    with torch.no_grad():
+        expected, found = swin(images)[-1], student(images)[-1]
+    assert 0 < float((expected - found).norm() / expected.norm()) < 0.9
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (('w5a5', ), "a base must be one of w3a3, w4a4, w4a8, w6a6, w8a8, got 'w5a5'"),
+    (('w4a4', 'fats'), "preset must be one of default, fast, paper, got 'fats'"),
+])
+def test_bad_names(arguments, message):
+    with pytest.raises(psaq_mm.UserError, match=message):
+        psaq_mm.shipped(*arguments)
+
+
+def test_bases_are_all_that_is_shipped():
+    named = {file.stem for file in BASES.glob('*.py')}
+    for base in ('w3a3', 'w4a4', 'w4a8', 'w6a6', 'w8a8'):
+        assert base in named
+        assert 'quantization' in Config.fromfile(str(BASES / f'{base}.py'))
