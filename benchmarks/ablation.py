@@ -31,6 +31,7 @@ from experiment import (
     bits_of,
     cell,
     merged,
+    metrics_of,
     quiet,
     rules_of,
 )
@@ -143,8 +144,7 @@ def main() -> None:
     if not args.table:
         needed = 'sqnr' if args.no_metrics else next(iter(float_model))
         results.fill(args.variants, args.settings, args.scope, args.seeds, recipe, measure, needed)
-    keys = [k for k in METRICS if k in float_model or k == 'sqnr'
-            or k == 'agreement' and 'mIoU' in float_model]
+    keys = metrics_of(float_model)
     print(f'{args.model}, scope `{args.scope}`, seeds {args.seeds}: '
           'mean (lowest to highest seed)\n')
     heads = [f'{METRICS[k][0]} {s.upper()}' for s in args.settings for k in keys]

@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from experiment import (
-    COMPARISONS,
     MEASURED,
     METRICS,
     MIN_MAX,
@@ -45,6 +44,7 @@ from experiment import (
     bits_of,
     cell,
     merged,
+    metrics_of,
     quiet,
     rules_of,
 )
@@ -118,14 +118,10 @@ Found = Callable[[str, str], List[Dict[str, float]]]
 def print_table(float_model: Dict[str, float], found: Found, scope: str, settings: List[str],
                 rows: List[str], seeds: int) -> None:
     """A table for each metric, from what is there."""
-    for key, (name, _) in METRICS.items():
-        if key not in float_model and key not in COMPARISONS:
-            continue
+    for key in metrics_of(float_model):
         cells = {row: [cell(found(row, setting), key, seeds) for setting in settings]
                  for row in rows}
-        if not any(map(any, cells.values())):
-            continue
-        print(f'\n{name}, scope `{scope}`: mean (lowest to highest seed)\n')
+        print(f'\n{METRICS[key][0]}, scope `{scope}`: mean (lowest to highest seed)\n')
         print(f'| | {" | ".join(s.upper() for s in settings)} |')
         print('|---' * (len(settings) + 1) + '|')
         if key in float_model:

@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+from psaq_mm.checkpoint import save_json
+
 Row = Dict[str, Any]
 Key = Tuple[str, int]
 
@@ -42,7 +44,7 @@ def keep(file: Path, rows: List[Row]) -> None:
     kept = [row for row in read(file) if engine_of(row) not in new] + rows
     kept.sort(key=lambda row: (list(TITLES).index(row['case']), row['threads']))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text('[\n' + ',\n'.join(json.dumps(row) for row in kept) + '\n]\n')
+    save_json(kept, file)
 
 
 def _number(value: Optional[float], digits: int) -> str:

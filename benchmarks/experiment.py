@@ -65,9 +65,6 @@ METRICS = {'coco/bbox_mAP': ('box AP', 100), 'coco/segm_mAP': ('mask AP', 100),
            'accuracy/top1': ('top-1', 1), 'sqnr': ('SQNR', 1)}
 """Key to its name in tables and its factor to points (or decibel)."""
 
-COMPARISONS = ('sqnr', 'agreement')
-"""Metrics of a student beside its float model, which has none."""
-
 MIN_MAX = dict(observer=dict(type='MinMaxObserver'))
 """Of a role in ``quantization``: the naive range."""
 
@@ -421,6 +418,13 @@ class Results:
         """Values of all seeds that are there."""
         found = [self.get(recipe, *key, seed) for seed in seeds]
         return [value for value in found if value]
+
+
+def metrics_of(float_model: Mapping[str, float]) -> List[str]:
+    """Keys of what a table shows: the float model's metrics, and those of a student
+    beside it."""
+    beside = ('sqnr', 'agreement') if 'mIoU' in float_model else ('sqnr', )
+    return [key for key in METRICS if key in float_model or key in beside]
 
 
 def cell(rows: List[Dict[str, float]], key: str, seeds: int = 0) -> str:
