@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Numbers to integers and back. Pure torch: this room knows no model."""
 from .fake_quantize import dequantize, fake_quantize, quantize_to_integers
-from .observers import MinMaxObserver, MSEObserver, Observer, PercentileObserver
+from .observers import MAEObserver, MinMaxObserver, MSEObserver, Observer, PercentileObserver
 from .packing import pack_integers, unpack_integers
 from .quantizer import Quantizer
 from .ranges import scale_and_zero_point
@@ -9,7 +9,7 @@ from .spec import QuantSpec
 from .sqnr import sqnr_db
 
 __all__ = [
-    'MSEObserver', 'MinMaxObserver', 'Observer', 'PercentileObserver', 'QuantSpec', 'Quantizer',
-    'dequantize', 'fake_quantize', 'pack_integers', 'quantize_to_integers',
+    'MAEObserver', 'MSEObserver', 'MinMaxObserver', 'Observer', 'PercentileObserver', 'QuantSpec',
+    'Quantizer', 'dequantize', 'fake_quantize', 'pack_integers', 'quantize_to_integers',
     'scale_and_zero_point', 'sqnr_db', 'unpack_integers'
 ]

@@ -34,7 +34,7 @@ def test_every_kind_of_part_is_registered():
         HOOKS={'QuantizedCheckpointHook', 'ProgressHook', 'ReportHook', 'ResumeHook',
                'ContactSheetHook'},
         LOOPS={'SynthesisLoop', 'CalibrationLoop'}, RUNNERS={'PSAQRunner'},
-        OBSERVERS={'MinMaxObserver', 'MSEObserver', 'PercentileObserver'},
+        OBSERVERS={'MinMaxObserver', 'MSEObserver', 'MAEObserver', 'PercentileObserver'},
         PRIORS={'PatchSimilarityPrior', 'TotalVariationPrior', 'BatchNormPrior'},
         QUANT_OPS={'QuantLinear', 'QuantConv2d', 'QuantConvTranspose2d', 'QuantWindowMSA',
                    'QuantMMSegWindowMSA', 'QuantTimmWindowAttention', 'QuantTimmAttention'},

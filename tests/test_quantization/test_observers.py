@@ -7,15 +7,18 @@ import torch
 
 from psaq_mm.errors import UserError
 from psaq_mm.quantization import (
+    MAEObserver,
     MinMaxObserver,
     MSEObserver,
     Observer,
     PercentileObserver,
     QuantSpec,
+    fake_quantize,
+    scale_and_zero_point,
 )
 from psaq_mm.registry import OBSERVERS
 
-RULES = [MinMaxObserver, MSEObserver, PercentileObserver]
+RULES = [MinMaxObserver, MSEObserver, MAEObserver, PercentileObserver]
 
 
 def batches(count=4, seed=0):
@@ -29,7 +32,7 @@ def observed(observer, values, axis=None):
     return observer.range()
 
 
-def squared_error(values, lower, upper, bits, symmetric):
+def squared_error(values, lower, upper, bits, symmetric, power=2):
     """Of rounding a list of floats to a range, number by number."""
     lower, upper = min(lower, 0.), max(upper, 0.)
     if symmetric:
@@ -42,7 +45,7 @@ def squared_error(values, lower, upper, bits, symmetric):
     error = 0.
     for value in values:
         q = min(max(round(value / step) + zero, qmin), qmax)
-        error += (value - (q - zero) * step)**2
+        error += abs(value - (q - zero) * step)**power
     return error / len(values)
 
 
@@ -133,18 +136,19 @@ def test_percentile_keeps_no_more_than_asked():
         assert 1 < sum(kept.numel() for kept in observer.kept) <= 100
 
 
-# Mean squared error
+# Mean squared and absolute error
 
+@pytest.mark.parametrize('rule, power', [(MSEObserver, 2), (MAEObserver, 1)])
 @pytest.mark.parametrize('symmetric', [True, False])
 @pytest.mark.parametrize('bits', [2, 4, 8])
-def test_mse_equals_brute_force(bits, symmetric):
+def test_error_equals_brute_force(bits, symmetric, rule, power):
     generator = torch.Generator().manual_seed(bits)
     x = torch.randn(400, generator=generator)**3 + 0.5  # long tails
     spec = QuantSpec(bits, symmetric)
-    lower, upper = observed(MSEObserver(spec, candidates=9, min_factor=0.2), [x[:150], x[150:]])
+    lower, upper = observed(rule(spec, candidates=9, min_factor=0.2), [x[:150], x[150:]])
     values = x.tolist()
     factors = [1 - 0.1 * i for i in range(9)]
-    errors = [squared_error(values, min(values) * f, max(values) * f, bits, symmetric)
+    errors = [squared_error(values, min(values) * f, max(values) * f, bits, symmetric, power)
               for f in factors]
     best = factors[errors.index(min(errors))]
     assert lower.item() == pytest.approx(min(values) * best, rel=1e-5)
@@ -176,6 +180,25 @@ def test_mse_clips_an_outlier_at_4_bits():
     assert 2 < upper.item() < 8
     _, whole = observed(MSEObserver(QuantSpec(8, True)), [torch.linspace(-1, 1, 1000)])
     assert whole.item() == pytest.approx(1, abs=0.02)  # nothing to win by clipping
+
+
+def test_absolute_error_leaves_even_attention():
+    """Of 50 windows of 49 tokens most attend evenly and some to one token: what
+    either rule leaves of both, in 3 bits."""
+    even = torch.full((40 * 49, 49), 1 / 49)
+    sharp = torch.zeros(10 * 49, 49)
+    sharp[:, 7] = 0.6
+    spec = QuantSpec(3, False)
+    left = {}
+    for rule in (MSEObserver, MAEObserver):
+        ends = observed(rule(spec, candidates=100, min_factor=0.02, samples=10**6),
+                        [torch.cat([even, sharp])])
+        scale, zero_point = scale_and_zero_point(*ends, spec)
+        left[rule] = [fake_quantize(rows, scale, zero_point, spec.integer_range).sum(1).mean()
+                      for rows in (even, sharp)]
+    assert left[MSEObserver][0] == 0  # 1 / 49 is less than half a step of 0.6 / 7
+    assert left[MAEObserver][0] == pytest.approx(1, abs=0.1)
+    assert left[MSEObserver][1] > left[MAEObserver][1] > 0  # at a price
 
 
 @pytest.mark.parametrize('value', [0., 1e-30, 1e30, -5.])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @OBSERVERS.register_module()
 class MSEObserver(SamplingObserver):
-    """The shrunken min-max range with the smallest squared error.
+    """The shrunken min-max range with the smallest mean squared error.
 
     Candidates are the min-max range times a factor from 1 down to
     ``min_factor``; the error is measured on a subsample of what was seen.
@@ -27,6 +27,9 @@ class MSEObserver(SamplingObserver):
         min_factor (float): The smallest factor, in (0, 1). Defaults to 0.2.
         samples (int): Values kept of each batch and range. Defaults to 8192.
     """
+
+    norm = 2
+    """int: Power of an error."""
 
     def __init__(self, spec: 'QuantSpec', candidates: int = 60, min_factor: float = 0.2,
                  samples: int = 8192) -> None:
@@ -48,7 +51,7 @@ class MSEObserver(SamplingObserver):
         for factor in torch.linspace(1., self.min_factor, self.candidates).tolist():
             scale, zero_point = scale_and_zero_point(lower * factor, upper * factor, self.spec)
             error = fake_quantize(values, scale, zero_point, self.spec.integer_range, axis=0)
-            error = error.sub_(values).pow_(2).mean(1)
+            error = error.sub_(values).abs_().pow_(self.norm).mean(1)
             better = error < best
             best = torch.where(better, error, best)
             best_lower = torch.where(better, lower * factor, best_lower)
