@@ -87,6 +87,8 @@ EIGHT = dict(weight=dict(bits=8), activation=dict(bits=8))
 
 QUANTIZER: Dict[str, Dict[str, Any]] = dict(
     min_max_inputs=dict(roles=dict(input=MIN_MAX)),
+    squared_attention=dict(roles=dict(attention=dict(observer=dict(
+        type='MSEObserver', min_factor=0.02, candidates=100)))),
     min_max_attention=dict(roles=dict(attention=MIN_MAX)),
     percentile_everywhere=dict(overrides={
         pattern: dict(input=dict(observer=dict(type='PercentileObserver', percentile=0.999)))
@@ -100,7 +102,10 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
     neck_in_8_bits=dict(overrides={'neck*': EIGHT}),
     box_head_in_8_bits=dict(overrides={'*bbox_head*': EIGHT}),
     mask_head_in_8_bits=dict(overrides={'*mask_head*': EIGHT}),
-    backbone_in_8_bits=dict(overrides={'backbone*': EIGHT}))
+    backbone_in_8_bits=dict(overrides={'backbone*': EIGHT}),
+    roi_heads_in_8_bits=dict(overrides={'@roi_head': EIGHT}),
+    roi_weights_in_8_bits=dict(overrides={'@roi_head': dict(weight=dict(bits=8))}),
+    roi_inputs_in_8_bits=dict(overrides={'@roi_head': dict(activation=dict(bits=8))}))
 """Changes of the quantizer, without the game."""
 
 
