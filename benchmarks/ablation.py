@@ -89,6 +89,8 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
     min_max_inputs=dict(roles=dict(input=MIN_MAX)),
     squared_attention=dict(roles=dict(attention=dict(observer=dict(
         type='MSEObserver', min_factor=0.02, candidates=100)))),
+    absolute_attention=dict(roles=dict(attention=dict(observer=dict(
+        type='MAEObserver', min_factor=0.02, candidates=100)))),
     min_max_attention=dict(roles=dict(attention=MIN_MAX)),
     percentile_everywhere=dict(overrides={
         pattern: dict(input=dict(observer=dict(type='PercentileObserver', percentile=0.999)))
