@@ -85,12 +85,17 @@ LABELS = dict(prior_10_points='v1', no_patch_similarity='tv')
 
 EIGHT = dict(weight=dict(bits=8), activation=dict(bits=8))
 
+
+def softmax_range_by(observer: str) -> Dict[str, Any]:
+    """Another rule for softmax outputs, with the arguments that the bases give it."""
+    return dict(roles=dict(attention=dict(
+        observer=dict(type=observer, min_factor=0.02, candidates=100))))
+
+
 QUANTIZER: Dict[str, Dict[str, Any]] = dict(
     min_max_inputs=dict(roles=dict(input=MIN_MAX)),
-    squared_attention=dict(roles=dict(attention=dict(observer=dict(
-        type='MSEObserver', min_factor=0.02, candidates=100)))),
-    absolute_attention=dict(roles=dict(attention=dict(observer=dict(
-        type='MAEObserver', min_factor=0.02, candidates=100)))),
+    squared_attention=softmax_range_by('MSEObserver'),
+    absolute_attention=softmax_range_by('MAEObserver'),
     min_max_attention=dict(roles=dict(attention=MIN_MAX)),
     percentile_everywhere=dict(overrides={
         pattern: dict(input=dict(observer=dict(type='PercentileObserver', percentile=0.999)))

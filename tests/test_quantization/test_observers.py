@@ -32,7 +32,7 @@ def observed(observer, values, axis=None):
     return observer.range()
 
 
-def squared_error(values, lower, upper, bits, symmetric, power=2):
+def rounding_error(values, lower, upper, bits, symmetric, power=2):
     """Of rounding a list of floats to a range, number by number."""
     lower, upper = min(lower, 0.), max(upper, 0.)
     if symmetric:
@@ -148,7 +148,7 @@ def test_error_equals_brute_force(bits, symmetric, rule, power):
     lower, upper = observed(rule(spec, candidates=9, min_factor=0.2), [x[:150], x[150:]])
     values = x.tolist()
     factors = [1 - 0.1 * i for i in range(9)]
-    errors = [squared_error(values, min(values) * f, max(values) * f, bits, symmetric, power)
+    errors = [rounding_error(values, min(values) * f, max(values) * f, bits, symmetric, power)
               for f in factors]
     best = factors[errors.index(min(errors))]
     assert lower.item() == pytest.approx(min(values) * best, rel=1e-5)
@@ -169,8 +169,8 @@ def test_mse_is_never_above_min_max(bits, symmetric, axis):
         ranges = [observed(rule(spec), [x], axis) for rule in (MSEObserver, MinMaxObserver)]
         rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
         for channel, row in enumerate(rows.tolist()):
-            ours, theirs = (squared_error(row, lower[channel].item(), upper[channel].item(), bits,
-                                          symmetric) for lower, upper in ranges)
+            ours, theirs = (rounding_error(row, lower[channel].item(), upper[channel].item(), bits,
+                                           symmetric) for lower, upper in ranges)
             assert ours <= theirs * (1 + 1e-5) + 1e-12 * max(map(abs, row))**2
 
 

@@ -19,4 +19,4 @@ class MAEObserver(MSEObserver):
         spec (QuantSpec): As of :class:`MSEObserver`, and so are the others.
     """
 
-    norm = 1
+    power = 1

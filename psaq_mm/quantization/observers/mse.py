@@ -28,8 +28,8 @@ class MSEObserver(SamplingObserver):
         samples (int): Values kept of each batch and range. Defaults to 8192.
     """
 
-    norm = 2
-    """int: Power of an error."""
+    power = 2
+    """int: Of an error, before the mean is taken."""
 
     def __init__(self, spec: 'QuantSpec', candidates: int = 60, min_factor: float = 0.2,
                  samples: int = 8192) -> None:
@@ -51,7 +51,7 @@ class MSEObserver(SamplingObserver):
         for factor in torch.linspace(1., self.min_factor, self.candidates).tolist():
             scale, zero_point = scale_and_zero_point(lower * factor, upper * factor, self.spec)
             error = fake_quantize(values, scale, zero_point, self.spec.integer_range, axis=0)
-            error = error.sub_(values).abs_().pow_(self.norm).mean(1)
+            error = error.sub_(values).abs_().pow_(self.power).mean(1)
             better = error < best
             best = torch.where(better, error, best)
             best_lower = torch.where(better, lower * factor, best_lower)
