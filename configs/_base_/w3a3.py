@@ -8,4 +8,3 @@ quantization = dict(
     roles=dict(
         attention=dict(observer=dict(type='MAEObserver', min_factor=0.02, candidates=100)),
         input=dict(observer=dict(type='PercentileObserver', percentile=0.99))))
-evolution = dict(weight_lr=3e-4)

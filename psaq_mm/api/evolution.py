@@ -10,22 +10,27 @@ from psaq_mm.adapters.adapter import module_device
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import EvolutionSettings, Evolver, Student, SynthesisSettings
 from psaq_mm.ops import named_quant_ops
+from psaq_mm.ops.plan import Plan
 
 from .teacher import float_teacher, frozen
 
 
-def check_evolution(model: nn.Module, settings: EvolutionSettings) -> None:
-    """Raise if teacher and student cannot be compared so, before any step.
+def check_evolution(model: nn.Module, settings: EvolutionSettings, plan: Plan) -> None:
+    """Raise if teacher and student cannot be compared so, or the student has nothing
+    to learn, before any step.
 
     Args:
         model (nn.Module): The float model.
         settings (EvolutionSettings): The ``evolution`` section.
+        plan (dict): What will be quantized.
 
     Raises:
-        UserError: If the model has none of the taps.
+        UserError: If the model has none of the taps, or only weights are to be
+            learnt and none is quantized.
     """
     if settings.rounds:
         settings.chosen_groups(find_adapter(model).tap_groups(model))
+        settings.require_learnable(any('weight' in roles for roles in plan.values()))
 
 
 @contextmanager

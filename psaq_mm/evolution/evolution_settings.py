@@ -55,7 +55,9 @@ class EvolutionSettings:
             colours for the rest. Defaults to 1.
         learn (str): ``ranges``, ``weights`` (and biases) or ``both``.
             Defaults to ``both``.
-        weight_lr (float): Peak learning rate of weights. Defaults to 1e-5.
+        weight_lr (float): Peak learning rate of weights and biases, as a
+            fraction of the step between two integers of the layer's weight.
+            Defaults to 0.01.
         range_lr (float): Peak learning rate of ranges, as a fraction of
             the scale. Defaults to 1e-3.
         patience (int): Rounds in which the discrepancy may rise one after
@@ -77,7 +79,7 @@ class EvolutionSettings:
     zoom: float = 1.
     contrast: float = 1.
     learn: str = 'both'
-    weight_lr: float = 1e-5
+    weight_lr: float = 0.01
     range_lr: float = 1e-3
     patience: int = 3
     save_interval: int = 100
@@ -134,6 +136,19 @@ class EvolutionSettings:
             raise UserError('evolution.taps has weights for none of the groups of this model: '
                             + ', '.join(available))
         return chosen
+
+    def require_learnable(self, weights: bool) -> None:
+        """Raise if there is nothing to learn.
+
+        Args:
+            weights (bool): Whether any weight is quantized.
+
+        Raises:
+            UserError: If only weights are to be learnt, and none is.
+        """
+        if self.learn == 'weights' and not weights:
+            raise UserError("evolution.learn='weights', but no weight is quantized; set it to "
+                            "'ranges', or let quantization.placement and include have weights")
 
     @property
     def competes(self) -> bool:

@@ -10,7 +10,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.evolution import EvolutionSettings, Evolver, Student, SynthesisSettings
 from psaq_mm.prior import TeacherRecord
 
-RULES = dict(rounds=2, student_steps=6, batch_size=4, weight_lr=1e-3, range_lr=1e-2)
+RULES = dict(rounds=2, student_steps=6, batch_size=4, weight_lr=0.01, range_lr=1e-2)
 ALONE = dict(RULES, sample_steps=0, zoom=3., contrast=0.2)
 TOGETHER = dict(RULES, sample_steps=3)
 

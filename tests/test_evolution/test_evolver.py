@@ -24,13 +24,14 @@ from psaq_mm.evolution.image_buffer import ImageBuffer
 from psaq_mm.evolution.sample_step import augment, prior_losses
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.prior import AttentionRecord, TeacherRecord
+from psaq_mm.quantization import QuantSpec
 
 LOWER, UPPER = torch.full((1, 3, 1, 1), -2.), torch.full((1, 3, 1, 1), 2.5)
 PRIORS = dict(patch_similarity=dict(type='PatchSimilarityPrior'),
               total_variation=dict(type='TotalVariationPrior', weight=0.1))
 SYNTHESIS = dict(image_size=28, shifts=(15, 30), warmup=0.5, priors=PRIORS)
 # Two rounds of two steps of the images and three of the student.
-SMALL = dict(rounds=2, sample_steps=2, student_steps=3, batch_size=2, weight_lr=1e-3,
+SMALL = dict(rounds=2, sample_steps=2, student_steps=3, batch_size=2, weight_lr=0.01,
              range_lr=1e-2, buffer_size=2, patience=5)
 TOTAL = 10
 
@@ -176,8 +177,11 @@ def test_images_stay_in_the_valid_range():
 
 
 def test_learning_rates():
-    """The images' rise and fall in each round; the student's falls through all."""
+    """The images' rise and fall in each round; the student's falls through all, each layer's
+    from a fraction of the step between two integers of its weight."""
     evolver, of_images, of_student = game(sample_lr=0.2, sample_steps=4), [], []
+    steps = [float(op.weight_quantizer.scale.mean())
+             for _, op in named_quant_ops(evolver.student.model)]
     while not evolver.done:
         held = evolver.pixels
         evolver.step()
@@ -189,7 +193,8 @@ def test_learning_rates():
                                evolver.student.optimizer.param_groups])
     assert of_images == pytest.approx(2 * [0.1, 0.2, 0.2, 0.1])
     factors = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
-    assert of_student == [pytest.approx([1e-3 * f, 1e-2 * f]) for f in factors]
+    assert of_student == [pytest.approx([*(0.01 * f * step for step in steps), 1e-2 * f])
+                          for f in factors]
 
 
 def test_only_one_side_moves():
@@ -389,7 +394,7 @@ def test_early_stop_keeps_the_best_student(patience, script, played, best):
 
 
 def test_best_student_of_a_real_game():
-    evolver = play(game(rounds=6, student_steps=4, weight_lr=0.05, range_lr=0.1, patience=9))
+    evolver = play(game(rounds=6, student_steps=4, weight_lr=0.3, range_lr=0.1, patience=9))
     values = evolver.losses['round/discrepancy']
     assert values[-1] != min(values)  # such rates make it worse at some time
     evolver.finish()
@@ -513,7 +518,7 @@ def test_state_is_a_copy(steps, uninterrupted):
 
 
 PRIOR_56 = dict(image_size=56, priors=PRIORS)
-RULES = dict(rounds=2, sample_steps=2, student_steps=4, batch_size=2, weight_lr=1e-3,
+RULES = dict(rounds=2, sample_steps=2, student_steps=4, batch_size=2, weight_lr=0.01,
              range_lr=1e-2, synthesis=PRIOR_56)
 
 
@@ -552,8 +557,8 @@ def distance(student, teacher, images):
 
 
 def own_parameters(model):
-    """Names of what quantized ops hold themselves."""
-    return {f'{name}.{key}' for name, op in named_quant_ops(model)
+    """Names of weights and biases of the layers whose weight is quantized."""
+    return {f'{name}.{key}' for name, op in named_quant_ops(model) if 'weight' in op.quantizers
             for key, value in op._parameters.items() if value is not None}
 
 
@@ -574,9 +579,9 @@ def test_evolve_learns_what_it_says(learn, pair, swin_images):
     moved, moved_ranges = changed(before, tensors(student)), changed(ranges_before,
                                                                      ranges(student))
     own = own_parameters(student)
-    assert any(name.endswith('relative_position_bias_table') for name in own)
-    norms = {name for name in before if 'norm' in name}
-    assert norms and not norms & own
+    for stays in ('norm', 'relative_position_bias_table'):
+        names = {name for name in before if stays in name}
+        assert names and not names & own
     assert moved == (set() if learn == 'ranges' else own)
     scales = {name for name in ranges_before if name.endswith('.scale')}
     if learn == 'weights':
@@ -663,7 +668,11 @@ def test_user_errors(pair, swin_images):
 
 
 def test_check_evolution():
-    api.check_evolution(swin(), EvolutionSettings(rounds=1))
-    api.check_evolution(swin(), EvolutionSettings(rounds=0, taps=dict(logits=1.)))
+    weights, none = {'x': dict(weight=QuantSpec())}, {'x': dict(input=QuantSpec())}
+    api.check_evolution(swin(), EvolutionSettings(rounds=1), none)
+    api.check_evolution(swin(), EvolutionSettings(rounds=1, learn='weights'), weights)
+    api.check_evolution(swin(), EvolutionSettings(rounds=0, taps=dict(logits=1.)), weights)
     with pytest.raises(UserError, match='weights for none of the groups'):
-        api.check_evolution(swin(), EvolutionSettings(rounds=1, taps=dict(logits=1.)))
+        api.check_evolution(swin(), EvolutionSettings(rounds=1, taps=dict(logits=1.)), weights)
+    with pytest.raises(UserError, match="^evolution.learn='weights', but no weight is quantized"):
+        api.check_evolution(swin(), EvolutionSettings(rounds=1, learn='weights'), none)

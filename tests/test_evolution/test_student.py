@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from psaq_mm.adapters import TapRecord
+from psaq_mm.errors import UserError
 from psaq_mm.evolution import EvolutionSettings, Student, calibrate_ranges
 from psaq_mm.ops import apply_plan, named_quant_ops
 from psaq_mm.quantization import QuantSpec
 
 SIZE = 28
-RULES = dict(rounds=1, batch_size=4, weight_lr=1e-3, range_lr=1e-2)
+RULES = dict(rounds=1, batch_size=4, weight_lr=0.01, range_lr=1e-2)
 
 
 def network():
@@ -134,14 +135,49 @@ def test_what_is_learnt(learn, weights, learnt_ranges, net, teacher, images):
 
 
 def test_first_step_is_the_learning_rate(net, teacher, images):
-    """Adam's first step is of the size of lr times the factor."""
-    student = student_of(net, images, weight_lr=1e-3, range_lr=1e-2)
+    """Adam's first step is of the size of lr times the factor: relative to the mean step
+    between two integers of the layer's weight, and to each scale."""
+    student = student_of(net, images, weight_lr=0.01, range_lr=1e-2)
     before, scales = tensors(student.model), ranges(student.model)
     steps(student, teacher, images, factor=0.5)
-    moved = tensors(student.model)['3.weight'] - before['3.weight']
-    assert float(moved.abs().median()) == pytest.approx(5e-4, rel=0.05)
+    for name in ('3.weight', '3.bias'):
+        moved = tensors(student.model)[name] - before[name]
+        expected = 0.5 * 0.01 * float(scales['3.weight.scale'].mean())
+        assert float(moved.abs().median()) == pytest.approx(expected, rel=0.05)
     ratio = ranges(student.model)['3.weight.scale'] / scales['3.weight.scale']
     torch.testing.assert_close(ratio.log().abs(), torch.full((8, ), 5e-3), rtol=0.02, atol=0.)
+
+
+def test_layers_of_more_bits_move_less(net, teacher, images):
+    """As much less as their steps are smaller: 127 integers on a side instead of 3."""
+    moved = []
+    for bits in (3, 8):
+        model = quantized(net, images, bits)
+        student = Student(model, lambda batch, regions, model=model: run_taps(model, batch),
+                          EvolutionSettings(**RULES))
+        steps(student, teacher, images)
+        moved.append(float((model[3].weight - net[3].weight).abs().median()))
+    assert moved[0] / moved[1] == pytest.approx(127 / 3, rel=0.05)
+
+
+def test_what_has_no_quantized_weight_stays(net, teacher, images):
+    """There is no step that its learning rate could be relative to."""
+    model = quantized(net, images)
+    del model[3].quantizers['weight']
+    student = Student(model, lambda batch, regions: run_taps(model, batch),
+                      EvolutionSettings(**RULES))
+    before = tensors(model)
+    steps(student, teacher, images, 2)
+    assert changed(before, tensors(model)) == {'0.weight', '0.bias'}
+
+
+def test_nothing_to_learn(net, images):
+    model = quantized(net, images)
+    for _, op in named_quant_ops(model):
+        del op.quantizers['weight']
+    with pytest.raises(UserError, match="^evolution.learn='weights', but no weight is quantized"):
+        Student(model, None, EvolutionSettings(**RULES, learn='weights'))
+    assert not Student(model, None, EvolutionSettings(**RULES)).weights
 
 
 def test_straight_through_gradient(net, teacher, images):

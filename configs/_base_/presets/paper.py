@@ -20,5 +20,5 @@ evolution = dict(
     losses=dict(_delete_=True),
     zoom=1.0,
     contrast=1.0,
-    weight_lr=1e-5,
+    weight_lr=0.01,
     range_lr=1e-3)
