@@ -55,6 +55,8 @@ EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     learn_ranges=dict(learn='ranges'),
     learn_weights=dict(learn='weights'),
     fast_ranges=dict(range_lr=5e-3),
+    slow_weights=dict(weight_lr=0.005),
+    fast_weights=dict(weight_lr=0.02),
     # where it is compared
     backbone_alone=dict(taps=dict(neck=0., scores=0., deltas=0.)),
     no_neck=dict(taps=dict(neck=0.)),
