@@ -117,6 +117,9 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
     roi_inputs_in_8_bits=dict(overrides={'@roi_head': dict(activation=dict(bits=8))}))
 """Changes of the quantizer, without the game."""
 
+WITH_GAME = dict(absolute_attention_and_game='absolute_attention')
+"""Such changes with the game."""
+
 
 def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recipe:
     """How a variant's student is made."""
@@ -124,13 +127,14 @@ def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recip
     rules = EVOLUTION['prior' if variant in QUANTIZER else
                       variant if variant in EVOLUTION else 'default']
     label = LABELS.get(variant, variant) if changes else 'prior'
-    quantization = merged(bits_of(setting), dict(scope=scope), QUANTIZER.get(variant, {}))
+    quantization = merged(bits_of(setting), dict(scope=scope),
+                          QUANTIZER.get(WITH_GAME.get(variant, variant), {}))
     return subject.recipe(label, quantization, merged(rules_of(setting), rules), changes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    variants = [*EVOLUTION, *IMAGES, *QUANTIZER]
+    variants = [*EVOLUTION, *IMAGES, *QUANTIZER, *WITH_GAME]
     parser.add_argument('--model', choices=sorted(MODELS), default='demo')
     parser.add_argument('--variants', nargs='+', choices=variants,
                         default=[v for v in variants if not v.endswith('_in_8_bits')])
