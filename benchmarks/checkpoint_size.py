@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from experiment import BCCD
 from mmengine.config import Config
 from torch import nn
 
@@ -43,7 +44,7 @@ def main() -> None:
     print('| model | bits | float MB | quantized MB | ratio | float file MB | file MB |')
     print('|---|---|---|---|---|---|---|')
     configs = dict(demo=ROOT / 'demo' / 'mask_rcnn_swin_demo.py',
-                   bccd=ROOT.parent / 'shared' / 'real' / 'bccd' / 'mask_rcnn_swin_bccd.py')
+                   bccd=BCCD / 'mask_rcnn_swin_bccd.py')
     for name, path in configs.items():
         if path.exists():
             measure(name, build_float_model(load_config(path)))

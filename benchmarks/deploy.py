@@ -12,7 +12,7 @@ ones), one image, all sides in turn in one run:
 The peers are NNCF (`model_type=TRANSFORMER`) in OpenVINO, and onnxruntime's
 quantize_static (QDQ) and quantize_dynamic, each from the host's model as
 torch.onnx exports it; so are the engines' fp32 and bf16. Needs
-`pip install psaq_mm[deploy] nncf`.
+`pip install '.[deploy]' nncf`.
 """
 import argparse
 import copy

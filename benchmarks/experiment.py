@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import statistics
 import sys
@@ -45,7 +46,8 @@ from psaq_mm.engine.test_size import test_size
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'demo'
-BCCD = ROOT.parent / 'shared' / 'real' / 'bccd'
+BCCD = Path(os.environ.get('PSAQ_BCCD', ROOT.parent / 'shared' / 'real' / 'bccd'))
+"""Where a detector of blood cells and its photographs are; not in the repository."""
 TRAINED = ROOT / 'work_dirs' / 'train'
 """Where demo/train.py leaves what is too large to be shipped."""
 
@@ -122,6 +124,8 @@ class Subject:
 
     def __init__(self, name: str, work_dir: Path, preset: str = 'default') -> None:
         file, self.checkpoint = MODELS[name]
+        if not file.exists():
+            sys.exit(f'{file} is not here: nothing to measure or to compare with')
         self.name, self.work_dir = name, work_dir / name
         self.work_dir.mkdir(parents=True, exist_ok=True)
         config = self.work_dir / f'{name}_{preset}.py'

@@ -65,7 +65,8 @@ def calibrate(model: nn.Module, images: Tensor,
         images (Tensor): Normalized images of shape (N, C, H, W).
         progress (Callable, optional): Called with the number of images of
             each finished batch. Defaults to None.
-        **settings: Of :class:`CalibrationSettings`.
+        **settings: Of :class:`CalibrationSettings`; ``image_size`` is left to
+            :func:`refit`, which takes it as ``size``.
 
     Returns:
         nn.Module: The same model.

@@ -22,4 +22,5 @@ def require_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(f'{name} is not installed ({error}); export and engines need it: '
-                        'pip install psaq_mm[deploy]') from error
+                        "in psaq_mm's folder, pip install --no-build-isolation '.[deploy]'") \
+            from error

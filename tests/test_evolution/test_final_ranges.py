@@ -10,7 +10,6 @@ from mmdet.models.backbones.swin import SwinTransformer
 from torch import nn
 
 import psaq_mm
-from psaq_mm import api
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import calibrate_ranges, carry_ranges_over, mosaics
 from psaq_mm.evolution.final_ranges import activation_ranges, carry_over
@@ -195,7 +194,7 @@ def test_refit_sets_the_ranges_anew(size, swin, squares):
             if 'input' in op.quantizers:
                 op.quantizers['input'].scale *= 0.5
     counts = []
-    assert api.refit(swin, squares, size, progress=counts.append, batch_size=2) is swin
+    assert psaq_mm.refit(swin, squares, size, progress=counts.append, batch_size=2) is swin
     assert sum(counts) == len(mosaics(squares, size)) and len(counts) > 1
     psaq_mm.calibrate(expected, mosaics(squares, size))
     assert_close(ranges(swin), ranges(expected), rtol=1e-6, atol=1e-7)
@@ -205,7 +204,7 @@ def test_refit_on_values_that_are_not_finite(swin, squares):
     psaq_mm.calibrate(swin, squares)
     squares[0, 1, 5, 5] = float('nan')
     with pytest.raises(UserError, match='calibration failed: .*NaN or infinite'):
-        api.refit(swin, squares, (80, 112), learnt=True)
+        psaq_mm.refit(swin, squares, (80, 112), learnt=True)
 
 
 def test_refit_of_learnt_ranges(swin, squares):
@@ -220,10 +219,10 @@ def test_refit_of_learnt_ranges(swin, squares):
     swin.train()
     swin.patch_embed.eval()
     modes = {m: m.training for m in swin.modules()}
-    api.refit(swin, squares, (56, 56), learnt=True)  # they are of that size already
+    psaq_mm.refit(swin, squares, (56, 56), learnt=True)  # they are of that size already
     assert_close(ranges(swin), learnt, rtol=0., atol=0.)
     counts = []
-    api.refit(swin, squares, (80, 112), learnt=True, progress=counts.append, batch_size=2)
+    psaq_mm.refit(swin, squares, (80, 112), learnt=True, progress=counts.append, batch_size=2)
     assert sum(counts) == len(squares) + len(mosaics(squares, (80, 112)))
     psaq_mm.calibrate(expected, mosaics(squares, (80, 112)))
     assert_half(ranges(swin), ranges(expected))
