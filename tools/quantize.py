@@ -22,6 +22,7 @@ from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
     require_launcher,
+    require_shares,
     run_tool,
 )
 from psaq_mm.errors import UserError
@@ -70,6 +71,8 @@ def main() -> None:
     plan = plan_quantization(model, sections.quantization, find_adapter(model))
     check_evolution(model, sections.evolution, plan)
     check_calibration(model, sections.calibration)
+    require_shares(args.launcher, sections.synthesis.num_images,
+                   sections.evolution.batch_size if sections.evolution.rounds else 0)
     meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint)
     PSAQRunner.hooks_for_quantization(config)
     config.work_dir = choose_work_dir(args.work_dir, config)

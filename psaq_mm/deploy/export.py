@@ -83,6 +83,8 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
     chosen = choose_sizes(part, sizes)
     folder = Path(folder)
     ensure_writable_dir(folder)
+    # Until the new graphs are whole nothing may vouch for what is in the folder.
+    (folder / MANIFEST).unlink(missing_ok=True)
     low, high = find_adapter(model).valid_range(model)
     source = dict(about or {}, psaq_mm_version=__version__)
     graphs = []

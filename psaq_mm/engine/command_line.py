@@ -12,6 +12,9 @@ from mmengine.config import Config, DictAction
 from psaq_mm.errors import UserError
 from psaq_mm.registry import DATASETS
 
+WORLD_SIZES = dict(pytorch='WORLD_SIZE', slurm='SLURM_NTASKS', mpi='OMPI_COMM_WORLD_SIZE')
+"""Launcher to the variable by which it says how many processes there are."""
+
 
 class ConfigOptions(DictAction):
     """mmengine's ``--cfg-options``, with a usage error for what is no KEY=VALUE."""
@@ -83,9 +86,13 @@ def require_launcher(launcher: str, device: str) -> None:
     """Check that this process was started by the launcher that is named.
 
     Raises:
-        UserError: If not, or a device is named, which the launcher chooses.
+        UserError: If not, or a device is named, which the launcher chooses, or a
+            launcher started it and none is named.
     """
     if launcher == 'none':
+        if os.environ.get('WORLD_SIZE', '1') != '1':
+            raise UserError(f'torchrun started {os.environ["WORLD_SIZE"]} processes (WORLD_SIZE), '
+                            'and each would do all the work; add --launcher pytorch')
         return
     if device != 'auto':
         raise UserError(f'--device {device}: with --launcher {launcher} each process takes its '
@@ -96,6 +103,31 @@ def require_launcher(launcher: str, device: str) -> None:
     if launcher != 'pytorch' and not torch.cuda.is_available():
         raise UserError(f'--launcher {launcher} needs GPUs, and none was found; use --launcher '
                         'pytorch')
+    if WORLD_SIZES[launcher] not in os.environ:
+        raise UserError(f'--launcher {launcher}: {WORLD_SIZES[launcher]} is not set, so it was '
+                        'not started by that launcher')
+
+
+def require_shares(launcher: str, num_images: int, batch_size: int) -> None:
+    """Check that the processes of a launcher can share the work evenly.
+
+    Args:
+        launcher (str): As of :func:`require_launcher`, which comes first.
+        num_images (int): Images to be synthesized.
+        batch_size (int): Of the student's steps; 0 if there are none.
+
+    Raises:
+        UserError: If there are fewer images than processes, or a batch cannot be
+            split evenly.
+    """
+    processes = int(os.environ[WORLD_SIZES[launcher]]) if launcher != 'none' else 1
+    if num_images < processes:
+        raise UserError(f'synthesis.num_images must be at least the {processes} processes, got '
+                        f'{num_images}')
+    if batch_size % processes:
+        raise UserError(f'evolution.batch_size must be a multiple of the {processes} processes, '
+                        f'got {batch_size}; try --cfg-options evolution.batch_size='
+                        f'{-(-batch_size // processes) * processes}')
 
 
 def require_backend(backend: str, exported: Optional[str], threads: int, precision: str,

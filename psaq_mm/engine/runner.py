@@ -17,7 +17,12 @@ from torch import Tensor, nn
 
 from psaq_mm import api
 from psaq_mm.adapters import find_adapter
-from psaq_mm.checkpoint import fit_float_state, is_quantized, load_checkpoint_file
+from psaq_mm.checkpoint import (
+    fit_float_state,
+    is_quantized,
+    load_checkpoint_file,
+    read_manifest,
+)
 from psaq_mm.errors import UserError
 from psaq_mm.registry import HOOKS, LOOPS, RUNNERS
 
@@ -127,7 +132,11 @@ class PSAQRunner(Runner):
         if not isinstance(custom_hooks, (list, tuple)):
             raise UserError(f'custom_hooks must be a list of hooks, got {custom_hooks!r}')
         for hook in custom_hooks:
-            kind = HOOKS.get(hook.get('type')) if isinstance(hook, Mapping) else type(hook)
+            kind = hook.get('type') if isinstance(hook, Mapping) else type(hook)
+            if not isinstance(kind, (str, type)):
+                raise UserError(f'custom_hooks: {hook!r} names no type of hook')
+            if isinstance(kind, str):
+                kind = HOOKS.get(kind)
             if kind is None:
                 raise UserError(f'custom_hooks: {hook.get("type")!r} is not registered; import '
                                 'its file by custom_imports')
@@ -262,7 +271,11 @@ def describe_checkpoint(path: str, trust: bool = False) -> str:
     if not is_quantized(checkpoint):
         return 'float'
     counts: Dict[str, int] = {}
-    for entry in checkpoint['psaq_mm']['modules'].values():
+    try:
+        manifest = read_manifest(checkpoint)
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from error
+    for entry in manifest['modules'].values():
         weight = entry['roles'].get('weight')
         others = [s['bits'] for r, s in entry['roles'].items() if r != 'weight']
         name = (f'W{weight["bits"]}' if weight else '') \

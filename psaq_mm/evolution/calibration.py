@@ -68,12 +68,13 @@ def _merge_processes(quantizers: List[Quantizer]) -> None:
     """Let every process know what the others saw."""
     if get_world_size() == 1:
         return
-    for rank, observers in enumerate(all_gather_object([q.observer for q in quantizers])):
+    own = [q.observer.snapshot('cpu') if q.observer is not None else None for q in quantizers]
+    for rank, observers in enumerate(all_gather_object(own)):
         if rank == get_rank():
             continue
         for quantizer, other in zip(quantizers, observers):
             assert quantizer.observer is not None
-            quantizer.observer.merge([other])
+            quantizer.observer.merge([other.snapshot(quantizer.scale.device)])
 
 
 @contextmanager

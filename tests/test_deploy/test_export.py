@@ -241,3 +241,17 @@ def test_missing_package(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r'onnx is not installed.*psaq_mm\[deploy\]'):
         export_graphs(demo_model('swin'), tmp_path / 'out', 'onnx')
     assert not (tmp_path / 'out').exists()
+
+
+def test_interrupted_export(monkeypatch, tmp_path):
+    """Graphs that are half new are not taken for those of an older export."""
+    (tmp_path / 'export.json').write_text('{}')
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('psaq_mm.deploy.export.trace', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_graphs(demo_model('swin'), tmp_path, 'onnx')
+    with pytest.raises(UserError, match='tools/export.py'):
+        Graphs(tmp_path, 'onnxruntime')

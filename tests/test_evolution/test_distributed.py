@@ -1,11 +1,14 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Two processes play the game that one plays alone, each with half of every batch."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_student import changed, network, quantized, ranges, run_taps, tensors
 
+from psaq_mm.engine.hooks import ResumeHook
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import EvolutionSettings, Evolver, Student, SynthesisSettings
 from psaq_mm.prior import TeacherRecord
@@ -42,6 +45,18 @@ def played(**rules):
                 losses=evolver.losses['student/discrepancy'])
 
 
+def resumed_apart(rank):
+    """What a process is told whose state is a step behind, or ahead."""
+    evolver, hook = game(**ALONE), ResumeHook()
+    hook.before_evolution(SimpleNamespace(work_dir='out'), evolver)  # all of them at step 0
+    if rank == 0:
+        evolver.step_index += 1
+    try:
+        hook.before_evolution(SimpleNamespace(work_dir='out'), evolver)
+    except UserError as error:
+        return str(error)
+
+
 def one_of(rank, world, folder):
     """What one of several processes does."""
     torch.set_num_threads(1)
@@ -54,6 +69,7 @@ def one_of(rank, world, folder):
         except UserError as error:
             results['error'] = str(error)
         game(**dict(ALONE, rounds=0, batch_size=3))  # nothing to split
+        results['resumed'] = resumed_apart(rank)
         torch.save(results, f'{folder}/{rank}.pth')
     finally:
         dist.destroy_process_group()
@@ -98,6 +114,12 @@ def test_each_makes_its_part_of_the_images(pair):
     images = pair[0]['together']['images']
     assert images.shape == (6 + 2 * 4, 3, 28, 28)
     assert len({image.numpy().tobytes() for image in images}) == 14
+
+
+def test_states_of_different_steps(pair):
+    for results in pair:
+        assert results['resumed'] == 'out/state*.pth are of different steps of the evolution ' \
+                                     '(1, 0): start again without --resume'
 
 
 def test_batch_that_cannot_be_split(pair):

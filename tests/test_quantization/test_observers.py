@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Range rules against brute force."""
 import math
+import pickle
 
 import pytest
 import torch
@@ -295,3 +296,19 @@ def test_base_class_leaves_the_rule_to_subclasses():
         observer.observe(torch.ones(1))
     with pytest.raises(NotImplementedError):
         observer.range()
+
+
+@pytest.mark.parametrize('rule', RULES)
+def test_what_two_processes_saw(rule):
+    """A snapshot can be pickled by any torch, and merged it gives the range of all."""
+    one, other, both = (rule(QuantSpec()) for _ in range(3))
+    first, second = batches(2)
+    one.observe(first)
+    other.observe(second)
+    snapshot = other.snapshot('cpu')
+    assert not any(isinstance(value, torch.Generator) for value in vars(snapshot).values())
+    one.merge([pickle.loads(pickle.dumps(snapshot))])
+    for low_high, expected in zip(one.range(), observed(both, [first, second])):
+        assert torch.equal(low_high, expected)
+    other.observe(first)  # goes on, and the snapshot does not
+    assert snapshot.seen == second.numel()

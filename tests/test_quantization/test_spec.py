@@ -77,7 +77,9 @@ def test_observer_with_its_scope():
     (dict(type='PercentileObserver', percentil=0.9), 'observer PercentileObserver: .*percentil'),
     (dict(type='PercentileObserver', percentile='most'), 'observer PercentileObserver: '),
     (dict(type='PercentileObserver', percentile=2.), 'observer.percentile must be in'),
-    (dict(type='MSEObserver', candidates=0), 'observer.candidates must be at least 2'),
+    (dict(type='MSEObserver', candidates=0), 'candidates must be an integer of at least 2'),
+    (dict(type='MSEObserver', candidates=60.), 'candidates must be an integer of at least 2'),
+    (dict(type='MSEObserver', samples=1e4), 'samples must be an integer of at least 2'),
 ])
 def test_wrong_arguments_of_the_observer(observer, message):
     with pytest.raises(UserError, match=message):

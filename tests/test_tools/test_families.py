@@ -243,6 +243,24 @@ def test_launcher_without_processes(call_tool, make, tmp_path, monkeypatch):
                                    *options)
         assert status == 2
         assert expected in err
+    monkeypatch.setenv('WORLD_SIZE', '2')  # and the launcher is not named
+    status, _, err = call_tool('test', config, checkpoint, '--work-dir', tmp_path / 'out')
+    assert status == 2 and 'add --launcher pytorch' in err
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('processes, expected', [
+    (8, 'evolution.batch_size must be a multiple of the 8 processes, got 4; '
+        'try --cfg-options evolution.batch_size=8'),
+    (9, 'synthesis.num_images must be at least the 9 processes, got 8')])
+def test_processes_that_cannot_share(processes, expected, call_tool, make, tmp_path, monkeypatch):
+    """Before anything is made, not after the images."""
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('WORLD_SIZE', str(processes))
+    config, checkpoint = make('upernet_swin_demo')
+    status, _, err = call_tool('quantize', config, checkpoint, '--work-dir', tmp_path / 'out',
+                               '--launcher', 'pytorch')
+    assert status == 2 and expected in err
     assert not (tmp_path / 'out').exists()
 
 

@@ -286,6 +286,7 @@ def test_bad_checkpoints(kind, message, tmp_path, call_tool, quantization_config
     ('quantization.weight.observer.type=MinMaxx', "'MinMaxx' is not registered"),
     ('quant.weight.bits=4', "the config has no key 'quant'"),
     ('custom_hooks.0.type=Foo', "'Foo' is not registered"),
+    ('custom_hooks.0.type=3', 'names no type of hook'),
     ('model.backbone.depths=2', 'the model of config'),
 ])
 def test_bad_settings(option, message, tmp_path, call_tool, quantization_config,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
-from mmengine.dist import get_rank
+from mmengine.dist import all_gather_object, get_rank
 
 from psaq_mm.checkpoint import load_checkpoint_file, save_torch
 from psaq_mm.errors import UserError
@@ -74,6 +74,13 @@ class ResumeHook(PSAQHook):
             runner.logger.info(f'resumed the evolution at step {evolver.step_index} of '
                                f'{evolver.total_steps}')
             self._evolution = None
+        # The processes save each for itself; one that was stopped earlier, or whose file is
+        # missing, would go on with another student than the rest.
+        steps = all_gather_object(evolver.step_index)
+        if len(set(steps)) > 1:
+            raise UserError(f'{runner.work_dir}/state*.pth are of different steps of the '
+                            f'evolution ({", ".join(map(str, steps))}): start again without '
+                            '--resume')
 
     def after_evolution_step(self, runner: 'PSAQRunner', evolver: Evolver,
                              losses: Dict[str, float]) -> None:

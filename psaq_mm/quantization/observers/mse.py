@@ -34,8 +34,9 @@ class MSEObserver(SamplingObserver):
     def __init__(self, spec: 'QuantSpec', candidates: int = 60, min_factor: float = 0.2,
                  samples: int = 8192) -> None:
         super().__init__(spec, samples)
-        if candidates < 2:
-            raise UserError(f'observer.candidates must be at least 2, got {candidates!r}')
+        if not isinstance(candidates, int) or candidates < 2:
+            raise UserError('observer.candidates must be an integer of at least 2, got '
+                            f'{candidates!r}')
         if not 0 < min_factor < 1:
             raise UserError(f'observer.min_factor must be in (0, 1), got {min_factor!r}')
         self.candidates = candidates

@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What every range rule has in common."""
-from typing import TYPE_CHECKING, Optional, Sequence, Tuple
+import copy
+from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -58,6 +59,26 @@ class Observer:
     def merge(self, others: 'Sequence[Observer]') -> None:
         """Take in what the same rule saw in other processes."""
         raise NotImplementedError
+
+    def snapshot(self, device: Any) -> 'Observer':
+        """A copy of what was seen, for :meth:`merge` in another process.
+
+        It holds no generator, which torch before 2.4 cannot pickle, so it
+        observes no more.
+
+        Args:
+            device (torch.device or str): Where its tensors are.
+        """
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device)
+            if isinstance(value, list):
+                return [moved(v) for v in value]
+            return None if isinstance(value, torch.Generator) else value
+
+        other = copy.copy(self)
+        vars(other).update({name: moved(value) for name, value in vars(self).items()})
+        return other
 
     def range(self) -> Tuple[Tensor, Tensor]:
         """tuple[Tensor, Tensor]: Lower and upper ends, shape (C,) each."""

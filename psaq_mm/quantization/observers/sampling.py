@@ -27,8 +27,8 @@ class SamplingObserver(MinMaxObserver):
 
     def __init__(self, spec: 'QuantSpec', samples: int) -> None:
         super().__init__(spec)
-        if samples < 2:
-            raise UserError(f'observer.samples must be at least 2, got {samples!r}')
+        if not isinstance(samples, int) or samples < 2:
+            raise UserError(f'observer.samples must be an integer of at least 2, got {samples!r}')
         self.samples = samples
         self.kept: List[Tensor] = []
         self._generator = torch.Generator().manual_seed(0)
