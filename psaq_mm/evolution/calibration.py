@@ -68,13 +68,12 @@ def _merge_processes(quantizers: List[Quantizer]) -> None:
     """Let every process know what the others saw."""
     if get_world_size() == 1:
         return
-    own = [q.observer.snapshot('cpu') if q.observer is not None else None for q in quantizers]
-    for rank, observers in enumerate(all_gather_object(own)):
+    own = [q.observer for q in quantizers if q.observer is not None]  # all of them observe
+    for rank, others in enumerate(all_gather_object([o.snapshot('cpu') for o in own])):
         if rank == get_rank():
             continue
-        for quantizer, other in zip(quantizers, observers):
-            assert quantizer.observer is not None
-            quantizer.observer.merge([other.snapshot(quantizer.scale.device)])
+        for quantizer, observer, other in zip(quantizers, own, others):
+            observer.merge([other.snapshot(quantizer.scale.device)])
 
 
 @contextmanager

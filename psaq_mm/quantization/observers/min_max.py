@@ -41,8 +41,8 @@ class MinMaxObserver(Observer):
                 continue
             lower, upper = other.lower, other.upper
             if self.lower is not None and self.upper is not None:
-                lower = torch.minimum(self.lower, lower.to(self.lower.device))
-                upper = torch.maximum(self.upper, upper.to(self.upper.device))
+                lower = torch.minimum(self.lower, lower)
+                upper = torch.maximum(self.upper, upper)
             self.lower, self.upper = lower, upper
             self.seen += other.seen
 

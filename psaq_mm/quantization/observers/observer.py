@@ -57,7 +57,7 @@ class Observer:
         raise NotImplementedError
 
     def merge(self, others: 'Sequence[Observer]') -> None:
-        """Take in what the same rule saw in other processes."""
+        """Take in what the same rule saw in other processes, on the same device."""
         raise NotImplementedError
 
     def snapshot(self, device: Any) -> 'Observer':

@@ -47,8 +47,7 @@ class SamplingObserver(MinMaxObserver):
         super().merge(others)
         for other in others:
             assert isinstance(other, SamplingObserver)
-            device = self.kept[0].device if self.kept else None
-            self.kept += [rows.to(device) if device else rows for rows in other.kept]
+            self.kept += other.kept
 
     def sample(self) -> Tensor:
         """Tensor: The values that were kept, shape (C, M).
