@@ -7,7 +7,8 @@
     python benchmarks/ablation.py --table                  # what is measured so far
 
 Variants of the game and of the images play the game; those of the quantizer are the
-prior alone (compare with ``prior``), as ranges show best without a student that learns.
+prior alone (compare with ``prior``), as ranges show best without a student that learns,
+but for ``..._and_game``.
 
 Every value is kept in benchmarks/measured as soon as it is there, as those of ``accuracy.py``;
 a run that was cut off goes on. ``--no-metrics`` measures the SQNR of feature maps on real test

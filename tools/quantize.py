@@ -71,8 +71,7 @@ def main() -> None:
     plan = plan_quantization(model, sections.quantization, find_adapter(model))
     check_evolution(model, sections.evolution, plan)
     check_calibration(model, sections.calibration)
-    require_shares(args.launcher, sections.synthesis.num_images,
-                   sections.evolution.batch_size if sections.evolution.rounds else 0)
+    require_shares(args.launcher, sections.synthesis, sections.evolution)
     meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint)
     PSAQRunner.hooks_for_quantization(config)
     config.work_dir = choose_work_dir(args.work_dir, config)

@@ -10,6 +10,7 @@ import torch
 from mmengine.config import Config, DictAction
 
 from psaq_mm.errors import UserError
+from psaq_mm.evolution import EvolutionSettings, SynthesisSettings
 from psaq_mm.registry import DATASETS
 
 WORLD_SIZES = dict(pytorch='WORLD_SIZE', slurm='SLURM_NTASKS', mpi='OMPI_COMM_WORLD_SIZE')
@@ -108,26 +109,26 @@ def require_launcher(launcher: str, device: str) -> None:
                         'not started by that launcher')
 
 
-def require_shares(launcher: str, num_images: int, batch_size: int) -> None:
+def require_shares(launcher: str, synthesis: SynthesisSettings,
+                   evolution: EvolutionSettings) -> None:
     """Check that the processes of a launcher can share the work evenly.
 
     Args:
         launcher (str): As of :func:`require_launcher`, which comes first.
-        num_images (int): Images to be synthesized.
-        batch_size (int): Of the student's steps; 0 if there are none.
+        synthesis (SynthesisSettings): How images are made.
+        evolution (EvolutionSettings): How the student learns.
 
     Raises:
         UserError: If there are fewer images than processes, or a batch cannot be
             split evenly.
     """
     processes = int(os.environ[WORLD_SIZES[launcher]]) if launcher != 'none' else 1
-    if num_images < processes:
-        raise UserError(f'synthesis.num_images must be at least the {processes} processes, got '
-                        f'{num_images}')
-    if batch_size % processes:
-        raise UserError(f'evolution.batch_size must be a multiple of the {processes} processes, '
-                        f'got {batch_size}; try --cfg-options evolution.batch_size='
-                        f'{-(-batch_size // processes) * processes}')
+    synthesis.require_images_for(processes)
+    try:
+        evolution.require_even_batches(processes)
+    except UserError as error:
+        even = -(-evolution.batch_size // processes) * processes
+        raise UserError(f'{error}; try --cfg-options evolution.batch_size={even}') from error
 
 
 def require_backend(backend: str, exported: Optional[str], threads: int, precision: str,

@@ -150,6 +150,19 @@ class EvolutionSettings:
             raise UserError("evolution.learn='weights', but no weight is quantized; set it to "
                             "'ranges', or let quantization.placement and include have weights")
 
+    def require_even_batches(self, processes: int) -> None:
+        """Raise if several processes cannot split a batch of the game evenly.
+
+        Args:
+            processes (int): How many there are.
+
+        Raises:
+            UserError: If not.
+        """
+        if self.rounds and self.batch_size % processes:
+            raise UserError(f'evolution.batch_size must be a multiple of the {processes} '
+                            f'processes, got {self.batch_size}')
+
     @property
     def competes(self) -> bool:
         """bool: Whether the images are drawn to where the student fails."""

@@ -14,7 +14,6 @@ from mmengine.dist import all_gather, get_rank, get_world_size
 from torch import Tensor
 
 from psaq_mm.adapters import TapRecord
-from psaq_mm.errors import UserError
 from psaq_mm.prior import TeacherRecord
 
 from .adversary import bounded_factor
@@ -71,9 +70,7 @@ class Evolver:
         self.generator = torch.Generator().manual_seed(seed)
         self.buffer = ImageBuffer(images.detach().cpu(), settings.buffer_size)
         self.world, self.rank = get_world_size(), get_rank()
-        if settings.rounds and settings.batch_size % self.world:
-            raise UserError(f'evolution.batch_size must be a multiple of the {self.world} '
-                            f'processes, got {settings.batch_size}')
+        settings.require_even_batches(self.world)
         self.step_index = 0
         self.stopped = False
         self.consistent = True

@@ -112,6 +112,19 @@ class SynthesisSettings:
         """int: Steps of all phases of all batches."""
         return len(self.batches()) * len(self.shifts) * self.steps
 
+    def require_images_for(self, processes: int) -> None:
+        """Raise if some of several processes would have no image to make.
+
+        Args:
+            processes (int): How many there are.
+
+        Raises:
+            UserError: If there are fewer images.
+        """
+        if self.num_images < processes:
+            raise UserError(f'synthesis.num_images must be at least the {processes} processes, '
+                            f'got {self.num_images}')
+
     def build_priors(self) -> Dict[str, PriorTerm]:
         """Fresh loss terms, by their name in the config."""
         if not isinstance(self.priors, Mapping):

@@ -7,7 +7,6 @@ from mmengine.dist import all_gather_object
 from torch import Tensor
 
 from psaq_mm import api
-from psaq_mm.errors import UserError
 from psaq_mm.evolution import SynthesisSettings
 from psaq_mm.registry import LOOPS
 
@@ -29,9 +28,7 @@ def share(settings: Dict[str, Any], rank: int, processes: int) -> Dict[str, Any]
         UserError: If there are fewer images than processes.
     """
     whole = SynthesisSettings.from_dict(settings)
-    if whole.num_images < processes:
-        raise UserError(f'synthesis.num_images must be at least the {processes} processes, '
-                        f'got {whole.num_images}')
+    whole.require_images_for(processes)
     count, rest = divmod(whole.num_images, processes)
     return dict(settings, num_images=count + (rank < rest),
                 batch_size=-(-whole.batch_size // processes))
