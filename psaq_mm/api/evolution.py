@@ -98,7 +98,7 @@ def evolve(student: nn.Module, teacher: nn.Module, images: Tensor, seed: int = 0
     Raises:
         UserError: If a setting is wrong or the student is not calibrated.
         FloatingPointError: If a loss is not finite; the student is then that
-            of the step before.
+            of the step before, or of the best round (:meth:`Evolver.step`).
     """
     with evolver(student, teacher, images, seed, synthesis, **settings) as game:
         while not game.done:

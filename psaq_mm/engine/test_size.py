@@ -41,7 +41,10 @@ def test_size(config: Config) -> Optional[Tuple[int, int]]:
     if not keep_ratio and not isinstance(scale, int):
         width, height = scale
     else:
-        height, width = short, min(long, round(short * COMMON_ASPECT))
+        # Either side may be the one that limits. A square scale is of square images, or of
+        # such as are padded to it [choice].
+        height = short if short == long else min(short, round(long / COMMON_ASPECT))
+        width = min(long, round(short * COMMON_ASPECT))
     preprocessor = config.model.get('data_preprocessor') or {}
     divisor = preprocessor.get('pad_size_divisor') or 1
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor

@@ -68,12 +68,12 @@ def _merge_processes(quantizers: List[Quantizer]) -> None:
     """Let every process know what the others saw."""
     if get_world_size() == 1:
         return
-    own = [q.observer for q in quantizers if q.observer is not None]  # all of them observe
-    for rank, others in enumerate(all_gather_object([o.snapshot('cpu') for o in own])):
-        if rank == get_rank():
-            continue
-        for quantizer, observer, other in zip(quantizers, own, others):
-            observer.merge([other.snapshot(quantizer.scale.device)])
+    own = [q.observer.snapshot('cpu') for q in quantizers if q.observer is not None]  # all do
+    # In the order of ranks, as a rule may depend on it: all must set the same ranges.
+    for quantizer, *parts in zip(quantizers, *all_gather_object(own)):
+        first, *others = (part.snapshot(quantizer.scale.device) for part in parts)
+        first.merge(others)
+        quantizer.observer = first
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import math
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
-from mmengine.dist import all_gather, get_rank, get_world_size
+from mmengine.dist import all_gather, broadcast, get_rank, get_world_size
 from torch import Tensor
 
 from psaq_mm.adapters import TapRecord
@@ -33,9 +33,10 @@ class Evolver:
 
     A round is ``sample_steps`` steps of a batch of images, down the prior and
     up the discrepancy, and then ``student_steps`` steps of the student down
-    the discrepancy on old and new images. At the end of a round D is measured
-    on the images of the warm start; the game ends early if it rises for
-    ``patience`` rounds, and the student of the best round is kept.
+    the discrepancy on old and new images. Before the first round and at the
+    end of each D is measured on the images of the warm start; the game ends
+    early if it rises for ``patience`` rounds, and the student of the best
+    round is kept, or the calibrated one if no round makes it better.
 
     All randomness comes from one CPU generator, the same in each process, and
     :meth:`state_dict` holds everything that the next step depends on. With
@@ -78,7 +79,8 @@ class Evolver:
         self.pixels: Optional[PixelDescent] = None
         self.losses: Dict[str, List[float]] = {}
         """dict[str, list[float]]: Values of sample steps (``sample/...``), of
-        student steps (``student/...``) and of rounds (``round/...``)."""
+        student steps (``student/...``) and of rounds (``round/...``; the first
+        is of the calibrated student)."""
         self.best: Optional[Dict[str, Any]] = None
 
     @property
@@ -96,6 +98,12 @@ class Evolver:
         """bool: Whether the game has ended."""
         return self.stopped or self.step_index >= self.total_steps
 
+    @property
+    def best_round(self) -> int:
+        """int: The round whose student is kept, from 1; 0 for the calibrated one."""
+        values = self.losses['round/discrepancy']
+        return max(i for i, value in enumerate(values) if value == min(values))
+
     def step(self) -> Dict[str, float]:
         """Take the next step, of the images or of the student.
 
@@ -105,11 +113,15 @@ class Evolver:
 
         Raises:
             FloatingPointError: If a loss or gradient is not finite. The state
-                is then that of the step before.
+                is then that of the step before; after the last step of a
+                round, whose student can be measured only when it has changed,
+                the student is that of the best round.
         """
         before = self.generator.get_state()
         round_index, within = divmod(self.step_index, self.steps_per_round)
         try:
+            if self.step_index == 0:
+                self._measure_round()
             if within < self.settings.sample_steps:
                 kind, losses = 'sample', self._sample_step(within)
             else:
@@ -120,11 +132,14 @@ class Evolver:
                 self.student.forget_gradients()
                 if within == 0:
                     self.pixels = None
+                if self.step_index == 0:
+                    self.losses, self.best = {}, None
             if not isinstance(error, FloatingPointError):
                 raise
-            raise FloatingPointError(
-                f'evolution, step {self.step_index} (round {round_index + 1}): {error}; lower '
-                'evolution.weight_lr, range_lr or sample_lr') from error
+            advice = ('lower evolution.weight_lr, range_lr or sample_lr' if self.step_index else
+                      'nothing was learnt yet: the weights or the range rule are the cause')
+            raise FloatingPointError(f'evolution, step {self.step_index} (round '
+                                     f'{round_index + 1}): {error}; {advice}') from error
         for name, value in losses.items():
             self.losses.setdefault(f'{kind}/{name}', []).append(value)
         self.step_index += 1
@@ -205,19 +220,31 @@ class Evolver:
                 total += float(self.student.discrepancy(self.teacher(images)[1], images).sum())
         return total / len(self.buffer.first)
 
-    def _end_round(self) -> float:
-        """Measure, remember the best student, and stop if it gets worse."""
+    def _measure_round(self) -> float:
+        """Measure, and remember the best student."""
+        shared = torch.tensor(self.measure(), dtype=torch.float64)
+        broadcast(shared)  # rounded otherwise elsewhere, another round could be the best there
+        value = float(shared)
+        if not math.isfinite(value):
+            raise FloatingPointError(f'the discrepancy is {value:g}')
         values = self.losses.setdefault('round/discrepancy', [])
-        values.append(self.measure())
-        if not math.isfinite(values[-1]):
-            raise FloatingPointError(f'evolution: after step {self.step_index} the discrepancy '
-                                     f'is {values[-1]:g}; lower evolution.weight_lr or range_lr')
-        if values[-1] <= min(values):
+        values.append(value)
+        if value <= min(values):
             self.best = self.student.learnt()
+        return value
+
+    def _end_round(self) -> float:
+        """Measure, and stop if the student gets worse."""
+        try:
+            value = self._measure_round()
+        except FloatingPointError as error:
+            self.finish()
+            raise FloatingPointError(f'evolution: after step {self.step_index} {error}; lower '
+                                     'evolution.weight_lr or range_lr') from error
         patience = self.settings.patience
-        last = values[-patience - 1:]
+        last = self.losses['round/discrepancy'][-patience - 1:]
         self.stopped = len(last) > patience and all(a < b for a, b in zip(last, last[1:]))
-        return values[-1]
+        return value
 
     def finish(self) -> None:
         """Give the student what the best round had learnt."""

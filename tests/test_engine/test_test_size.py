@@ -32,8 +32,10 @@ PAD = dict(type='DetDataPreprocessor', pad_size_divisor=32)
     ([1333, 800], True, PAD, (800, 1088)),
     ((2048, 512), True, None, (512, 683)),
     ((1333, 750), True, dict(pad_size_divisor=64), (768, 1024)),
-    # No wider than the scale allows.
-    ((1000, 800), True, None, (800, 1000)),
+    # No wider than the scale allows: the long side limits.
+    ((1000, 800), True, None, (750, 1000)),
+    ((1000, 800), True, PAD, (768, 1024)),
+    ((1001, 1000), True, None, (751, 1001)),
     ((224, 224), True, PAD, (224, 224)),
     ((224, 224), True, dict(pad_size_divisor=None), (224, 224)),
     (300, True, None, (300, 300)),

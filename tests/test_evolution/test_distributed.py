@@ -10,8 +10,18 @@ from test_student import changed, network, quantized, ranges, run_taps, tensors
 
 from psaq_mm.engine.hooks import ResumeHook
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import EvolutionSettings, Evolver, Student, SynthesisSettings
+from psaq_mm.evolution import (
+    EvolutionSettings,
+    Evolver,
+    Student,
+    SynthesisSettings,
+    calibrate_ranges,
+)
+from psaq_mm.ops import apply_plan
 from psaq_mm.prior import TeacherRecord
+from psaq_mm.quantization import QuantSpec
+from psaq_mm.quantization.observers import MinMaxObserver
+from psaq_mm.registry import OBSERVERS
 
 RULES = dict(rounds=2, student_steps=6, batch_size=4, weight_lr=0.01, range_lr=1e-2)
 ALONE = dict(RULES, sample_steps=0, zoom=3., contrast=0.2)
@@ -45,6 +55,28 @@ def played(**rules):
                 losses=evolver.losses['student/discrepancy'])
 
 
+@OBSERVERS.register_module(force=True)
+class NewestObserver(MinMaxObserver):
+    """The range of what came last: which that is must not depend on the process."""
+
+    def update(self, rows):
+        self.lower, self.upper = rows.amin(1), rows.amax(1)
+
+    def merge(self, others):
+        for other in others:
+            self.lower, self.upper = other.lower, other.upper
+
+
+def ranges_by_order():
+    """Ranges that depend on the order in which the processes' parts are merged."""
+    net = network()
+    apply_plan(net, {'0': dict(input=QuantSpec(8, False,
+                                               observer=dict(type='NewestObserver')))})
+    images = torch.stack([torch.full((3, 28, 28), i + 1.) for i in range(4)])
+    calibrate_ranges(net, images, net)
+    return ranges(net)
+
+
 def resumed_apart(rank):
     """What a process is told whose state is a step behind, or ahead."""
     evolver, hook = game(**ALONE), ResumeHook()
@@ -70,6 +102,7 @@ def one_of(rank, world, folder):
             results['error'] = str(error)
         game(**dict(ALONE, rounds=0, batch_size=3))  # nothing to split
         results['resumed'] = resumed_apart(rank)
+        results['by order'] = ranges_by_order()
         torch.save(results, f'{folder}/{rank}.pth')
     finally:
         dist.destroy_process_group()
@@ -114,6 +147,12 @@ def test_each_makes_its_part_of_the_images(pair):
     images = pair[0]['together']['images']
     assert images.shape == (6 + 2 * 4, 3, 28, 28)
     assert len({image.numpy().tobytes() for image in images}) == 14
+
+
+def test_ranges_are_merged_in_the_order_of_processes(pair):
+    """The second saw images 2 and 4."""
+    for results in pair:
+        assert float(results['by order']['0.input.scale']) == pytest.approx(4 / 255)
 
 
 def test_states_of_different_steps(pair):

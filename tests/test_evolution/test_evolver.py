@@ -117,7 +117,7 @@ def test_game(uninterrupted):
     sample = ('patch_similarity', 'total_variation', 'total', 'discrepancy',
               'adversarial_factor')
     assert lengths == {**{f'sample/{name}': 4 for name in sample}, 'student/discrepancy': 6,
-                       'round/discrepancy': 2}
+                       'round/discrepancy': 3}
     assert uninterrupted.done and uninterrupted.total_steps == TOTAL
     assert not uninterrupted.stopped and uninterrupted.consistent
 
@@ -136,22 +136,27 @@ def test_losses_of_each_step():
 
 def test_who_runs():
     """One pass of each a step, and the measurement of three images in two
-    batches at the end of a round."""
+    batches before the first round and at the end of each."""
     calls = []
     play(game(watch=calls.append))
     both = ['teacher', 'student']
-    assert calls == 2 * (5 * both + 2 * both)
+    assert calls == 2 * both + 2 * (5 * both + 2 * both)
 
 
 def test_round_is_measured_on_the_first_images():
-    evolver = play(game(), 5)
-    net, model = network(), evolver.student.model
-    with torch.no_grad():
-        teacher, student = (run_taps(m, first_images()).taps for m in (net, model))
-    expected = sum((teacher[tap] - student[tap]).abs().flatten(1).mean(1)
-                   / (teacher[tap].abs().flatten(1).mean(1) + 1e-6) for tap in teacher)
-    assert evolver.losses['round/discrepancy'] == [pytest.approx(float(expected.mean()))]
-    assert evolver.measure() == evolver.losses['round/discrepancy'][0]
+    def expected(model):
+        with torch.no_grad():
+            teacher, student = (run_taps(m, first_images()).taps for m in (network(), model))
+        return float(sum((teacher[tap] - student[tap]).abs().flatten(1).mean(1)
+                         / (teacher[tap].abs().flatten(1).mean(1) + 1e-6)
+                         for tap in teacher).mean())
+
+    evolver = game()
+    as_calibrated = expected(evolver.student.model)
+    play(evolver, 5)
+    assert evolver.losses['round/discrepancy'] == [
+        pytest.approx(as_calibrated), pytest.approx(expected(evolver.student.model))]
+    assert evolver.measure() == evolver.losses['round/discrepancy'][1]
 
 
 def test_images_of_each_round():
@@ -224,11 +229,12 @@ def test_batches_of_the_student(fraction, new):
     def among(image, images):
         return bool((image == images).flatten(1).all(1).any())
 
-    for batch in batches[2:8]:  # after those of the images, before the measurement
+    learnt_from = batches[3:9]  # after one measurement and the images' steps, before the next
+    for batch in learnt_from:
         assert len(batch) == 4
         assert all(among(image, evolver.buffer.newest) for image in batch[:new])
         assert all(among(image, evolver.buffer.images) for image in batch[new:])
-    rest = torch.cat([batch[new:] for batch in batches[2:8]])
+    rest = torch.cat([batch[new:] for batch in learnt_from])
     assert not len(rest) or any(among(image, first_images()) for image in rest)
 
 
@@ -243,7 +249,7 @@ def test_views_of_the_student():
         evolver.teacher = lambda batch: (seen.append(batch.clone()), run(batch))[1]
         play(evolver)
         assert torch.equal(evolver.buffer.images, first_images())
-        return seen[:4], seen[4:]
+        return seen[2:6], seen[6:]
 
     plain, measured = batches()
     for views in (dict(zoom=3.), dict(contrast=0.2), dict(zoom=3., contrast=0.2)):
@@ -286,8 +292,9 @@ def test_without_a_competitor_images_descend_on_the_prior_alone():
     calls = []
     evolver = play(game(seed=4, watch=calls.append, adversarial_fraction=0, rounds=1,
                         student_steps=0, sample_steps=5, sample_lr=0.1), 4)
-    assert calls == ['teacher'] * 4
-    assert set(evolver.losses) == {f'sample/{n}' for n in (*PRIORS, 'total')}
+    assert calls == 2 * ['teacher', 'student'] + 4 * ['teacher']
+    assert set(evolver.losses) == {*(f'sample/{n}' for n in (*PRIORS, 'total')),
+                                   'round/discrepancy'}
 
     synthesis, generator = SynthesisSettings(**SYNTHESIS), torch.Generator().manual_seed(4)
     images = ImageBuffer(first_images(), 2).draw(2, 0., generator).requires_grad_(True)
@@ -368,29 +375,60 @@ class Scripted(Evolver):
     script = ()
 
     def measure(self):
-        index = len(self.losses['round/discrepancy'])
+        index = len(self.losses.get('round/discrepancy', ()))
         self.__dict__.setdefault('seen', []).append(
             (tensors(self.student.model), ranges(self.student.model)))
         return self.script[index]
 
 
-@pytest.mark.parametrize('patience, script, played, best', [
+@pytest.mark.parametrize('patience, script, measured, best', [
     (1, [3., 2., 1.], 3, 2), (1, [3., 4., 1.], 2, 0), (2, [3., 4., 5., 1.], 3, 0),
     (2, [3., 2., 4., 5., 1.], 4, 1), (2, [3., 4., 3.5, 4., 3.], 5, 4), (1, [1., 1., 1.], 3, 2),
     (2, [1., 2., 2., 3.], 4, 0), (3, [1., 2., 3., 4., 0.], 4, 0), (3, [1., 2., 3.], 3, 0)])
-def test_early_stop_keeps_the_best_student(patience, script, played, best):
-    evolver = game(cls=Scripted, rounds=len(script), patience=patience, sample_steps=0,
+def test_early_stop_keeps_the_best_student(patience, script, measured, best):
+    """The first value is of the calibrated student: it is kept if no round is better."""
+    evolver = game(cls=Scripted, rounds=len(script) - 1, patience=patience, sample_steps=0,
                    student_steps=2)
     evolver.script = script
+    calibrated = tensors(evolver.student.model), ranges(evolver.student.model)
     play(evolver)
-    assert evolver.losses['round/discrepancy'] == script[:played]
-    assert evolver.stopped is (played < len(script))
-    assert evolver.done and len(evolver.seen) == played
+    assert evolver.losses['round/discrepancy'] == script[:measured]
+    assert evolver.stopped is (measured < len(script))
+    assert evolver.done and len(evolver.seen) == measured
+    assert evolver.best_round == best
     evolver.finish()
     for now, then in zip((tensors, ranges), evolver.seen[best]):
         assert not changed(then, now(evolver.student.model))
-    if best != played - 1:
+    if best != measured - 1:
         assert changed(evolver.seen[-1][0], tensors(evolver.student.model))
+    if best == 0:
+        assert not changed(calibrated[0], tensors(evolver.student.model))
+
+
+@pytest.mark.parametrize('script, best', [([3., math.nan], 0), ([3., 2., math.inf], 1),
+                                          ([3., 4., math.nan], 0)])
+def test_round_that_is_not_finite(script, best):
+    """The student is then the best one so far, and the state is not to be saved."""
+    evolver = game(cls=Scripted, rounds=3, sample_steps=0, student_steps=2)
+    evolver.script = script
+    last = len(script) - 1
+    with pytest.raises(FloatingPointError, match=f'^evolution: after step {2 * last} the '
+                       f'discrepancy is {script[-1]:g}; lower evolution.weight_lr or range_lr$'):
+        play(evolver)
+    assert not evolver.consistent
+    for now, then in zip((tensors, ranges), evolver.seen[best]):
+        assert not changed(then, now(evolver.student.model))
+
+
+def test_calibrated_student_that_is_not_finite():
+    evolver = game(cls=Scripted)
+    evolver.script = [math.nan]
+    before = state_of(evolver)
+    with pytest.raises(FloatingPointError, match=r'^evolution, step 0 \(round 1\): the '
+                       'discrepancy is nan; nothing was learnt yet'):
+        evolver.step()
+    assert evolver.consistent
+    assert_equal_trees(state_of(evolver), before)
 
 
 def test_best_student_of_a_real_game():

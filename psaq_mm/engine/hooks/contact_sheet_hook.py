@@ -2,7 +2,7 @@
 """Show the images that were made."""
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Union
+from typing import TYPE_CHECKING, Any, Dict, Union
 
 import torch
 from mmengine.dist import is_main_process
@@ -54,17 +54,29 @@ class ContactSheetHook(PSAQHook):
 
     def __init__(self, columns: int = 4) -> None:
         self.columns = columns
+        self._rows: Dict[int, Tensor] = {}
+
+    def state_dict(self) -> Dict[str, Any]:
+        return dict(rows=dict(self._rows))
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self._rows = dict(state['rows'])
 
     def after_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
         self._save(runner, runner.images, synthesizer, 'synthetic.png')
 
     def before_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
-        self._rows = {0: evolver.buffer.first[:self.columns]}
+        self._rows[0] = evolver.buffer.first[:self.columns]
+        self._add_row(evolver)  # the state was perhaps saved before it had it
 
     def after_evolution_step(self, runner: 'PSAQRunner', evolver: Evolver,
                              losses: Dict[str, float]) -> None:
-        if 'round' in losses and evolver.settings.sample_steps:
-            row = evolver.step_index // evolver.steps_per_round
+        self._add_row(evolver)
+
+    def _add_row(self, evolver: Evolver) -> None:
+        """Take in the images of the round that has just ended, if one has."""
+        row, within = divmod(evolver.step_index, evolver.steps_per_round)
+        if row and within == 0 and evolver.settings.sample_steps:
             self._rows[row] = evolver.buffer.newest[:self.columns]
 
     def after_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:

@@ -100,6 +100,9 @@ class ProgressHook(PSAQHook):
 
     def after_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
         self._close()
-        values = ', '.join(f'{v:.4f}' for v in evolver.losses.get('round/discrepancy', []))
+        values = ', '.join(f'{v:.4f}' for v in evolver.losses['round/discrepancy'])
         early = ' (ended early: it rose)' if evolver.stopped else ''
-        runner.logger.info(f'discrepancy after each round: {values}{early}')
+        runner.logger.info(f'discrepancy as calibrated and after each round: {values}{early}')
+        if not evolver.best_round:
+            runner.logger.warning('no round brought the student nearer to the teacher: it stays '
+                                  'as calibrated; lower evolution.weight_lr or range_lr')

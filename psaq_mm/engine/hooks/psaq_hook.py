@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The points of a quantization run that hooks can act at."""
-from typing import TYPE_CHECKING, Dict
+from typing import TYPE_CHECKING, Any, Dict
 
 from mmengine.hooks import Hook
 
@@ -15,6 +15,14 @@ class PSAQHook(Hook):
 
     Subclasses that are listed in ``custom_hooks`` run beside ours.
     """
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What the hook would have back in a resumed run: tensors and plain values.
+        It is saved by the name of the class."""
+        return {}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`, just before :meth:`before_evolution`."""
 
     def before_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
         """Before the first step; the synthesizer may still be restored."""

@@ -21,9 +21,10 @@ class ResumeHook(PSAQHook):
     """Writes ``<work-dir>/state.pth`` now and then, and reads it for --resume.
 
     The state holds images, optimizers, random generators, what the student
-    has learnt, steps, losses and seconds: a resumed run ends with the same
-    bits on the CPU. mmengine's CheckpointHook is not used since it writes in
-    place and saves no generator. Each of several processes has its own file.
+    has learnt, steps, losses, seconds and what other hooks keep: a resumed run
+    ends with the same bits on the CPU. mmengine's CheckpointHook is not used
+    since it writes in place and saves no generator. Each of several processes
+    has its own file.
     """
 
     priority = 'VERY_HIGH'  # a restored step count must reach the other hooks
@@ -31,6 +32,7 @@ class ResumeHook(PSAQHook):
     def __init__(self) -> None:
         self._synthesis: Optional[Dict[str, Any]] = None
         self._evolution: Optional[Dict[str, Any]] = None
+        self._hooks: Dict[str, Any] = {}
 
     @staticmethod
     def path(runner: 'PSAQRunner') -> Path:
@@ -50,6 +52,7 @@ class ResumeHook(PSAQHook):
         check_same_run(str(path), state, runner.fingerprint if self._evolution is None
                        else runner.evolution_fingerprint)
         synthesizer.load_state_dict(state['synthesizer'])
+        self._hooks = state.get('hooks', {})
         runner.seconds.update(state['seconds'])
         runner.logger.info(f'resumed {path} at step {synthesizer.step_index} of '
                            f'{synthesizer.total_steps}')
@@ -73,6 +76,9 @@ class ResumeHook(PSAQHook):
             evolver.load_state_dict(self._evolution)
             runner.logger.info(f'resumed the evolution at step {evolver.step_index} of '
                                f'{evolver.total_steps}')
+            for name, hook in self._others(runner).items():
+                if name in self._hooks:
+                    hook.load_state_dict(self._hooks[name])
             self._evolution = None
         # The processes save each for itself; one that was stopped earlier, or whose file is
         # missing, would go on with another student than the rest.
@@ -103,7 +109,14 @@ class ResumeHook(PSAQHook):
     def _save_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
         save_torch(dict(fingerprint=runner.evolution_fingerprint,
                         seconds=runner.seconds_so_far(), synthesizer=self._synthesis,
-                        evolver=evolver.state_dict()), self.path(runner))
+                        evolver=evolver.state_dict(),
+                        hooks={name: hook.state_dict() for name, hook in
+                               self._others(runner).items()}), self.path(runner))
+
+    @staticmethod
+    def _others(runner: 'PSAQRunner') -> Dict[str, PSAQHook]:
+        """Hooks by the names that their states are saved by."""
+        return {type(hook).__name__: hook for hook in runner.hooks if isinstance(hook, PSAQHook)}
 
 
 def check_same_run(path: str, state: Any, fingerprint: Dict[str, Any]) -> None:
