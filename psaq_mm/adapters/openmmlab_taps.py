@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Where teacher and student are compared in models of mmdet and mmseg."""
+import inspect
 from typing import Any, Callable, Collection, ContextManager, Dict, List, Optional, Tuple
 
 from torch import Tensor, nn
@@ -12,6 +13,15 @@ def numbered(group: str, tensors: Any) -> Dict[str, Tensor]:
     return {f'{group}.{index}': tensor for index, tensor in enumerate(tensors)}
 
 
+def takes_features_alone(head: nn.Module) -> bool:
+    """Whether a head runs on feature maps and nothing else: a Mask2Former asks for
+    samples too, GLIP for words."""
+    parameters = inspect.signature(head.forward).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty
+              and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(needed) == 1
+
+
 def dense_head(model: Any) -> Optional[nn.Module]:
     """The convolutional head of a detector that scores every position: the RPN,
     or that of a single-stage detector; None if there is none."""
@@ -19,7 +29,7 @@ def dense_head(model: Any) -> Optional[nn.Module]:
     from mmdet.models.dense_heads.anchor_free_head import AnchorFreeHead
     for name in ('rpn_head', 'bbox_head'):
         head = getattr(model, name, None)
-        if isinstance(head, (AnchorHead, AnchorFreeHead)):
+        if isinstance(head, (AnchorHead, AnchorFreeHead)) and takes_features_alone(head):
             return head
     return None
 
@@ -30,7 +40,9 @@ def tap_groups(model: Any) -> Tuple[str, ...]:
     if getattr(model, 'with_neck', False):
         groups.append('neck')
     if hasattr(model, 'encode_decode'):
-        return (*groups, 'logits')
+        head = model.decode_head
+        first = head[0] if isinstance(head, nn.ModuleList) else head
+        return (*groups, 'logits') if takes_features_alone(first) else tuple(groups)
     if dense_head(model) is not None:
         groups += ['scores', 'deltas']
     if getattr(model, 'roi_head', None) is not None and getattr(model, 'with_rpn', False):

@@ -141,7 +141,8 @@ class PSAQRunner(Runner):
                 raise UserError(f'custom_hooks: {hook.get("type")!r} is not registered; import '
                                 'its file by custom_imports')
             if isinstance(kind, type) and issubclass(kind, PSAQHook):
-                hooks.append(hook)
+                # The class: by its name it might be looked for in another scope only.
+                hooks.append({**hook, 'type': kind} if isinstance(hook, Mapping) else hook)
         return hooks
 
     @classmethod
@@ -212,6 +213,7 @@ class PSAQRunner(Runner):
         as images are made."""
         return dict({'number of processes': self.world_size}, seed=self.run_seed,
                     checkpoint=self.source['sha256'],
+                    model=_flat_text(_without_scope(self.cfg.model.to_dict())),
                     synthesis=_flat_text(self.settings['synthesis']))
 
     @property

@@ -19,8 +19,14 @@ def _transforms(pipeline: Any) -> List[Any]:
     return steps
 
 
+def _name(kind: Any) -> str:
+    """Name of a transform, whose type may be a class or have a scope."""
+    return kind.__name__ if isinstance(kind, type) else str(kind).split('.')[-1]
+
+
 def test_size(config: Config) -> Optional[Tuple[int, int]]:
-    """Height and width of a test image in landscape format, padding included.
+    """Height and width of what the model sees of a test image in landscape format,
+    padding included: of a segmentor that slides over it, a window.
 
     Args:
         config (Config): Its ``test_dataloader`` says how images are resized.
@@ -31,9 +37,13 @@ def test_size(config: Config) -> Optional[Tuple[int, int]]:
     dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
     while dataset.get('dataset') is not None:  # wrappers
         dataset = dataset['dataset']
+    test_cfg = config.model.get('test_cfg') or {}
+    if test_cfg.get('mode') == 'slide':
+        height, width = test_cfg['crop_size']
+        return height, width
     scale = None
     for step in _transforms(dataset.get('pipeline')):
-        if str(step.get('type', '')).split('.')[-1] == 'Resize' and step.get('scale'):
+        if _name(step.get('type')) == 'Resize' and step.get('scale'):
             scale, keep_ratio = step['scale'], step.get('keep_ratio', False)
     if scale is None:
         return None
@@ -46,5 +56,6 @@ def test_size(config: Config) -> Optional[Tuple[int, int]]:
         height = short if short == long else min(short, round(long / COMMON_ASPECT))
         width = min(long, round(short * COMMON_ASPECT))
     preprocessor = config.model.get('data_preprocessor') or {}
-    divisor = preprocessor.get('pad_size_divisor') or 1
+    divisor = preprocessor.get('pad_size_divisor') \
+        or (preprocessor.get('test_cfg') or {}).get('size_divisor') or 1  # mmdet's, mmseg's
     return -(-height // divisor) * divisor, -(-width // divisor) * divisor

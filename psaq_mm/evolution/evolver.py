@@ -18,6 +18,7 @@ from psaq_mm.prior import TeacherRecord
 
 from .adversary import bounded_factor
 from .evolution_settings import EvolutionSettings
+from .failing_together import failing_together
 from .image_buffer import ImageBuffer
 from .pixel_descent import PixelDescent
 from .sample_step import augment, gradient_of, learning_rate_factor, prior_losses
@@ -165,27 +166,34 @@ class Evolver:
             self.pixels = PixelDescent(self._local(start), self.lower, self.upper,
                                        synthesis.betas)
         assert self.pixels is not None
+        with failing_together():
+            gradient, values = self._sample_gradient(self.pixels)
+        self._change()
+        self.pixels.step(gradient, settings.sample_lr * learning_rate_factor(
+            within, settings.sample_steps, synthesis.warmup))
+        return values
+
+    def _sample_gradient(self, pixels: PixelDescent) -> Tuple[Tensor, Dict[str, float]]:
+        """Where the images should not go, and the losses."""
+        settings, synthesis = self.settings, self.synthesis
         self.student.require_grad(False)
         with torch.enable_grad():
-            images = augment(self.pixels.images, synthesis, synthesis.shifts[-1],
+            images = augment(pixels.images, synthesis, synthesis.shifts[-1],
                              self.generator)
             record, taps = self.teacher(images)
             losses = prior_losses(self.terms, images, record, self.generator, self.step_index)
-            gradient = gradient_of(losses['total'], self.pixels.images, self.step_index,
+            gradient = gradient_of(losses['total'], pixels.images, self.step_index,
                                    keep_graph=settings.competes)
             values = {name: float(value.detach()) for name, value in losses.items()}
             if settings.competes:
                 distance = self.student.discrepancy(taps, images)
                 term = -settings.adversarial_weight * torch.log1p(distance).mean()
-                pull = gradient_of(term, self.pixels.images, self.step_index)
+                pull = gradient_of(term, pixels.images, self.step_index)
                 factor = bounded_factor(gradient, pull, settings.adversarial_fraction)
                 gradient = gradient + factor * pull
                 values['discrepancy'] = float(distance.detach().mean())
                 values['adversarial_factor'] = float(factor.mean())
-        self._change()
-        self.pixels.step(gradient, settings.sample_lr * learning_rate_factor(
-            within, settings.sample_steps, synthesis.warmup))
-        return values
+        return gradient, values
 
     def _end_sampling(self) -> None:
         """Take the images of the round into the buffer."""

@@ -4,7 +4,7 @@ import math
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
-from mmengine.dist import all_reduce, all_reduce_params
+from mmengine.dist import all_reduce_params
 from torch import Tensor, nn
 
 from psaq_mm.adapters import TapRecord
@@ -14,6 +14,7 @@ from psaq_mm.quantization import Quantizer
 
 from .discrepancy import discrepancy
 from .evolution_settings import EvolutionSettings
+from .failing_together import failing_together
 from .range_learner import RangeLearner
 
 Forward = Callable[[Tensor, Optional[List[Tensor]]], TapRecord]
@@ -111,11 +112,9 @@ class Student:
         """
         loss = self.discrepancy(teacher, images).mean()
         value = float(loss.detach())
-        failed = torch.tensor(float(not torch.isfinite(loss)))
-        all_reduce(failed, op='max')  # all processes stop, or none: they wait for each other
-        if failed:
-            raise FloatingPointError(f'the discrepancy is {value:g}'
-                                     + (' (not finite elsewhere)' if math.isfinite(value) else ''))
+        with failing_together():
+            if not math.isfinite(value):
+                raise FloatingPointError(f'the discrepancy is {value:g}')
         loss.backward()
         self.ranges.collect_gradients()
         learnt: List[Any] = [*self.weights, self.ranges.offsets]

@@ -11,6 +11,7 @@ from torch import nn
 
 import psaq_mm
 from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.openmmlab_taps import tap_groups
 from psaq_mm.engine import build_float_model, load_config
 
 DEMOS = dict(mask_rcnn='mask_rcnn_swin_demo.py', cascade='cascade_mask_rcnn_swin_demo.py',
@@ -271,6 +272,30 @@ def test_backbone_alone(host):
         found = adapter.forward_taps(backbone, images, ('backbone', ))
         assert_equal(of_group(found.taps, 'backbone'), backbone(images))
     assert found.regions is None
+
+
+def test_heads_that_take_more_than_features():
+    """Mask2Former asks for samples too, GLIP for words: the rest of such a model is compared."""
+    from mmdet.models.dense_heads import ATSSHead, ATSSVLFusionHead
+    from mmseg.models.decode_heads import FCNHead, Mask2FormerHead
+
+    def model_of(**parts):
+        model = torch.nn.Module()
+        model.with_neck = True
+        vars(model).update(parts)
+        return model
+
+    for kind, groups in ((Mask2FormerHead, ()), (FCNHead, ('logits', ))):
+        head = kind.__new__(kind)  # its signature counts
+        for heads in (head, torch.nn.ModuleList()):
+            torch.nn.Module.__init__(head)
+            if heads is not head:
+                heads.append(head)
+            segmentor = model_of(encode_decode=None, decode_head=heads)
+            assert tap_groups(segmentor) == ('backbone', 'neck', *groups)
+    for kind, groups in ((ATSSVLFusionHead, ()), (ATSSHead, ('scores', 'deltas'))):
+        head = kind.__new__(kind)
+        assert tap_groups(model_of(bbox_head=head)) == ('backbone', 'neck', *groups)
 
 
 @pytest.mark.parametrize('name', ['mask_rcnn', 'swin'])

@@ -69,6 +69,24 @@ def test_steps_within_steps():
     assert size_of(config(listed)) == (60, 80)
 
 
+def test_types_that_are_classes():
+    """As in configs of mmengine's new style."""
+    class Resize:
+        pass
+
+    assert size_of(config(resize((40, 20), kind=Resize))) == (20, 27)
+
+
+def test_segmentor():
+    """Slid over, a model sees windows; mmseg pads as its preprocessor says for tests."""
+    whole = config(resize((2048, 512)), preprocessor=dict(test_cfg=dict(size_divisor=32)))
+    assert size_of(whole) == (512, 704)
+    whole.model.test_cfg = dict(mode='whole')
+    assert size_of(whole) == (512, 704)
+    whole.model.test_cfg = dict(mode='slide', crop_size=(512, 640), stride=(341, 341))
+    assert size_of(whole) == (512, 640)
+
+
 def test_last_resize_counts():
     assert size_of(config(resize((1333, 800)), resize((64, 32), False))) == (32, 64)
 

@@ -28,7 +28,7 @@ ALONE = dict(RULES, sample_steps=0, zoom=3., contrast=0.2)
 TOGETHER = dict(RULES, sample_steps=3)
 
 
-def game(**rules):
+def game(cls=Evolver, **rules):
     net = network()
     images = torch.randn(6, 3, 28, 28, generator=torch.Generator().manual_seed(2)).clamp(-2., 2.)
     for parameter in net.parameters():
@@ -38,8 +38,8 @@ def game(**rules):
     synthesis = SynthesisSettings(
         image_size=28, priors=dict(total_variation=dict(type='TotalVariationPrior')))
     student = Student(model, lambda batch, regions: run_taps(model, batch), settings)
-    return Evolver(settings, synthesis, lambda batch: (TeacherRecord(), run_taps(net, batch)),
-                   student, images, torch.full((1, 3, 1, 1), -2.), torch.full((1, 3, 1, 1), 2.))
+    return cls(settings, synthesis, lambda batch: (TeacherRecord(), run_taps(net, batch)),
+               student, images, torch.full((1, 3, 1, 1), -2.), torch.full((1, 3, 1, 1), 2.))
 
 
 def played(**rules):
@@ -78,15 +78,55 @@ def ranges_by_order():
 
 
 def resumed_apart(rank):
-    """What a process is told whose state is a step behind, or ahead."""
-    evolver, hook = game(**ALONE), ResumeHook()
-    hook.before_evolution(SimpleNamespace(work_dir='out'), evolver)  # all of them at step 0
+    """At which step a game goes on, and the warnings, where all states are of the same
+    step, and where one is a step ahead."""
+    evolver, hook, warnings = game(**ALONE), ResumeHook(), []
+    logger = SimpleNamespace(info=lambda text: None, warning=warnings.append)
+    runner = SimpleNamespace(work_dir='out', logger=logger, hooks=[])
+    evolver.step()
+    hook._evolution = evolver.state_dict()
+    same = game(**ALONE)
+    hook.restore_evolution(runner, same)
+    hook._evolution = evolver.state_dict()
     if rank == 0:
-        evolver.step_index += 1
+        hook._evolution['step_index'] = 2
+    apart = game(**ALONE)
+    hook.restore_evolution(runner, apart)
+    return same.step_index, apart.step_index, warnings
+
+
+class Apart(Evolver):
+    """The second process has measured otherwise, and its first sample step fails."""
+
+    fails = False
+
+    def measure(self):
+        return super().measure() + (self.rank and 1.)
+
+    def _sample_gradient(self, pixels):
+        if self.fails and self.rank:
+            raise FloatingPointError('of the second')
+        return super()._sample_gradient(pixels)
+
+
+def measured_apart():
+    """What is kept of a measurement that was rounded otherwise elsewhere."""
+    evolver = game(Apart, **TOGETHER)
+    own = evolver.measure()
+    evolver.step()
+    return own, evolver.losses['round/discrepancy']
+
+
+def failed_apart():
+    """What a process hears of another's loss; its state is that of the step before."""
+    evolver = game(Apart, **TOGETHER)
+    evolver.fails = True
+    before = evolver.generator.get_state()
     try:
-        hook.before_evolution(SimpleNamespace(work_dir='out'), evolver)
-    except UserError as error:
-        return str(error)
+        evolver.step()
+    except FloatingPointError as error:
+        return str(error), evolver.consistent and torch.equal(before,
+                                                              evolver.generator.get_state())
 
 
 def one_of(rank, world, folder):
@@ -103,6 +143,7 @@ def one_of(rank, world, folder):
         game(**dict(ALONE, rounds=0, batch_size=3))  # nothing to split
         results['resumed'] = resumed_apart(rank)
         results['by order'] = ranges_by_order()
+        results['measured'], results['failed'] = measured_apart(), failed_apart()
         torch.save(results, f'{folder}/{rank}.pth')
     finally:
         dist.destroy_process_group()
@@ -156,9 +197,24 @@ def test_ranges_are_merged_in_the_order_of_processes(pair):
 
 
 def test_states_of_different_steps(pair):
+    """The game starts again in all processes; where they are the same, it goes on."""
     for results in pair:
-        assert results['resumed'] == 'out/state*.pth are of different steps of the evolution ' \
-                                     '(1, 0): start again without --resume'
+        assert results['resumed'] == (1, 0, [
+            'out/state*.pth are of different steps of the evolution (2, 1): it starts again'])
+
+
+def test_first_process_measures_for_all(pair):
+    (one, kept), (other, kept_too) = (results['measured'] for results in pair)
+    assert other == pytest.approx(one + 1)
+    assert kept == kept_too == [one]
+
+
+def test_loss_that_is_not_finite_in_one_process(pair):
+    """It stops all of them, at the same step."""
+    one, other = (results['failed'] for results in pair)
+    assert one[1] and other[1]
+    assert 'evolution, step 0 (round 1): a loss is not finite in another process' in one[0]
+    assert 'evolution, step 0 (round 1): of the second' in other[0]
 
 
 def test_batch_that_cannot_be_split(pair):

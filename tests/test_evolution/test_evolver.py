@@ -515,6 +515,25 @@ def test_interrupted_step(step, where, uninterrupted, monkeypatch):
     assert_same(play(evolver), uninterrupted)
 
 
+@pytest.mark.parametrize('error', [KeyboardInterrupt, FloatingPointError])
+def test_first_step_fails_after_its_measurement(error, uninterrupted):
+    """The value of the calibrated student is not there twice when the step is taken again."""
+    calls = []
+
+    def watch(who):
+        calls.append(who)
+        if len(calls) == 5:  # two batches were measured
+            raise error
+
+    evolver = game(watch=watch)
+    before = state_of(evolver)
+    with pytest.raises(error):
+        evolver.step()
+    assert len(calls) == 5 and evolver.consistent
+    assert_equal_trees(state_of(evolver), before)
+    assert_same(play(evolver), uninterrupted)
+
+
 # State
 
 

@@ -165,16 +165,103 @@ def test_loss_that_is_not_finite(tmp_path, call_tool, monkeypatch, quantization_
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_another_game_is_not_resumed(tmp_path, call_tool, quantization_config, demo_checkpoint,
-                                     finished_run):
-    """Once the student evolves, quantization and rules must be the same."""
-    shutil.copy(finished_run[0] / 'state.pth', tmp_path / 'state.pth')
-    for option, name in (('evolution.range_lr=0.5', 'evolution'),
-                         ('quantization.weight.bits=4', 'quantization')):
+@pytest.mark.parametrize('option, name', [('evolution.range_lr=0.5', 'evolution'),
+                                          ('quantization.weight.bits=4', 'quantization')])
+def test_images_serve_another_game(option, name, tmp_path, call_tool, quantization_config,
+                                   demo_checkpoint, finished_run):
+    """Where only what comes after them is changed, the images of a run are used, it says so,
+    and all is as if it had been so from the start."""
+    (tmp_path / 'resumed').mkdir()
+    shutil.copy(finished_run[0] / 'state.pth', tmp_path / 'resumed' / 'state.pth')
+    for folder, resume in (('fresh', ()), ('resumed', ('--resume', ))):
         status, _, err = call_tool('quantize', quantization_config, demo_checkpoint,
-                                   '--work-dir', tmp_path, '--seed', 7, '--resume',
-                                   '--cfg-options', *FEW, option)
-        assert status == 2 and f'another {name}' in err
+                                   '--work-dir', tmp_path / folder, '--seed', 7, *resume,
+                                   '--device', 'cpu', '--cfg-options', *FEW, option)
+        assert status == 0, err
+    assert_same_checkpoint(tmp_path / 'fresh' / 'quantized.pth',
+                           tmp_path / 'resumed' / 'quantized.pth')
+    log, = (tmp_path / 'resumed').glob('*/*.log')
+    assert f'another {name}: its images are used, the evolution starts again' in log.read_text()
+    reports = [json.loads((tmp_path / folder / 'report.json').read_text())
+               for folder in ('fresh', 'resumed')]
+    assert reports[0]['losses'] == reports[1]['losses']
+
+
+def test_student_that_learns_nothing_stays_as_calibrated(tmp_path, call_tool, demo_checkpoint,
+                                                         quantization_config):
+    """Rates that ruin it are said to do so, and ruin nothing that is written."""
+    options = {'learns': ('evolution.weight_lr=1', 'evolution.range_lr=1'),
+               'calibrated': ('evolution.rounds=0', )}
+    for folder, changed in options.items():
+        status, _, err = call_tool('quantize', quantization_config, demo_checkpoint,
+                                   '--work-dir', tmp_path / folder, '--device', 'cpu',
+                                   '--cfg-options', *FEW, 'evolution.sample_steps=0', *changed)
+        assert status == 0, err
+    log, = (tmp_path / 'learns').glob('*/*.log')
+    assert 'it stays as calibrated; lower evolution.weight_lr or range_lr' in log.read_text()
+    a, b = (torch.load(tmp_path / folder / 'quantized.pth')['state_dict'] for folder in options)
+    for key, value in a.items():  # learnt ranges are carried over to the test size, as they were
+        torch.testing.assert_close(value, b[key], rtol=1e-5, atol=1e-7)
+
+
+def test_images_of_another_model_are_not_resumed(tmp_path, call_tool, quantization_config,
+                                                 demo_checkpoint, finished_run):
+    """Other means of pixels, other images."""
+    shutil.copy(finished_run[0] / 'state.pth', tmp_path / 'state.pth')
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
+                               tmp_path, '--seed', 7, '--resume', '--cfg-options', *FEW,
+                               'model.data_preprocessor.mean=[0.,0.,0.]')
+    assert status == 2 and 'another model' in err
+
+
+@pytest.mark.parametrize('how', ['between', 'within'])
+def test_what_hooks_keep_is_resumed(how, tmp_path, call_tool, monkeypatch, quantization_config,
+                                    demo_checkpoint):
+    """Each hook of a class has heard of each step once, wherever the run was stopped."""
+    from psaq_mm.engine import PSAQHook
+    from psaq_mm.evolution import Evolver
+    from psaq_mm.registry import HOOKS
+    hooks = []
+
+    class ListeningHook(PSAQHook):
+        def __init__(self, sign):
+            self.heard, self.sign = [], sign
+            hooks.append(self)
+
+        def after_evolution_step(self, runner, evolver, losses):
+            self.heard.append(self.sign * evolver.step_index)
+
+        def state_dict(self):
+            return dict(heard=list(self.heard))
+
+        def load_state_dict(self, state):
+            self.heard = state['heard']
+
+    config = tmp_path / 'listening.py'
+    config.write_text(f"_base_ = '{quantization_config}'\ncustom_hooks = [dict(type="
+                      "'ListeningHook', sign=1), dict(type='ListeningHook', sign=-1)]\n")
+    step = Evolver.step
+
+    def interrupted(self):
+        if self.step_index == 4:
+            if how == 'within':
+                self._change()
+            raise KeyboardInterrupt
+        return step(self)
+
+    arguments = (config, demo_checkpoint, '--work-dir', tmp_path / 'out', '--device', 'cpu',
+                 '--cfg-options', *FEW)
+    HOOKS.register_module(module=ListeningHook)
+    try:
+        monkeypatch.setattr(Evolver, 'step', interrupted)
+        assert call_tool('quantize', *arguments)[0] == 130
+        monkeypatch.setattr(Evolver, 'step', step)
+        status, _, err = call_tool('quantize', *arguments, '--resume')
+        assert status == 0, err
+    finally:
+        HOOKS.module_dict.pop('ListeningHook')
+    expected = list(range(1, EVOLUTION_STEPS + 1))
+    assert [hook.heard for hook in hooks[2:]] == [expected, [-step for step in expected]]
 
 
 def test_resume_refuses_the_state_of_another_run(finished_run, tmp_path, call_tool,

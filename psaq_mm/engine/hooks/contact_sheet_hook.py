@@ -66,18 +66,13 @@ class ContactSheetHook(PSAQHook):
         self._save(runner, runner.images, synthesizer, 'synthetic.png')
 
     def before_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
-        self._rows[0] = evolver.buffer.first[:self.columns]
-        self._add_row(evolver)  # the state was perhaps saved before it had it
+        self._rows[0] = evolver.buffer.first[:self.columns].clone()  # not a view of all
 
     def after_evolution_step(self, runner: 'PSAQRunner', evolver: Evolver,
                              losses: Dict[str, float]) -> None:
-        self._add_row(evolver)
-
-    def _add_row(self, evolver: Evolver) -> None:
-        """Take in the images of the round that has just ended, if one has."""
-        row, within = divmod(evolver.step_index, evolver.steps_per_round)
-        if row and within == 0 and evolver.settings.sample_steps:
-            self._rows[row] = evolver.buffer.newest[:self.columns]
+        if 'round' in losses and evolver.settings.sample_steps and is_main_process():
+            row = evolver.step_index // evolver.steps_per_round
+            self._rows[row] = evolver.buffer.newest[:self.columns].clone()
 
     def after_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
         if len(self._rows) > 1:

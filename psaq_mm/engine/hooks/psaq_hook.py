@@ -18,14 +18,17 @@ class PSAQHook(Hook):
 
     def state_dict(self) -> Dict[str, Any]:
         """What the hook would have back in a resumed run: tensors and plain values.
-        It is saved by the name of the class."""
+        It is saved after the hooks have acted, by the name of the class."""
         return {}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, just before :meth:`before_evolution`."""
 
+    def restore_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
+        """Before :meth:`before_synthesis`: the synthesizer may be given a saved state."""
+
     def before_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
-        """Before the first step; the synthesizer may still be restored."""
+        """Before the first step, or the first one that is not done yet."""
 
     def after_synthesis_step(self, runner: 'PSAQRunner', synthesizer: Synthesizer,
                              losses: Dict[str, float]) -> None:
@@ -52,8 +55,11 @@ class PSAQHook(Hook):
     def after_calibration(self, runner: 'PSAQRunner') -> None:
         """When ``runner.model`` is quantized and its ranges are set."""
 
+    def restore_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
+        """Before :meth:`before_evolution`: the evolver may be given a saved state."""
+
     def before_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
-        """Before the first step; the evolver may still be restored."""
+        """Before the first step, or the first one that is not done yet."""
 
     def after_evolution_step(self, runner: 'PSAQRunner', evolver: Evolver,
                              losses: Dict[str, float]) -> None:

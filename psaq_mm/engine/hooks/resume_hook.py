@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Save the state of a run, and continue from it."""
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 from mmengine.dist import all_gather_object, get_rank
 
@@ -27,12 +27,12 @@ class ResumeHook(PSAQHook):
     has its own file.
     """
 
-    priority = 'VERY_HIGH'  # a restored step count must reach the other hooks
+    priority = 'VERY_LOW'  # what is saved after a step is what all hooks made of it
 
     def __init__(self) -> None:
         self._synthesis: Optional[Dict[str, Any]] = None
         self._evolution: Optional[Dict[str, Any]] = None
-        self._hooks: Dict[str, Any] = {}
+        self._hooks: Dict[str, List[Any]] = {}
 
     @staticmethod
     def path(runner: 'PSAQRunner') -> Path:
@@ -40,7 +40,7 @@ class ResumeHook(PSAQHook):
         name = f'state_{get_rank()}.pth' if get_rank() else 'state.pth'
         return Path(runner.work_dir) / name
 
-    def before_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
+    def restore_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
         if not runner.resume_run:
             return
         path = self.path(runner)
@@ -48,14 +48,20 @@ class ResumeHook(PSAQHook):
             runner.logger.warning(f'--resume: there is no {path}; starting from the first step')
             return
         state = load_checkpoint_file(str(path))
-        self._evolution = state.get('evolver') if isinstance(state, dict) else None
-        check_same_run(str(path), state, runner.fingerprint if self._evolution is None
-                       else runner.evolution_fingerprint)
+        check_same_run(str(path), state, runner.fingerprint)
         synthesizer.load_state_dict(state['synthesizer'])
-        self._hooks = state.get('hooks', {})
-        runner.seconds.update(state['seconds'])
+        seconds = dict(state['seconds'])
         runner.logger.info(f'resumed {path} at step {synthesizer.step_index} of '
                            f'{synthesizer.total_steps}')
+        if 'evolver' in state:
+            others = differing(state, runner.evolution_fingerprint)
+            if others:
+                runner.logger.warning(f'{path} is of a run with another {", ".join(others)}: '
+                                      'its images are used, the evolution starts again')
+                seconds.pop('evolution', None)
+            else:
+                self._evolution, self._hooks = state['evolver'], state['hooks']
+        runner.seconds.update(seconds)
 
     def after_synthesis_step(self, runner: 'PSAQRunner', synthesizer: Synthesizer,
                              losses: Dict[str, float]) -> None:
@@ -71,22 +77,21 @@ class ResumeHook(PSAQHook):
     def after_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
         self._synthesis = synthesizer.state_dict()
 
-    def before_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
-        if self._evolution is not None:
-            evolver.load_state_dict(self._evolution)
-            runner.logger.info(f'resumed the evolution at step {evolver.step_index} of '
-                               f'{evolver.total_steps}')
-            for name, hook in self._others(runner).items():
-                if name in self._hooks:
-                    hook.load_state_dict(self._hooks[name])
-            self._evolution = None
+    def restore_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
+        saved, self._evolution = self._evolution, None
         # The processes save each for itself; one that was stopped earlier, or whose file is
         # missing, would go on with another student than the rest.
-        steps = all_gather_object(evolver.step_index)
+        steps = all_gather_object(0 if saved is None else saved['step_index'])
         if len(set(steps)) > 1:
-            raise UserError(f'{runner.work_dir}/state*.pth are of different steps of the '
-                            f'evolution ({", ".join(map(str, steps))}): start again without '
-                            '--resume')
+            runner.logger.warning(f'{runner.work_dir}/state*.pth are of different steps of the '
+                                  f'evolution ({", ".join(map(str, steps))}): it starts again')
+        elif saved is not None:
+            evolver.load_state_dict(saved)
+            for name, hooks in _by_name(runner).items():
+                for hook, state in zip(hooks, self._hooks.get(name, [])):
+                    hook.load_state_dict(state)
+            runner.logger.info(f'resumed the evolution at step {evolver.step_index} of '
+                               f'{evolver.total_steps}')
 
     def after_evolution_step(self, runner: 'PSAQRunner', evolver: Evolver,
                              losses: Dict[str, float]) -> None:
@@ -110,13 +115,22 @@ class ResumeHook(PSAQHook):
         save_torch(dict(fingerprint=runner.evolution_fingerprint,
                         seconds=runner.seconds_so_far(), synthesizer=self._synthesis,
                         evolver=evolver.state_dict(),
-                        hooks={name: hook.state_dict() for name, hook in
-                               self._others(runner).items()}), self.path(runner))
+                        hooks={name: [hook.state_dict() for hook in hooks] for name, hooks in
+                               _by_name(runner).items()}), self.path(runner))
 
-    @staticmethod
-    def _others(runner: 'PSAQRunner') -> Dict[str, PSAQHook]:
-        """Hooks by the names that their states are saved by."""
-        return {type(hook).__name__: hook for hook in runner.hooks if isinstance(hook, PSAQHook)}
+
+def _by_name(runner: 'PSAQRunner') -> Dict[str, List[PSAQHook]]:
+    """The hooks of each class, by the name that their states are saved by."""
+    found: Dict[str, List[PSAQHook]] = {}
+    for hook in runner.hooks:
+        if isinstance(hook, PSAQHook):
+            found.setdefault(type(hook).__name__, []).append(hook)
+    return found
+
+
+def differing(state: Dict[str, Any], fingerprint: Dict[str, Any]) -> List[str]:
+    """What a run with this fingerprint has not in common with that of a state."""
+    return [k for k, value in fingerprint.items() if state['fingerprint'].get(k) != value]
 
 
 def check_same_run(path: str, state: Any, fingerprint: Dict[str, Any]) -> None:
@@ -128,8 +142,7 @@ def check_same_run(path: str, state: Any, fingerprint: Dict[str, Any]) -> None:
     if not isinstance(state, dict) or 'fingerprint' not in state or 'synthesizer' not in state:
         raise UserError(f'{path} is not the state of a quantization run; remove it, or run '
                         'without --resume')
-    saved = state['fingerprint']
-    differing = [k for k in fingerprint if saved.get(k) != fingerprint[k]]
-    if differing:
+    others = differing(state, fingerprint)
+    if others:
         raise UserError(f'--resume: {path} was written by a run with another '
-                        f'{", ".join(differing)}; use the same, or run without --resume')
+                        f'{", ".join(others)}; use the same, or run without --resume')

@@ -30,6 +30,7 @@ class EvolutionLoop(PhaseLoop):
         with runner.phase('evolution'), \
                 api.evolver(runner.model, runner.teacher, runner.images, runner.run_seed,
                             runner.settings['synthesis'], **settings) as evolver:
+            runner.call_hook('restore_evolution', evolver=evolver)
             runner.call_hook('before_evolution', evolver=evolver)
             try:
                 while not evolver.done:

@@ -51,6 +51,7 @@ class SynthesisLoop(PhaseLoop):
         with runner.phase('synthesis'), \
                 api.synthesizer(runner.teacher, runner.run_seed + runner.rank,
                                 **settings) as images:
+            runner.call_hook('restore_synthesis', synthesizer=images)
             runner.call_hook('before_synthesis', synthesizer=images)
             try:
                 while not images.done:
