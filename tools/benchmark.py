@@ -21,7 +21,13 @@ from psaq_mm.deploy.latency import draw, interleave, pin, summarize, table
 from psaq_mm.deploy.packages import require_package
 from psaq_mm.deploy.parity import lowest_sqnr
 from psaq_mm.deploy.peak_memory import peak_in_process
-from psaq_mm.engine import PSAQRunner, build_model, load_config, read_sections
+from psaq_mm.engine import (
+    PSAQRunner,
+    build_model,
+    custom_hooks,
+    load_config,
+    read_sections,
+)
 from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
@@ -62,8 +68,8 @@ def evaluate(config: Config, checkpoint: str, trust: bool, backend: str = 'torch
     """Metrics of a checkpoint by the config's own evaluator, in words."""
     config = copy.deepcopy(config)
     config.load_from, config.trust_checkpoint, config.device = checkpoint, trust, 'cpu'
-    hooks = [h for h in config.get('custom_hooks') or []
-             if h.get('type') != 'psaq_mm.QuantizedCheckpointHook']
+    hooks = [hook for hook in custom_hooks(config)
+             if not isinstance(hook, dict) or hook['type'] != 'psaq_mm.QuantizedCheckpointHook']
     hooks.append(dict(type='psaq_mm.QuantizedCheckpointHook'))
     if backend != 'torch':
         hooks.append(dict(type='psaq_mm.BackendHook', backend=backend, checkpoint=checkpoint,
@@ -87,6 +93,7 @@ def has_test_data(config: Config) -> bool:
 def main() -> None:
     args = parse_args()
     config = load_config(args.config, args.cfg_options)
+    custom_hooks(config)  # wrong ones fail early
     size = tuple(args.size or read_sections(config).synthesis.size)
     if args.rounds < 1 or min(size) < 1:
         raise UserError('--rounds and --size must be positive')

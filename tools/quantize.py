@@ -20,12 +20,12 @@ from psaq_mm.engine import (
 )
 from psaq_mm.engine.command_line import (
     ConfigOptions,
+    choose_seed,
     choose_work_dir,
     require_launcher,
     require_shares,
     run_tool,
 )
-from psaq_mm.errors import UserError
 from psaq_mm.ops import plan_quantization
 
 
@@ -41,7 +41,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
                         help='override config keys, e.g. quantization.weight.bits=4 '
                         'synthesis.num_images=16')
-    parser.add_argument('--seed', type=int, default=0, help='seed of all randomness')
+    parser.add_argument('--seed', type=int, help='seed of all randomness '
+                        '(default: randomness.seed of the config, or 0)')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     parser.add_argument('--resume', action='store_true',
                         help='continue an interrupted run in the same work directory')
@@ -59,9 +60,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     # Everything that can be wrong is checked before anything is written.
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f'--seed must be from 0 to 2^32 - 1, got {args.seed}')
     config = load_config(args.config, args.cfg_options)
+    seed = choose_seed(args.seed, config)
     sections = read_sections(config)
     require_launcher(args.launcher, args.device)
     device = resolve_device(args.device)
@@ -78,7 +78,7 @@ def main() -> None:
     ensure_writable_dir(config.work_dir)
 
     runner = PSAQRunner.for_quantization(config, model, source=source, meta=meta,
-                                         seed=args.seed, resume=args.resume, device=device,
+                                         seed=seed, resume=args.resume, device=device,
                                          launcher=args.launcher)
     runner.quantize()
     if not is_main_process():

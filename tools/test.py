@@ -11,7 +11,13 @@ import os
 from mmengine.dist import is_main_process
 
 from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json, sha256_of_file
-from psaq_mm.engine import PSAQRunner, load_config, read_sections, resolve_device
+from psaq_mm.engine import (
+    PSAQRunner,
+    custom_hooks,
+    load_config,
+    read_sections,
+    resolve_device,
+)
 from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
@@ -69,6 +75,7 @@ def main() -> None:
     require_backend(args.backend, args.exported, args.threads, args.precision, args.launcher,
                     str(device))
     require_test_data(config)
+    hooks = custom_hooks(config)
     kind = describe_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     config.work_dir = choose_work_dir(args.work_dir, config)
     if args.show_dir:
@@ -80,8 +87,7 @@ def main() -> None:
     config.trust_checkpoint = args.trust_checkpoint
     if args.launcher == 'none':
         config.device = str(device)
-    hooks = list(config.get('custom_hooks') or [])
-    if not any(hook.get('type') == HOOK for hook in hooks):
+    if not any(isinstance(hook, dict) and hook['type'] == HOOK for hook in hooks):
         hooks.append(dict(type=HOOK))  # a plain mmdet config
     config.custom_hooks = hooks
     if args.backend != 'torch':

@@ -56,11 +56,28 @@ def choose_work_dir(given: Optional[str], config: Config) -> str:
     return os.path.join('work_dirs', Path(config.filename).stem)
 
 
+def choose_seed(given: Optional[int], config: Config) -> int:
+    """Seed by mmengine's rule: command line, or ``randomness`` of the config; else 0.
+
+    Raises:
+        UserError: If it is no seed.
+    """
+    seed = given
+    if seed is None:
+        seed = (config.get('randomness') or {}).get('seed')
+    if seed is None:
+        return 0
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        name = '--seed' if given is not None else 'randomness.seed'
+        raise UserError(f'{name} must be an integer from 0 to 2^32 - 1, got {seed!r}')
+    return seed
+
+
 def require_test_data(config: Config) -> None:
     """Check that the test set of a config is there, before a model is built.
 
     Raises:
-        UserError: If the config evaluates nothing, the annotation file or
+        UserError: If the config evaluates nothing, an annotation file or the
             image folder is missing, or a folder of classes is not one.
     """
     if config.get('test_dataloader') is None or config.get('test_evaluator') is None:
@@ -79,6 +96,12 @@ def require_test_data(config: Config) -> None:
         if not os.path.exists(full):
             raise UserError(f'test_dataloader.dataset: {full} does not exist; put the data '
                             'there, or set test_dataloader.dataset.data_root (classifiers: .root)')
+    evaluators = config.test_evaluator
+    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        path = evaluator.get('ann_file')
+        if path and '://' not in path and not os.path.exists(path):
+            raise UserError(f'test_evaluator.ann_file: {path} does not exist; it is the '
+                            'annotation file of test_dataloader.dataset, set it too')
     if dataset.get('type') == 'psaq_mm.ImageFolder':  # as quickly built as checked
         DATASETS.build(dataset)
 
@@ -101,6 +124,10 @@ def require_launcher(launcher: str, device: str) -> None:
     if launcher == 'pytorch' and 'RANK' not in os.environ:
         raise UserError('--launcher pytorch: start it by torchrun --nproc_per_node N '
                         '<the tool> ...')
+    if launcher == 'pytorch' and torch.cuda.is_available() \
+            and int(os.environ.get('LOCAL_RANK', 0)) >= torch.cuda.device_count():
+        raise UserError(f'--launcher pytorch: more processes than the {torch.cuda.device_count()} '
+                        'GPUs here; lower --nproc_per_node')
     if launcher != 'pytorch' and not torch.cuda.is_available():
         raise UserError(f'--launcher {launcher} needs GPUs, and none was found; use --launcher '
                         'pytorch')

@@ -1,12 +1,14 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """OpenMMLab configs, with our sections filled in from a preset and checked."""
 import difflib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Union
 
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.hooks import Hook
 
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import CalibrationSettings, EvolutionSettings, SynthesisSettings
@@ -72,7 +74,26 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
         raise UserError(f"config {path} has no key 'model'; inherit the config that the "
                         'checkpoint was trained with')
     _reject_misspelt_sections(config)
+    level = config.get('log_level', 'INFO')
+    if not isinstance(logging.getLevelName(level), int) and not isinstance(level, int):
+        raise UserError(f'log_level must be one of DEBUG, INFO, WARNING, ERROR, got {level!r}')
     return config
+
+
+def custom_hooks(config: Config) -> List[Any]:
+    """The ``custom_hooks`` of a config: dicts with a type, or hooks.
+
+    Raises:
+        UserError: If they are something else.
+    """
+    hooks = config.get('custom_hooks') or []
+    if not isinstance(hooks, (list, tuple)):
+        raise UserError(f'custom_hooks must be a list of hooks, got {hooks!r}')
+    for hook in hooks:
+        kind = hook.get('type') if isinstance(hook, Mapping) else None
+        if not isinstance(hook, Hook) and not isinstance(kind, (str, type)):
+            raise UserError(f'custom_hooks: {hook!r} names no type of hook')
+    return list(hooks)
 
 
 def _reject_new_keys(config: Config, options: Dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from psaq_mm.checkpoint import (
 from psaq_mm.errors import UserError
 from psaq_mm.registry import HOOKS, LOOPS, RUNNERS
 
-from .config import SECTIONS, Sections, read_sections
+from .config import SECTIONS, Sections, custom_hooks, read_sections
 from .hooks import PSAQHook
 
 
@@ -125,16 +125,12 @@ class PSAQRunner(Runner):
         """Our hooks, and those of ``custom_hooks`` that are a :class:`PSAQHook`.
 
         Raises:
-            UserError: If ``custom_hooks`` names a hook that is not registered.
+            UserError: If ``custom_hooks`` is no list of hooks, or names one that is not
+                registered.
         """
         hooks: List[Any] = [dict(type=f'psaq_mm.{name}') for name in cls.default_psaq_hooks]
-        custom_hooks = config.get('custom_hooks') or []
-        if not isinstance(custom_hooks, (list, tuple)):
-            raise UserError(f'custom_hooks must be a list of hooks, got {custom_hooks!r}')
-        for hook in custom_hooks:
-            kind = hook.get('type') if isinstance(hook, Mapping) else type(hook)
-            if not isinstance(kind, (str, type)):
-                raise UserError(f'custom_hooks: {hook!r} names no type of hook')
+        for hook in custom_hooks(config):
+            kind = hook['type'] if isinstance(hook, Mapping) else type(hook)
             if isinstance(kind, str):
                 kind = HOOKS.get(kind)
             if kind is None:

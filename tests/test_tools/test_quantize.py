@@ -133,7 +133,8 @@ def test_resumed_evolution_gives_the_same_bits(stop_at, how, finished_run, tmp_p
     report = json.loads((tmp_path / 'report.json').read_text())
     first = json.loads((finished_run[0] / 'report.json').read_text())
     assert report['losses'] == first['losses']
-    picture, expected = (Image.open(path / 'evolution.png') for path in (tmp_path, finished_run[0]))
+    picture, expected = (Image.open(path / 'evolution.png')
+                         for path in (tmp_path, finished_run[0]))
     assert picture.tobytes() == expected.tobytes()  # rounds from before the stop too
 
 
@@ -185,6 +186,29 @@ def test_images_serve_another_game(option, name, tmp_path, call_tool, quantizati
     reports = [json.loads((tmp_path / folder / 'report.json').read_text())
                for folder in ('fresh', 'resumed')]
     assert reports[0]['losses'] == reports[1]['losses']
+
+
+def test_two_processes(tmp_path, quantization_config, demo_checkpoint):
+    """They share images and batches, and their files resume: the same bits."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2',
+               '--standalone', str(ROOT / 'tools' / 'quantize.py'), str(quantization_config),
+               str(demo_checkpoint), '--work-dir', str(tmp_path), '--launcher', 'pytorch']
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES='')
+    for options in ((), ('--resume', )):
+        run = subprocess.run([*command, *options, '--cfg-options', *FEW], env=environment,
+                             capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        if not options:
+            (tmp_path / 'quantized.pth').rename(tmp_path / 'first.pth')
+            for name in ('state.pth', 'state_1.pth'):
+                state = torch.load(tmp_path / name)
+                assert state['evolver']['step_index'] == EVOLUTION_STEPS
+                assert len(state['evolver']['buffer']['first']) == 3  # all, made by both
+                assert sum(map(len, state['synthesizer']['finished'])) == (1 if '1' in name else 2)
+                # pictures are the first process's
+                assert len(state['hooks']['ContactSheetHook'][0]['rows']) == (
+                    1 if '1' in name else 3)
+    assert_same_checkpoint(tmp_path / 'first.pth', tmp_path / 'quantized.pth')
 
 
 def test_student_that_learns_nothing_stays_as_calibrated(tmp_path, call_tool, demo_checkpoint,
@@ -378,7 +402,10 @@ def test_bad_checkpoints(kind, message, tmp_path, call_tool, quantization_config
     ('quant.weight.bits=4', "the config has no key 'quant'"),
     ('custom_hooks.0.type=Foo', "'Foo' is not registered"),
     ('custom_hooks.0.type=3', 'names no type of hook'),
+    ('custom_hooks=Foo', "custom_hooks must be a list of hooks, got"),
     ('model.backbone.depths=2', 'the model of config'),
+    ('log_level=LOUD', "log_level must be one of DEBUG, INFO, WARNING, ERROR, got 'LOUD'"),
+    ('randomness.seed=-1', 'randomness.seed must be an integer from 0 to 2^32 - 1, got -1'),
 ])
 def test_bad_settings(option, message, tmp_path, call_tool, quantization_config,
                       demo_checkpoint):

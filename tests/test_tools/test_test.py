@@ -128,6 +128,17 @@ def test_missing_data(call_tool, quantization_config, demo_checkpoint, tmp_path)
     assert not (tmp_path / 'o').exists()
 
 
+@pytest.mark.parametrize('option, message', [
+    ('test_evaluator.ann_file=/nowhere/val.json',
+     'test_evaluator.ann_file: /nowhere/val.json does not exist'),
+    ('custom_hooks=[foo]', "custom_hooks: 'foo' names no type of hook")])
+def test_bad_settings(option, message, call_tool, configs, demo_checkpoint, tmp_path):
+    status, _, err = call_tool('test', configs[0], demo_checkpoint, '--work-dir', tmp_path / 'o',
+                               '--cfg-options', option)
+    assert status == 2 and message in err and 'Traceback' not in err
+    assert not (tmp_path / 'o').exists()
+
+
 def test_checkpoint_of_another_model(call_tool, configs, tmp_path):
     torch.save(dict(state_dict={'conv1.weight': torch.zeros(2)}), tmp_path / 'other.pth')
     status, _, err = call_tool('test', configs[1], tmp_path / 'other.pth', '--work-dir', tmp_path)

@@ -1,0 +1,39 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What the tools' shell makes of arguments, config and environment."""
+import pytest
+import torch
+from mmengine.config import Config
+
+from psaq_mm.engine.command_line import choose_seed, require_launcher
+from psaq_mm.errors import UserError
+
+
+@pytest.mark.parametrize('given, config, expected', [
+    (None, dict(), 0), (None, dict(randomness=None), 0), (None, dict(randomness=dict(seed=5)), 5),
+    (None, dict(randomness=dict(seed=None)), 0), (3, dict(randomness=dict(seed=5)), 3),
+    (0, dict(randomness=dict(seed=5)), 0), (2**32 - 1, dict(), 2**32 - 1)])
+def test_seed(given, config, expected):
+    assert choose_seed(given, Config(config)) == expected
+
+
+@pytest.mark.parametrize('given, seed, name', [(-1, None, '--seed'), (2**32, 5, '--seed'),
+                                               (None, 1.5, 'randomness.seed'),
+                                               (None, 'x', 'randomness.seed'),
+                                               (None, True, 'randomness.seed')])
+def test_what_is_no_seed(given, seed, name):
+    with pytest.raises(UserError, match=f'^{name} must be an integer from 0'):
+        choose_seed(given, Config(dict(randomness=dict(seed=seed))))
+
+
+@pytest.mark.parametrize('rank, fits', [(0, True), (1, True), (2, False)])
+def test_a_gpu_for_each_process(rank, fits, monkeypatch):
+    """Of a machine with two."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=3).items():
+        monkeypatch.setenv(name, str(value))
+    if fits:
+        require_launcher('pytorch', 'auto')
+        return
+    with pytest.raises(UserError, match='more processes than the 2 GPUs here'):
+        require_launcher('pytorch', 'auto')
