@@ -1,12 +1,24 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Config sections to dataclasses: an unknown key is an error, not a typo kept."""
 import difflib
+import math
 from dataclasses import fields
 from typing import Any, Iterable, Mapping, Optional, Type, TypeVar
 
 from psaq_mm.errors import UserError
 
 T = TypeVar('T')
+
+
+def is_number(value: object) -> bool:
+    """Whether a config value is a finite number; True and False are none."""
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)
+            and math.isfinite(value))
+
+
+def is_integer(value: object) -> bool:
+    """Whether a config value is an integer; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.ops.plan import Plan
 from psaq_mm.quantization import Quantizer, QuantSpec
+from psaq_mm.sections import is_integer
 from psaq_mm.version import __version__
 
 MANIFEST_KEY = 'psaq_mm'
@@ -65,7 +66,7 @@ def read_manifest(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
     """
     manifest = checkpoint[MANIFEST_KEY]
     version = manifest.get('format_version') if isinstance(manifest, Mapping) else None
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+    if version is None or not is_integer(version) or version < 1:
         raise UserError(f'the checkpoint\'s {MANIFEST_KEY!r} entry is not a manifest '
                         '(no format_version): the file is damaged, quantize again')
     if version > FORMAT_VERSION:

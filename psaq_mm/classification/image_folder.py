@@ -12,7 +12,7 @@ from torchvision.datasets.folder import is_image_file
 
 from psaq_mm.errors import UserError
 from psaq_mm.registry import DATASETS
-from psaq_mm.sections import nearest
+from psaq_mm.sections import is_integer, nearest
 
 from .timm_classifier import require_timm_model
 
@@ -108,7 +108,7 @@ def _checked(transform: Mapping[str, Any]) -> Dict[str, Any]:
                             f'{nearest(key, known)} Known keys: {", ".join(known)}')
     size = given.get('input_size', (3, 1, 1))
     if not isinstance(size, (list, tuple)) or len(size) != 3 \
-            or not all(isinstance(side, int) and side > 0 for side in size):
+            or not all(is_integer(side) and side > 0 for side in size):
         raise UserError('ImageFolder: transform.input_size must be (channels, height, width), '
                         f'got {size!r}')
     return given

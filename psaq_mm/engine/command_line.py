@@ -12,6 +12,7 @@ from mmengine.config import Config, DictAction
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import EvolutionSettings, SynthesisSettings
 from psaq_mm.registry import DATASETS
+from psaq_mm.sections import is_integer
 
 WORLD_SIZES = dict(pytorch='WORLD_SIZE', slurm='SLURM_NTASKS', mpi='OMPI_COMM_WORLD_SIZE')
 """Launcher to the variable by which it says how many processes there are."""
@@ -67,7 +68,7 @@ def choose_seed(given: Optional[int], config: Config) -> int:
         seed = (config.get('randomness') or {}).get('seed')
     if seed is None:
         return 0
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not is_integer(seed) or not 0 <= seed < 2**32:
         name = '--seed' if given is not None else 'randomness.seed'
         raise UserError(f'{name} must be an integer from 0 to 2^32 - 1, got {seed!r}')
     return seed

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
 from psaq_mm.errors import UserError
-from psaq_mm.sections import build_section, nearest
+from psaq_mm.sections import build_section, is_integer, nearest
 
 from .discrepancy import LOSSES_OF_GROUP
 from .settings import check_number, check_positive_int
@@ -89,7 +89,7 @@ class EvolutionSettings:
             check_positive_int(getattr(self, key), key)
         for key in ('rounds', 'sample_steps', 'student_steps', 'buffer_size'):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            if not is_integer(value) or value < 0:
                 raise UserError(f'{key} must be an integer of at least 0, got {value!r}')
         if self.rounds and not self.sample_steps + self.student_steps:
             raise UserError('rounds of no steps: set sample_steps or student_steps, or rounds=0')

@@ -6,12 +6,12 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 from psaq_mm.errors import UserError
 from psaq_mm.prior import PriorTerm
 from psaq_mm.registry import PRIORS
-from psaq_mm.sections import build_section, nearest
+from psaq_mm.sections import build_section, is_integer, nearest
 
 
 def check_positive_int(value: Any, key: str) -> int:
     """Raise a :class:`UserError` unless a value is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_integer(value) or value < 1:
         raise UserError(f'{key} must be a positive integer, got {value!r}')
     return value
 
@@ -32,8 +32,7 @@ def _sides(size: Any, expected: str = 'a positive integer or (height, width)') \
         UserError: If it is not as expected.
     """
     sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
-    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool)
-                                  and side > 0 for side in sides):
+    if len(sides) != 2 or not all(is_integer(side) and side > 0 for side in sides):
         raise UserError(f'image_size must be {expected}, got {size!r}')
     return sides[0], sides[1]
 

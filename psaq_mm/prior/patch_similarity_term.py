@@ -9,11 +9,10 @@ from psaq_mm.prior.term import (
     AttentionRecord,
     PriorState,
     PriorTerm,
-    is_integer,
-    is_number,
     require,
 )
 from psaq_mm.registry import PRIORS
+from psaq_mm.sections import is_integer, is_number
 
 
 @PRIORS.register_module()

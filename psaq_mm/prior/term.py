@@ -1,6 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What a term of the synthesis loss is, and what it may look at."""
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import List, Optional
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from psaq_mm.errors import UserError
+from psaq_mm.sections import is_number
 
 
 def require(fulfilled: bool, key: str, expected: str, value: object) -> None:
@@ -25,31 +25,6 @@ def require(fulfilled: bool, key: str, expected: str, value: object) -> None:
     """
     if not fulfilled:
         raise UserError(f'synthesis.priors: {key} must be {expected}, got {value!r}')
-
-
-def is_number(value: object) -> bool:
-    """Whether a config value is a finite number; True and False are none.
-
-    Args:
-        value (object): The value.
-
-    Returns:
-        bool: True for a finite int or float.
-    """
-    return (isinstance(value, (int, float)) and not isinstance(value, bool)
-            and math.isfinite(value))
-
-
-def is_integer(value: object) -> bool:
-    """Whether a config value is an integer; True and False are none.
-
-    Args:
-        value (object): The value.
-
-    Returns:
-        bool: True for an int.
-    """
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass

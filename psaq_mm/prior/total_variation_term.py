@@ -2,9 +2,10 @@
 """The term that keeps images as smooth as natural ones."""
 from torch import Tensor
 
-from psaq_mm.prior.term import PriorState, PriorTerm, is_number, require
+from psaq_mm.prior.term import PriorState, PriorTerm, require
 from psaq_mm.prior.total_variation import total_variation_loss, total_variation_target
 from psaq_mm.registry import PRIORS
+from psaq_mm.sections import is_number
 
 
 @PRIORS.register_module()

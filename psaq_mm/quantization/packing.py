@@ -17,6 +17,8 @@ from typing import Sequence, Tuple
 import torch
 from torch import Tensor
 
+from psaq_mm.sections import is_integer
+
 MIN_BITS = 2
 MAX_BITS = 8
 _INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -99,7 +101,7 @@ def unpack_integers(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
 
 def _slot_bits(bits: int) -> int:
     """Bits that a value takes in storage: 2, 4 or 8."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+    if not is_integer(bits) or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f'bits must be an integer from {MIN_BITS} to {MAX_BITS}, got {bits!r}')
     return 2 if bits == 2 else 4 if bits <= 4 else 8
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from psaq_mm.errors import UserError
 from psaq_mm.registry import OBSERVERS
-from psaq_mm.sections import build_section
+from psaq_mm.sections import build_section, is_integer
 
 PER_TENSOR = 'per_tensor'
 PER_CHANNEL = 'per_channel'
@@ -58,8 +58,7 @@ class QuantSpec:
     bounds: Optional[Tuple[float, float]] = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) \
-                or not 2 <= self.bits <= 8:
+        if not is_integer(self.bits) or not 2 <= self.bits <= 8:
             raise UserError(f'bits must be an integer from 2 to 8, got {self.bits!r}')
         if not isinstance(self.symmetric, bool):
             raise UserError(f'symmetric must be True or False, got {self.symmetric!r}')

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from psaq_mm.errors import UserError
 from psaq_mm.registry import OBSERVERS
+from psaq_mm.sections import is_integer
 
 from .sampling import SamplingObserver
 
@@ -34,7 +35,7 @@ class MSEObserver(SamplingObserver):
     def __init__(self, spec: 'QuantSpec', candidates: int = 60, min_factor: float = 0.2,
                  samples: int = 8192) -> None:
         super().__init__(spec, samples)
-        if not isinstance(candidates, int) or candidates < 2:
+        if not is_integer(candidates) or candidates < 2:
             raise UserError('observer.candidates must be an integer of at least 2, got '
                             f'{candidates!r}')
         if not 0 < min_factor < 1:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from psaq_mm.errors import UserError
+from psaq_mm.sections import is_integer
 
 from .min_max import MinMaxObserver
 from .observer import NOTHING_OBSERVED, Observer
@@ -27,7 +28,7 @@ class SamplingObserver(MinMaxObserver):
 
     def __init__(self, spec: 'QuantSpec', samples: int) -> None:
         super().__init__(spec)
-        if not isinstance(samples, int) or samples < 2:
+        if not is_integer(samples) or samples < 2:
             raise UserError(f'observer.samples must be an integer of at least 2, got {samples!r}')
         self.samples = samples
         self.kept: List[Tensor] = []
