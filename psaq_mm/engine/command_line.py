@@ -100,7 +100,7 @@ def require_test_data(config: Config) -> None:
     evaluators = config.test_evaluator
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
         path = evaluator.get('ann_file')
-        if path and '://' not in path and not os.path.exists(path):
+        if isinstance(path, str) and '://' not in path and not os.path.exists(path):
             raise UserError(f'test_evaluator.ann_file: {path} does not exist; it is the '
                             'annotation file of test_dataloader.dataset, set it too')
     if dataset.get('type') == 'psaq_mm.ImageFolder':  # as quickly built as checked

@@ -38,7 +38,7 @@ def test_size(config: Config) -> Optional[Tuple[int, int]]:
     while dataset.get('dataset') is not None:  # wrappers
         dataset = dataset['dataset']
     test_cfg = config.model.get('test_cfg') or {}
-    if test_cfg.get('mode') == 'slide':
+    if test_cfg.get('mode') == 'slide' and test_cfg.get('crop_size'):
         height, width = test_cfg['crop_size']
         return height, width
     scale = None
