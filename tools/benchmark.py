@@ -14,23 +14,18 @@ from typing import Any, Callable, Dict, List
 import torch
 from mmengine.config import Config
 
-from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json, sha256_of_file
+from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json
 from psaq_mm.deploy import ENGINES, Graphs, export_graphs
 from psaq_mm.deploy.hosts import graph_part
 from psaq_mm.deploy.latency import draw, interleave, pin, summarize, table
 from psaq_mm.deploy.packages import require_package
 from psaq_mm.deploy.parity import lowest_sqnr
 from psaq_mm.deploy.peak_memory import peak_in_process
-from psaq_mm.engine import (
-    PSAQRunner,
-    build_model,
-    custom_hooks,
-    load_config,
-    read_sections,
-)
+from psaq_mm.engine import PSAQRunner, build_model, custom_hooks, load_config, read_sections
 from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
+    hooks_for_test,
     require_test_data,
     run_tool,
 )
@@ -68,14 +63,7 @@ def evaluate(config: Config, checkpoint: str, trust: bool, backend: str = 'torch
     """Metrics of a checkpoint by the config's own evaluator, in words."""
     config = copy.deepcopy(config)
     config.load_from, config.trust_checkpoint, config.device = checkpoint, trust, 'cpu'
-    hooks = [hook for hook in custom_hooks(config)
-             if not isinstance(hook, dict) or hook['type'] != 'psaq_mm.QuantizedCheckpointHook']
-    hooks.append(dict(type='psaq_mm.QuantizedCheckpointHook'))
-    if backend != 'torch':
-        hooks.append(dict(type='psaq_mm.BackendHook', backend=backend, checkpoint=checkpoint,
-                          sha256=sha256_of_file(checkpoint), threads=threads,
-                          precision=precision))
-    config.custom_hooks = hooks
+    config.custom_hooks = hooks_for_test(config, checkpoint, backend, None, threads, precision)
     metrics = plain(PSAQRunner.from_cfg(config).test())
     return ', '.join(f'{key} {metrics[key]:.3f}' for key in METRICS if key in metrics)
 

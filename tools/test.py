@@ -10,18 +10,13 @@ import os
 
 from mmengine.dist import is_main_process
 
-from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json, sha256_of_file
-from psaq_mm.engine import (
-    PSAQRunner,
-    custom_hooks,
-    load_config,
-    read_sections,
-    resolve_device,
-)
+from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json
+from psaq_mm.engine import PSAQRunner, load_config, read_sections, resolve_device
 from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
     draw_predictions,
+    hooks_for_test,
     require_backend,
     require_launcher,
     require_test_data,
@@ -29,8 +24,6 @@ from psaq_mm.engine.command_line import (
 )
 from psaq_mm.engine.hooks import describe_backend
 from psaq_mm.engine.runner import describe_checkpoint
-
-HOOK = 'psaq_mm.QuantizedCheckpointHook'
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,8 +68,9 @@ def main() -> None:
     require_backend(args.backend, args.exported, args.threads, args.precision, args.launcher,
                     str(device))
     require_test_data(config)
-    hooks = custom_hooks(config)
     kind = describe_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+    config.custom_hooks = hooks_for_test(config, args.checkpoint, args.backend, args.exported,
+                                         args.threads, args.precision)
     config.work_dir = choose_work_dir(args.work_dir, config)
     if args.show_dir:
         draw_predictions(config, args.show_dir)
@@ -87,14 +81,6 @@ def main() -> None:
     config.trust_checkpoint = args.trust_checkpoint
     if args.launcher == 'none':
         config.device = str(device)
-    if not any(isinstance(hook, dict) and hook['type'] == HOOK for hook in hooks):
-        hooks.append(dict(type=HOOK))  # a plain mmdet config
-    config.custom_hooks = hooks
-    if args.backend != 'torch':
-        config.custom_hooks = [*config.custom_hooks, dict(
-            type='psaq_mm.BackendHook', backend=args.backend, folder=args.exported,
-            checkpoint=args.checkpoint, sha256=sha256_of_file(args.checkpoint),
-            threads=args.threads, precision=args.precision)]
     runner = PSAQRunner.from_cfg(config)
     metrics = plain(runner.test())  # mmseg returns numpy's numbers
     if not is_main_process():

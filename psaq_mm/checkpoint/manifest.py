@@ -65,8 +65,8 @@ def read_manifest(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
         UserError: If it was written in a newer format, or is damaged.
     """
     manifest = checkpoint[MANIFEST_KEY]
-    version = manifest.get('format_version') if isinstance(manifest, Mapping) else None
-    if version is None or not is_integer(version) or version < 1:
+    version = manifest.get('format_version', 0) if isinstance(manifest, Mapping) else 0
+    if not is_integer(version) or version < 1:
         raise UserError(f'the checkpoint\'s {MANIFEST_KEY!r} entry is not a manifest '
                         '(no format_version): the file is damaged, quantize again')
     if version > FORMAT_VERSION:

@@ -4,15 +4,20 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, List, Optional
 
 import torch
 from mmengine.config import Config, DictAction
 
+from psaq_mm.checkpoint import sha256_of_file
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import EvolutionSettings, SynthesisSettings
 from psaq_mm.registry import DATASETS
 from psaq_mm.sections import is_integer
+
+from .config import custom_hooks
+
+CHECKPOINT_HOOK = 'psaq_mm.QuantizedCheckpointHook'
 
 WORLD_SIZES = dict(pytorch='WORLD_SIZE', slurm='SLURM_NTASKS', mpi='OMPI_COMM_WORLD_SIZE')
 """Launcher to the variable by which it says how many processes there are."""
@@ -186,6 +191,31 @@ def require_backend(backend: str, exported: Optional[str], threads: int, precisi
                         '--launcher and --device')
     if exported is not None:
         read_export(exported)
+
+
+def hooks_for_test(config: Config, checkpoint: str, backend: str, folder: Optional[str],
+                   threads: int, precision: str) -> List[Any]:
+    """The config's own hooks, and those that load a checkpoint and run an engine.
+
+    Args:
+        config (Config): Ours, or a plain one of a host.
+        checkpoint (str): Its file.
+        backend (str): ``torch``, or an engine of :func:`require_backend`.
+        folder (str, optional): What tools/export.py wrote; None to export now.
+        threads (int): Of the engine.
+        precision (str): Of what the engine does not compute in integers.
+
+    Raises:
+        UserError: If ``custom_hooks`` is no list of hooks.
+    """
+    hooks = custom_hooks(config)
+    if not any(isinstance(hook, dict) and hook['type'] == CHECKPOINT_HOOK for hook in hooks):
+        hooks.append(dict(type=CHECKPOINT_HOOK))  # a plain config
+    if backend != 'torch':
+        hooks.append(dict(type='psaq_mm.BackendHook', backend=backend, folder=folder,
+                          checkpoint=checkpoint, sha256=sha256_of_file(checkpoint),
+                          threads=threads, precision=precision))
+    return hooks
 
 
 def draw_predictions(config: Config, folder: str) -> None:

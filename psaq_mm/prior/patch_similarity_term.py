@@ -5,12 +5,7 @@ from torch import Tensor
 
 from psaq_mm.errors import UserError
 from psaq_mm.prior.patch_similarity import patch_similarity_entropy, patch_similarity_entropy_v1
-from psaq_mm.prior.term import (
-    AttentionRecord,
-    PriorState,
-    PriorTerm,
-    require,
-)
+from psaq_mm.prior.term import AttentionRecord, PriorState, PriorTerm, require
 from psaq_mm.registry import PRIORS
 from psaq_mm.sections import is_integer, is_number
 
