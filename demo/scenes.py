@@ -14,8 +14,11 @@ segmentor and :func:`write_crops` the class folders of the classifiers.
 """
 import argparse
 import json
+import shutil
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, Iterator, List, Tuple
 
 import cv2
 import numpy as np
@@ -220,7 +223,7 @@ def write_split(split: str, out: Path, count: int = 0) -> Path:
 
 
 def render_split(split: str, out: Path, count: int = 0) -> None:
-    """Render a split in all its forms, unless it is there already.
+    """Render a split in all its forms; what is there already stays.
 
     Args:
         split (str): ``train`` or ``val``.
@@ -230,12 +233,30 @@ def render_split(split: str, out: Path, count: int = 0) -> None:
     """
     count = count or SPLITS[split][1]
     path = out / f'{split}.json'
-    if path.exists() and len(json.loads(path.read_text())['images']) >= count:
-        return
-    print(f'rendering {count} scenes of {split} ...', flush=True)
-    write_split(split, out, count)
-    write_semantic(split, out)
-    write_crops(split, out)
+    rendered = path.exists() and len(json.loads(path.read_text())['images']) >= count
+    if not rendered:
+        print(f'rendering {count} scenes of {split} ...', flush=True)
+        for form in _FORMS:  # those of fewer scenes
+            shutil.rmtree(out / f'{split}_{form}', ignore_errors=True)
+        write_split(split, out, count)
+    # The demo needs the scenes alone, so the other forms may be missing.
+    for form, write in _FORMS.items():
+        if not (out / f'{split}_{form}').exists():
+            write(split, out)
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write to, which takes the place of ``folder`` at the end, so that
+    what is there is whole."""
+    part = Path(tempfile.mkdtemp(prefix=f'{folder.name}.', dir=folder.parent))
+    try:
+        yield part
+        part.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_semantic(split: str, out: Path) -> Path:
@@ -250,13 +271,13 @@ def write_semantic(split: str, out: Path) -> Path:
     """
     coco = json.loads((out / f'{split}.json').read_text())
     folder = out / f'{split}_semantic'
-    folder.mkdir(exist_ok=True)
     labels = {image['id']: np.zeros((SIZE, SIZE), np.uint8) for image in coco['images']}
     for instance in coco['annotations']:
         visible = coco_mask.decode(instance['segmentation']).astype(bool)
         labels[instance['image_id']][visible] = instance['category_id']
-    for image in coco['images']:
-        cv2.imwrite(str(folder / image['file_name']), labels[image['id']])
+    with _whole_folder(folder) as part:
+        for image in coco['images']:
+            cv2.imwrite(str(part / image['file_name']), labels[image['id']])
     return folder
 
 
@@ -278,26 +299,30 @@ def write_crops(split: str, out: Path, size: int = 112, smallest: float = 20.) -
     """
     coco = json.loads((out / f'{split}.json').read_text())
     folder = out / f'{split}_crops'
-    for name in CLASSES:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    files = {image['id']: image['file_name'] for image in coco['images']}
-    for instance in coco['annotations']:
-        x, y, width, height = instance['bbox']
-        side = max(width, height)
-        if side < smallest:
-            continue
-        side *= 1.3
-        corner = np.array([x + width / 2 - side / 2, y + height / 2 - side / 2])
-        image = cv2.imread(str(out / split / files[instance['image_id']]))
-        scale = size / side
-        move = np.array([[scale, 0, -corner[0] * scale], [0, scale, -corner[1] * scale]])
-        visible = coco_mask.decode(instance['segmentation']).astype(bool)
-        image[~visible] = 127
-        crop = cv2.warpAffine(image, move, (size, size), flags=cv2.INTER_LINEAR,
-                              borderMode=cv2.BORDER_CONSTANT, borderValue=(127, 127, 127))
-        name = CLASSES[instance['category_id'] - 1]
-        cv2.imwrite(str(folder / name / f'{instance["id"]:06d}.png'), crop)
+    with _whole_folder(folder) as part:
+        for name in CLASSES:
+            (part / name).mkdir(parents=True, exist_ok=True)
+        files = {image['id']: image['file_name'] for image in coco['images']}
+        for instance in coco['annotations']:
+            x, y, width, height = instance['bbox']
+            side = max(width, height)
+            if side < smallest:
+                continue
+            side *= 1.3
+            corner = np.array([x + width / 2 - side / 2, y + height / 2 - side / 2])
+            image = cv2.imread(str(out / split / files[instance['image_id']]))
+            scale = size / side
+            move = np.array([[scale, 0, -corner[0] * scale], [0, scale, -corner[1] * scale]])
+            visible = coco_mask.decode(instance['segmentation']).astype(bool)
+            image[~visible] = 127
+            crop = cv2.warpAffine(image, move, (size, size), flags=cv2.INTER_LINEAR,
+                                  borderMode=cv2.BORDER_CONSTANT, borderValue=(127, 127, 127))
+            name = CLASSES[instance['category_id'] - 1]
+            cv2.imwrite(str(part / name / f'{instance["id"]:06d}.png'), crop)
     return folder
+
+
+_FORMS = dict(semantic=write_semantic, crops=write_crops)
 
 
 def main() -> None:

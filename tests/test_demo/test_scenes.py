@@ -2,8 +2,10 @@
 """The demo's scenes: seeded, well-formed COCO."""
 import hashlib
 import json
+import shutil
 
 import numpy as np
+import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
@@ -46,3 +48,45 @@ def test_split_is_coco(scenes, tmp_path):
 def test_splits_share_no_scene(scenes):
     (a, n), (b, m) = scenes.SPLITS['train'], scenes.SPLITS['val']
     assert not set(range(a, a + n)) & set(range(b, b + m))
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def test_forms_that_are_missing(scenes, tmp_path, monkeypatch):
+    """``make demo`` renders the scenes alone; a benchmark afterwards needs the rest."""
+    scenes.render_split('val', tmp_path / 'all', 3)
+    whole = files_of(tmp_path / 'all')
+    assert {name.split('/')[0] for name in whole} \
+        == {'val', 'val.json', 'val_semantic', 'val_crops'}
+    scenes.write_split('val', tmp_path / 'later', 3)
+    scenes.render_split('val', tmp_path / 'later', 3)
+    assert files_of(tmp_path / 'later') == whole
+    monkeypatch.setattr(scenes, 'render', None)  # what is there is not made again
+    scenes.render_split('val', tmp_path / 'later', 2)
+
+
+@pytest.mark.parametrize('form', ['semantic', 'crops'])
+def test_interrupted_form_is_made_again(scenes, tmp_path, monkeypatch, form):
+    scenes.render_split('val', tmp_path, 3)
+    whole = files_of(tmp_path)
+    shutil.rmtree(tmp_path / f'val_{form}')
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(scenes.cv2, 'imwrite', stop)
+        with pytest.raises(KeyboardInterrupt):
+            scenes.render_split('val', tmp_path, 3)
+    assert not (tmp_path / f'val_{form}').exists()
+    scenes.render_split('val', tmp_path, 3)
+    assert files_of(tmp_path) == whole
+
+
+def test_more_scenes_renew_all_forms(scenes, tmp_path):
+    scenes.render_split('val', tmp_path / 'grown', 2)
+    scenes.render_split('val', tmp_path / 'grown', 4)
+    scenes.render_split('val', tmp_path / 'at_once', 4)
+    assert files_of(tmp_path / 'grown') == files_of(tmp_path / 'at_once')
