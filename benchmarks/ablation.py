@@ -31,6 +31,7 @@ from experiment import (
     Subject,
     bits_of,
     cell,
+    measured_file,
     merged,
     metrics_of,
     quiet,
@@ -142,6 +143,8 @@ def main() -> None:
     parser.add_argument('--settings', nargs='+', default=['w4a4', 'w3a3'])
     parser.add_argument('--scope', choices=['backbone', 'model'], default='backbone')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--scenes', type=int, default=0, metavar='N',
+                        help='test a demo model on N scenes, not on the 120 of its config')
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
     parser.add_argument('--measured', type=Path, default=MEASURED, metavar='DIR',
                         help='where values are kept')
@@ -149,8 +152,8 @@ def main() -> None:
     parser.add_argument('--table', action='store_true', help='measure nothing, print')
     args = parser.parse_args()
     quiet()
-    results = Results(args.measured / f'{args.model}.json')
-    subject = Subject(args.model, args.work_dir)
+    results = Results(measured_file(args.measured, args.model, args.scenes))
+    subject = Subject(args.model, args.work_dir, scenes=args.scenes)
     float_model = results.float_model(subject)
 
     def recipe(variant: str, setting: str, scope: str) -> Recipe:

@@ -43,6 +43,7 @@ from experiment import (
     Subject,
     bits_of,
     cell,
+    measured_file,
     merged,
     metrics_of,
     quiet,
@@ -62,10 +63,11 @@ class Rows:
     Args:
         model (str): In ``experiment.MODELS``.
         work_dir (Path): Where images are kept.
+        scenes (int): Of :class:`experiment.Subject`. Defaults to 0.
     """
 
-    def __init__(self, model: str, work_dir: Path) -> None:
-        self.subject = Subject(model, work_dir)
+    def __init__(self, model: str, work_dir: Path, scenes: int = 0) -> None:
+        self.subject = Subject(model, work_dir, scenes=scenes)
         self._paper: Optional[Subject] = None
         self.work_dir = work_dir
 
@@ -176,6 +178,8 @@ def main() -> None:
     parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS))
     parser.add_argument('--scope', choices=['backbone', 'model'], default='backbone')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--scenes', type=int, default=0, metavar='N',
+                        help='test a demo model on N scenes, not on the 120 of its config')
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
     parser.add_argument('--measured', type=Path, default=MEASURED, metavar='DIR',
                         help='where values are kept')
@@ -184,8 +188,8 @@ def main() -> None:
                         help='draw accuracy against seconds there')
     args = parser.parse_args()
     quiet()
-    results = Results(args.measured / f'{args.model}.json')
-    rows = Rows(args.model, args.work_dir)
+    results = Results(measured_file(args.measured, args.model, args.scenes))
+    rows = Rows(args.model, args.work_dir, args.scenes)
     float_model = results.float_model(rows.subject)
     if not args.table:
         results.fill(args.rows, args.settings, args.scope, args.seeds, rows.recipe, rows.measure,

@@ -120,13 +120,18 @@ class Subject:
         name (str): In :data:`MODELS`.
         work_dir (Path): Where images are kept between runs.
         preset (str): Preset of settings. Defaults to ``default``.
+        scenes (int): Test scenes of a demo model; the first 120 are those of its
+            config. Defaults to 0: that config's test set.
     """
 
-    def __init__(self, name: str, work_dir: Path, preset: str = 'default') -> None:
+    def __init__(self, name: str, work_dir: Path, preset: str = 'default',
+                 scenes: int = 0) -> None:
         file, self.checkpoint = MODELS[name]
         if not file.exists():
             sys.exit(f'{file} is not here: nothing to measure or to compare with')
-        self.name, self.work_dir = name, work_dir / name
+        if scenes and DEMO not in file.parents:
+            sys.exit(f'--scenes: {name} has no scenes that could be rendered; leave it out')
+        self.name, self.work_dir, self.scenes = name, work_dir / name, scenes
         self.work_dir.mkdir(parents=True, exist_ok=True)
         config = self.work_dir / f'{name}_{preset}.py'
         config.write_text(f"_base_ = ['{file}', 'psaq_mm::_base_/w8a8.py']\n"
@@ -149,9 +154,20 @@ class Subject:
             from scenes import render_split
             render_split('val', DEMO / 'data')
             render_split('train', TRAINING, 96)
+            if self.scenes:
+                self._test_on(DEMO / 'data' / f'{self.scenes}_scenes')
         model = build_float_model(self.config)
         load_float_weights(model, str(self.checkpoint))
         return model
+
+    def _test_on(self, folder: Path) -> None:
+        """Take another test set: more scenes of the same kind."""
+        from scenes import render_split
+        render_split('val', folder, self.scenes)
+        sections = [self.config.test_dataloader.dataset, self.config.test_evaluator]
+        for section, key in itertools.product(sections, ('data_root', 'root', 'ann_file')):
+            if str(section.get(key, '')).startswith(str(DEMO)):
+                section[key] = str(folder / Path(section[key]).relative_to(DEMO / 'data'))
 
     @functools.cached_property
     def adapter(self) -> Adapter:
@@ -441,6 +457,11 @@ def cell(rows: List[Dict[str, float]], key: str, seeds: int = 0) -> str:
     if len(values) == 1:
         return f'{values[0]:.1f}{missing}'
     return f'{statistics.mean(values):.2f} ({min(values):.1f} to {max(values):.1f}{missing})'
+
+
+def measured_file(folder: Path, model: str, scenes: int) -> Path:
+    """Where values of a model on a test set are kept."""
+    return folder / (f'{model}_{scenes}_scenes.json' if scenes else f'{model}.json')
 
 
 def quiet() -> None:
