@@ -28,8 +28,9 @@ $(READY): Makefile requirements.txt setup.py pyproject.toml
 demo: $(READY)
 	$(BIN)/python demo/run.py
 
+# Two processes of one thread each: a file's tests stay together, as they share runs.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
