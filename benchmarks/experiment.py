@@ -152,18 +152,18 @@ class Subject:
                 if DEMO in MODELS[self.name][0].parents else ': nothing to measure'))
         if self.name != 'bccd':
             from scenes import render_split
-            render_split('val', DEMO / 'data')
-            render_split('train', TRAINING, 96)
+            folder = DEMO / 'data'
             if self.scenes:
-                self._test_on(DEMO / 'data' / f'{self.scenes}_scenes')
+                folder /= f'{self.scenes}_scenes'
+                self._test_on(folder)
+            render_split('val', folder, self.scenes)
+            render_split('train', TRAINING, 96)
         model = build_float_model(self.config)
         load_float_weights(model, str(self.checkpoint))
         return model
 
     def _test_on(self, folder: Path) -> None:
         """Take another test set: more scenes of the same kind."""
-        from scenes import render_split
-        render_split('val', folder, self.scenes)
         sections = [self.config.test_dataloader.dataset, self.config.test_evaluator]
         for section, key in itertools.product(sections, ('data_root', 'root', 'ann_file')):
             if str(section.get(key, '')).startswith(str(DEMO)):
