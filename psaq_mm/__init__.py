@@ -8,15 +8,26 @@
     psaq_mm.calibrate(student, images)
     psaq_mm.evolve(student, model, images, **settings['evolution'])
     psaq_mm.refit(student, images, (800, 1344), learnt=True)  # ranges at test size
+    psaq_mm.round_weights(student, images, (800, 1344), model)  # those that learnt nothing
     psaq_mm.save(student, 'quantized.pth')
     psaq_mm.load(float_model, 'quantized.pth')
 """
-from .api import calibrate, evolve, load, quantize, refit, save, synthesize, unwrap
+from .api import (
+    calibrate,
+    evolve,
+    load,
+    quantize,
+    refit,
+    round_weights,
+    save,
+    synthesize,
+    unwrap,
+)
 from .errors import UserError
 from .presets import shipped
 from .version import __version__
 
 __all__ = [
-    'UserError', '__version__', 'calibrate', 'evolve', 'load', 'quantize', 'refit', 'save',
-    'shipped', 'synthesize', 'unwrap'
+    'UserError', '__version__', 'calibrate', 'evolve', 'load', 'quantize', 'refit',
+    'round_weights', 'save', 'shipped', 'synthesize', 'unwrap'
 ]

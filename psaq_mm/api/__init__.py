@@ -6,9 +6,11 @@ from .calibration import calibrate, check_calibration, refit, scope_of
 from .checkpoints import load, save
 from .evolution import check_evolution, evolve, evolver
 from .quantizing import quantize
+from .rounding import round_weights
 from .synthesis import check_synthesis, synthesize, synthesizer
 
 __all__ = [
     'calibrate', 'check_calibration', 'check_evolution', 'check_synthesis', 'evolve', 'evolver',
-    'load', 'quantize', 'refit', 'save', 'scope_of', 'synthesize', 'synthesizer', 'unwrap'
+    'load', 'quantize', 'refit', 'round_weights', 'save', 'scope_of', 'synthesize',
+    'synthesizer', 'unwrap'
 ]

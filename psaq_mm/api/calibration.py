@@ -45,7 +45,7 @@ def scope_of(model: nn.Module, adapter: Adapter) -> str:
 
 
 @contextlib.contextmanager
-def _observing(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
+def observing(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
     """A frozen model, and what runs its quantized part on a batch of images."""
     adapter = find_adapter(model)
     scope, device = scope_of(model, adapter), module_device(model)
@@ -84,7 +84,7 @@ def calibrate(model: nn.Module, images: Tensor,
             else type(images).__name__
         raise UserError('calibration needs float images of shape (N, C, H, W) with N of at '
                         f'least 1, got {got}')
-    with _observing(model) as forward:
+    with observing(model) as forward:
         calibrate_ranges(model, images, forward, chosen.batch_size, progress)
     return model
 
@@ -118,6 +118,6 @@ def refit(model: nn.Module, images: Tensor, size: Tuple[int, int],
     if not learnt:
         return calibrate(model, others, progress,
                          batch_size=as_many_pixels(chosen.batch_size, images, others))
-    with _observing(model) as forward:
+    with observing(model) as forward:
         carry_ranges_over(model, images, others, forward, chosen.batch_size, progress)
     return model

@@ -4,7 +4,7 @@ import copy
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Union, cast
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union, cast
 
 import torch
 from mmengine.config import Config
@@ -28,6 +28,7 @@ from psaq_mm.registry import HOOKS, LOOPS, RUNNERS
 
 from .config import SECTIONS, Sections, custom_hooks, read_sections
 from .hooks import PSAQHook
+from .test_size import test_size
 
 
 @RUNNERS.register_module()
@@ -52,7 +53,8 @@ class PSAQRunner(Runner):
 
     model: nn.Module
 
-    phases = ('SynthesisLoop', 'CalibrationLoop', 'EvolutionLoop', 'FinalRangesLoop')
+    phases = ('SynthesisLoop', 'CalibrationLoop', 'EvolutionLoop', 'FinalRangesLoop',
+              'RoundingLoop')
     """Names in the LOOPS registry, in the order of :meth:`quantize`."""
 
     default_psaq_hooks = ('ResumeHook', 'ProgressHook', 'ContactSheetHook', 'ReportHook')
@@ -202,6 +204,14 @@ class PSAQRunner(Runner):
     def sections(self) -> Sections:
         """Sections: The same, checked and with their defaults."""
         return read_sections(self.cfg)
+
+    @property
+    def final_size(self) -> Tuple[int, int]:
+        """tuple[int, int]: Height and width that the student is finished at:
+        ``calibration.image_size``, or that of the images themselves."""
+        calibration = self.sections.calibration
+        size = test_size(self.cfg) if calibration.image_size == 'test' else calibration.size
+        return size or (self.images.shape[-2], self.images.shape[-1])
 
     @property
     def fingerprint(self) -> Dict[str, Any]:

@@ -42,7 +42,7 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
         quantizer.start_observing()
     try:
         with torch.no_grad(), _errors_named(observed):
-            for batch in _own_part(images).split(batch_size):
+            for batch in own_part(images).split(batch_size):
                 forward(batch)
                 if progress is not None:
                     progress(len(batch))
@@ -58,7 +58,7 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
     set_quantization(model, True)
 
 
-def _own_part(images: Tensor) -> Tensor:
+def own_part(images: Tensor) -> Tensor:
     """The images of this process; all of them if there are too few to split."""
     world = get_world_size()
     return images[get_rank()::world] if len(images) >= world else images

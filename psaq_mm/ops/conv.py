@@ -15,6 +15,19 @@ class QuantConv2d(QuantOp, nn.Conv2d):
 
     roles = dict(weight=0, input=1, output=1)
 
+    def weight_rows(self, weight: Tensor) -> Optional[Tensor]:
+        return weight.flatten(1) if self.groups == 1 else None
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
+        padded = F.pad(x, self._reversed_padding_repeated_twice, mode)
+        patches = F.unfold(padded, self.kernel_size, self.dilation,  # type: ignore[arg-type]
+                           stride=self.stride)  # type: ignore[arg-type]
+        return patches.transpose(1, 2).flatten(0, 1)
+
+    def weight_of_rows(self, rows: Tensor) -> Tensor:
+        return rows.reshape(self.weight.shape)
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.quantize('input', x)
         return self.quantize('output', self._conv_forward(x, self.quantized_weight(), self.bias))
@@ -31,6 +44,18 @@ class QuantConvTranspose2d(QuantOp, nn.ConvTranspose2d):
     """
 
     roles = dict(weight=1, input=1, output=1)
+
+    def weight_rows(self, weight: Tensor) -> Optional[Tensor]:
+        # Where outputs of two pixels do not overlap: a row for each place of the kernel.
+        apart = self.stride == self.kernel_size and self.groups == 1 and not any(self.padding) \
+            and set(self.dilation) == {1}
+        return weight.flatten(1).T if apart else None
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        return x.movedim(1, -1).flatten(0, -2)
+
+    def weight_of_rows(self, rows: Tensor) -> Tensor:
+        return rows.T.reshape(self.weight.shape)
 
     def forward(self, x: Tensor, output_size: Optional[List[int]] = None) -> Tensor:
         x = self.quantize('input', x)

@@ -12,6 +12,15 @@ class QuantLinear(QuantOp, nn.Linear):
 
     roles = dict(weight=0, input=-1, output=-1)
 
+    def weight_rows(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.in_features)
+
+    def weight_of_rows(self, rows: Tensor) -> Tensor:
+        return rows
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.quantize('input', x)
         return self.quantize('output', F.linear(x, self.quantized_weight(), self.bias))

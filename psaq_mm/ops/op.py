@@ -75,6 +75,23 @@ class QuantOp(nn.Module):
         """Pass a tensor through the quantizer of a role, if it has one."""
         return self.quantizers[role](x) if role in self.quantizers else x
 
+    def weight_rows(self, weight: Tensor) -> Optional[Tensor]:
+        """A tensor of the weight's shape as a matrix (O, I), each row of one scale.
+
+        Returns:
+            Tensor, optional: What :meth:`input_rows` (N, I) are multiplied by;
+            None if the op is no such product, as a base op is not.
+        """
+        return None
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """What the rows of :meth:`weight_rows` are multiplied by, shape (N, I)."""
+        raise NotImplementedError
+
+    def weight_of_rows(self, rows: Tensor) -> Tensor:
+        """Back from :meth:`weight_rows` to the weight's shape."""
+        raise NotImplementedError
+
     def quantized_weight(self) -> Tensor:
         """The weight after quantization, kept while nothing changes it.
 

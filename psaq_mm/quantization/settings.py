@@ -8,7 +8,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.sections import build_section, nearest
 
 from .placement import ROLES, resolve_placement
-from .spec import QuantSpec
+from .spec import NEAREST, QuantSpec
 
 SCOPES = ('backbone', 'model')
 
@@ -161,7 +161,11 @@ class QuantizationSettings:
                     if target in changes:
                         values.update(changes[target])
                         where = f'overrides[{pattern!r}].{target}'
-        return QuantSpec.from_dict(values, where)
+        spec = QuantSpec.from_dict(values, where)
+        if group == 'activation' and spec.rounding != NEAREST:
+            raise UserError(f"{where}.rounding must be '{NEAREST}': only weights can be rounded "
+                            f'otherwise, got {spec.rounding!r}')
+        return spec
 
     @classmethod
     def from_dict(cls, values: Optional[Mapping[str, Any]]) -> 'QuantizationSettings':

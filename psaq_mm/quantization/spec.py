@@ -14,6 +14,9 @@ from psaq_mm.sections import build_section, is_integer
 PER_TENSOR = 'per_tensor'
 PER_CHANNEL = 'per_channel'
 
+NEAREST = 'nearest'
+GPTQ = 'gptq'
+
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -46,6 +49,10 @@ class QuantSpec:
         bounds (tuple[float, float], optional): Values that the tensor cannot
             leave, such as (0, 1) of a softmax output; the margin ends there.
             Defaults to None.
+        rounding (str): ``nearest``, or ``gptq``: weights that the student has
+            not learnt end on the integers that keep the outputs of their layer
+            (:mod:`psaq_mm.quantization.gptq`). Activations have ``nearest``.
+            Defaults to ``nearest``.
 
     Raises:
         UserError: If a value is outside of what is described here.
@@ -56,6 +63,7 @@ class QuantSpec:
     observer: Mapping[str, Any] = field(default_factory=_min_max)
     margin: float = 0.
     bounds: Optional[Tuple[float, float]] = None
+    rounding: str = NEAREST
 
     def __post_init__(self) -> None:
         if not is_integer(self.bits) or not 2 <= self.bits <= 8:
@@ -78,6 +86,8 @@ class QuantSpec:
                 raise UserError('bounds must be None or two numbers that hold 0 between them, '
                                 f'got {self.bounds!r}')
             object.__setattr__(self, 'bounds', (float(self.bounds[0]), float(self.bounds[1])))
+        if self.rounding not in (NEAREST, GPTQ):
+            raise UserError(f"rounding must be '{NEAREST}' or '{GPTQ}', got {self.rounding!r}")
         rule = {k: v for k, v in self.observer.items() if k != '_scope_'}
         object.__setattr__(self, 'observer', rule)  # a plain, frozen copy
         self.build_observer()  # a wrong type or argument fails here, early

@@ -8,7 +8,8 @@ quantization = dict(
     predictor_bits=8,  # of the last layers, such as fc_reg; the same
     weight=dict(
         bits=8, symmetric=True, granularity='per_channel',
-        observer=dict(type='MinMaxObserver')),
+        observer=dict(type='MinMaxObserver'),
+        rounding='gptq'),  # of what the student does not learn; else 'nearest'
     activation=dict(
         bits=8, symmetric=False, granularity='per_tensor',
         observer=dict(type='MinMaxObserver'),

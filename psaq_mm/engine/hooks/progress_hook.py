@@ -76,6 +76,13 @@ class ProgressHook(PSAQHook):
 
     after_final_ranges = after_calibration
 
+    def before_rounding(self, runner: 'PSAQRunner', total: int) -> None:
+        self._open('rounding', total, 'image')
+
+    after_rounding_batch = after_calibration_batch
+
+    after_rounding = after_calibration
+
     def before_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
         self._shown: Dict[str, str] = {}
         self._open('evolution', evolver.total_steps, 'step', evolver.step_index)

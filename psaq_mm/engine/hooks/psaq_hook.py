@@ -87,5 +87,14 @@ class PSAQHook(Hook):
     def after_final_ranges(self, runner: 'PSAQRunner') -> None:
         """When the ranges of ``runner.model`` are its last ones."""
 
+    def before_rounding(self, runner: 'PSAQRunner', total: int) -> None:
+        """Before weights are rounded by what ``total`` images give their layers."""
+
+    def after_rounding_batch(self, runner: 'PSAQRunner', count: int) -> None:
+        """After each batch of ``count`` of them."""
+
+    def after_rounding(self, runner: 'PSAQRunner') -> None:
+        """When the weights of ``runner.model`` are their last ones."""
+
     def after_quantize(self, runner: 'PSAQRunner') -> None:
         """When ``quantized.pth`` is written; in the main process alone."""

@@ -3,6 +3,8 @@
 from .calibration_loop import CalibrationLoop
 from .evolution_loop import EvolutionLoop
 from .final_ranges_loop import FinalRangesLoop
+from .rounding_loop import RoundingLoop
 from .synthesis_loop import SynthesisLoop
 
-__all__ = ['CalibrationLoop', 'EvolutionLoop', 'FinalRangesLoop', 'SynthesisLoop']
+__all__ = ['CalibrationLoop', 'EvolutionLoop', 'FinalRangesLoop', 'RoundingLoop',
+           'SynthesisLoop']

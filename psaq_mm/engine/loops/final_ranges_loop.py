@@ -6,7 +6,6 @@ from psaq_mm import api
 from psaq_mm.evolution import mosaic_count
 from psaq_mm.registry import LOOPS
 
-from ..test_size import test_size
 from .phase_loop import PhaseLoop
 
 
@@ -21,23 +20,19 @@ class FinalRangesLoop(PhaseLoop):
             nn.Module: The student, ``runner.model``.
         """
         runner = self.runner
-        calibration, evolution = runner.sections.calibration, runner.sections.evolution
-        size = calibration.size
-        if calibration.image_size == 'test':
-            size = test_size(runner.cfg)
+        evolution, size = runner.sections.evolution, runner.final_size
         trained = bool(evolution.rounds and evolution.student_steps)
         learnt = trained and evolution.learn != 'weights'
         own = (runner.images.shape[-2], runner.images.shape[-1])
-        if (size is None or size == own) and (learnt or not trained):
+        if size == own and (learnt or not trained):
             return runner.model  # the ranges are those of this size already
         with runner.phase('final_ranges'):
-            total = mosaic_count(runner.images, size or own) + learnt * len(runner.images)
+            total = mosaic_count(runner.images, size) + learnt * len(runner.images)
             runner.call_hook('before_final_ranges', total=total)
             api.refit(
-                runner.model, runner.images, size or own, learnt,
+                runner.model, runner.images, size, learnt,
                 lambda count: runner.call_hook('after_final_ranges_batch', count=count),
                 **runner.settings['calibration'])
             runner.call_hook('after_final_ranges')
-        height, width = size or own
-        runner.logger.info(f'final ranges are set for images of {height}x{width}')
+        runner.logger.info(f'final ranges are set for images of {size[0]}x{size[1]}')
         return runner.model

@@ -1,0 +1,53 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Weights of a student on their integers, by what its layers are given on images."""
+from typing import Any, Callable, Optional, Tuple
+
+from torch import Tensor, nn
+
+from psaq_mm.evolution import (
+    CalibrationSettings,
+    as_many_pixels,
+    mosaics,
+    ops_to_round,
+    round_by_gptq,
+)
+
+from .calibration import observing
+
+
+def round_weights(model: nn.Module, images: Tensor, size: Optional[Tuple[int, int]] = None,
+                  teacher: Optional[nn.Module] = None,
+                  progress: Optional[Callable[[int], None]] = None, **settings: Any) -> nn.Module:
+    """Round the weights that ask for it (``weight=dict(rounding='gptq')``), in place.
+
+    The last step of a quantization: without it, all are rounded to nearest.
+
+    Args:
+        model (nn.Module): A calibrated student, with its last ranges.
+        images (Tensor): Those it was calibrated or evolved on, shape
+            (N, C, H, W).
+        size (tuple[int, int], optional): Height and width of test images.
+            Defaults to None: that of the images.
+        teacher (nn.Module, optional): The float model, if the student has
+            learnt: weights that differ from its are left as they learnt to be.
+            Defaults to None: all are rounded.
+        progress (Callable, optional): Called with the number of images of
+            each finished batch. Defaults to None.
+        **settings: Of :class:`CalibrationSettings`.
+
+    Returns:
+        nn.Module: The same model.
+
+    Raises:
+        UserError: If a layer was given values that are not finite.
+    """
+    chosen = CalibrationSettings.from_dict(settings)
+    ops = ops_to_round(model, teacher)
+    if not ops:
+        return model
+    own = images.shape[-2], images.shape[-1]
+    others = mosaics(images, size or own)
+    with observing(model) as forward:
+        round_by_gptq(ops, others, forward, as_many_pixels(chosen.batch_size, images, others),
+                      progress)
+    return model
