@@ -23,6 +23,7 @@ from experiment import (
     METRICS,
     MIN_MAX,
     MODELS,
+    NEAREST,
     NO_PATCH_SIMILARITY,
     ROOT,
     V1_FORM,
@@ -116,10 +117,14 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
     backbone_in_8_bits=dict(overrides={'backbone*': EIGHT}),
     roi_heads_in_8_bits=dict(overrides={'@roi_head': EIGHT}),
     roi_weights_in_8_bits=dict(overrides={'@roi_head': dict(weight=dict(bits=8))}),
-    roi_inputs_in_8_bits=dict(overrides={'@roi_head': dict(activation=dict(bits=8))}))
-"""Changes of the quantizer, without the game."""
+    roi_inputs_in_8_bits=dict(overrides={'@roi_head': dict(activation=dict(bits=8))}),
+    gptq=dict(weight=dict(rounding='gptq')))
+"""Changes of the quantizer, without the game; only with the last are weights not rounded
+to nearest."""
 
-WITH_GAME = dict(absolute_attention_and_game='absolute_attention')
+WITH_GAME: Dict[str, Dict[str, Any]] = dict(
+    absolute_attention_and_game=QUANTIZER['absolute_attention'],
+    nearest_and_game=NEAREST)
 """Such changes with the game."""
 
 
@@ -130,7 +135,8 @@ def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recip
                       variant if variant in EVOLUTION else 'default']
     label = LABELS.get(variant, variant) if changes else 'prior'
     quantization = merged(bits_of(setting), dict(scope=scope),
-                          QUANTIZER.get(WITH_GAME.get(variant, variant), {}))
+                          NEAREST if rules.get('rounds') == 0 else {},
+                          {**QUANTIZER, **WITH_GAME}.get(variant, {}))
     return subject.recipe(label, quantization, merged(rules_of(setting), rules), changes)
 
 

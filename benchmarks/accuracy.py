@@ -35,6 +35,7 @@ from experiment import (
     METRICS,
     MIN_MAX,
     MODELS,
+    NEAREST,
     NO_PATCH_SIMILARITY,
     ROOT,
     V1_FORM,
@@ -51,7 +52,7 @@ from experiment import (
 )
 
 NO_GAME = dict(rounds=0)
-ROWS = ('noise', 'tv', 'real1', 'real32', 'minmax', 'v1', 'prior', 'real32+', 'paper',
+ROWS = ('noise', 'tv', 'real1', 'real32', 'minmax', 'v1', 'prior', 'fast', 'real32+', 'paper',
         'default')
 NAIVE = dict(activation=dict(margin=0.),
              roles=dict(input=MIN_MAX, attention=dict(MIN_MAX, margin=0.)))
@@ -75,6 +76,8 @@ class Rows:
         """How the student of a row is made."""
         quantization = merged(bits_of(setting), dict(scope=scope))
         evolution: Dict = merged(rules_of(setting), NO_GAME)
+        if row not in ('fast', 'real32+', 'default'):
+            quantization = merged(quantization, NEAREST)
         if row == 'noise':
             return self.subject.recipe('noise8', quantization, evolution)
         if row.startswith('real'):

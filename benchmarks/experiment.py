@@ -70,6 +70,9 @@ METRICS = {'coco/bbox_mAP': ('box AP', 100), 'coco/segm_mAP': ('mask AP', 100),
 MIN_MAX = dict(observer=dict(type='MinMaxObserver'))
 """Of a role in ``quantization``: the naive range."""
 
+NEAREST = dict(weight=dict(rounding='nearest'))
+"""Of ``quantization``: weights without GPTQ, as rows have them that compare images."""
+
 NO_PATCH_SIMILARITY = dict(priors=dict(patch_similarity=None))
 """Of ``synthesis``: total variation alone. Its images have the label ``tv``."""
 
@@ -104,8 +107,20 @@ class Recipe(NamedTuple):
     def fingerprint(self) -> str:
         """str: Changes with everything that the student depends on."""
         rules = {k: v for k, v in self.evolution.items() if k != 'save_interval'}
-        return fingerprint_of([self.images, self.quantization,
+        quantization = self.quantization
+        if not self.rounds_by_gptq:
+            weight = {k: v for k, v in quantization['weight'].items() if k != 'rounding'}
+            quantization = dict(quantization, weight=weight)
+        return fingerprint_of([self.images, quantization,
                                rules if rules['rounds'] else {}, self.synthesis])
+
+    @property
+    def rounds_by_gptq(self) -> bool:
+        """bool: Whether there are weights that learn nothing and are rounded so."""
+        rules = self.evolution
+        learn = rules['rounds'] and rules['learn'] != 'ranges'
+        all_learn = learn and (self.quantization['scope'] == 'backbone' or rules['taps']['rois'])
+        return self.quantization['weight']['rounding'] == 'gptq' and not all_learn
 
 
 def fingerprint_of(values: Any) -> str:
@@ -309,7 +324,7 @@ class Subject:
 
     def student(self, recipe: Recipe, seed: int) -> Tuple[nn.Module, float]:
         """A quantized copy of the model: calibrated, evolved, and with its last
-        ranges at test size, as tools/quantize.py does it.
+        ranges and rounding at test size, as tools/quantize.py does it.
 
         Args:
             recipe (Recipe): How.
@@ -327,11 +342,14 @@ class Subject:
         if rules['rounds']:
             psaq_mm.evolve(student, self.model, images, seed=seed, synthesis=recipe.synthesis,
                            **rules)
-        if self.test_size is not None and not recipe.images.startswith('real'):
+        size = None if recipe.images.startswith('real') else self.test_size
+        if size is not None:
             learnt = bool(rules['rounds']) and rules['learn'] != 'weights'
-            other_size = tuple(images.shape[-2:]) != tuple(self.test_size)
+            other_size = tuple(images.shape[-2:]) != tuple(size)
             if other_size or (rules['rounds'] and not learnt):
-                api.refit(student, images, self.test_size, learnt)
+                api.refit(student, images, size, learnt)
+        if recipe.rounds_by_gptq:
+            psaq_mm.round_weights(student, images, size, self.model)
         return student, self.seconds + time.perf_counter() - start
 
 

@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 import torch
-from experiment import METRICS, ROOT, Recipe, Results, Subject, bits_of, cell, quiet
+from experiment import (
+    METRICS,
+    NEAREST,
+    ROOT,
+    Recipe,
+    Results,
+    Subject,
+    bits_of,
+    cell,
+    merged,
+    quiet,
+)
 from sample_step import sides_of
 from timing import interleave, median_ratio, peak_memory_mib, pin, run_in_process, timing_parser
 
@@ -44,7 +55,7 @@ def accuracy(family: str, seeds: Sequence[int], settings: Sequence[str], scope: 
 
     def recipe(source: str, setting: str, scope: str) -> Recipe:
         return subject.recipe('prior' if source == 'data-free' else 'real32',
-                              dict(bits_of(setting), scope=scope))
+                              merged(bits_of(setting), NEAREST, dict(scope=scope)))
 
     def measure(source: str, made: Recipe, seed: int) -> Dict[str, float]:
         return subject.evaluate(subject.student(made, seed)[0])
