@@ -1,4 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+import copy
 import errno
 import math
 import os
@@ -354,6 +355,62 @@ def test_detector(settings, build_detector, tmp_path):
     found = raw_outputs(other, images)
     assert len(found) == len(expected) == 4 + 5 + 2 * 5 + 2 + 1
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def weights(model):
+    return {name: op.weight.detach().clone() for name, op in named_quant_ops(model)
+            if op.weight_quantizer is not None}
+
+
+@pytest.mark.parametrize('size', [None, (96, 64)])
+def test_round_weights(size, build_detector, tmp_path):
+    """Of a whole detector: what learnt stays, the rest goes to its integers, and they
+    are what a checkpoint keeps."""
+    teacher, images = build_detector(), torch.randn(3, 3, 64, 64)
+    model = psaq_mm.quantize(copy.deepcopy(teacher), scope='model',
+                             weight=dict(bits=4, rounding='gptq'))
+    psaq_mm.calibrate(model, images)
+    modes, counts = [m.training for m in model.modules()], []
+    with torch.no_grad():
+        model.backbone.stages[0].blocks[0].ffn.layers[1].weight.mul_(0.9)  # it learnt
+    before = weights(model)
+    psaq_mm.round_weights(model, images, size, teacher, counts.append, batch_size=2)
+    assert counts == ([2, 1] if size is None else [1, 1])
+    for name, op in named_quant_ops(model):
+        if op.weight_quantizer is None:
+            continue
+        changed = not torch.equal(op.weight, before[name])
+        if name == 'backbone.stages.0.blocks.0.ffn.layers.1':
+            assert not changed
+        else:
+            assert changed and torch.equal(op.weight_quantizer(op.weight), op.weight), name
+    assert [m.training for m in model.modules()] == modes
+    expected = raw_outputs(model, images)
+    psaq_mm.save(model, tmp_path / 'quantized.pth')
+    other = build_detector()
+    psaq_mm.load(other, str(tmp_path / 'quantized.pth'))
+    assert all(torch.equal(a, b) for a, b in zip(raw_outputs(other, images), expected))
+
+
+def test_round_weights_of_a_model_that_asks_for_nothing(model, images):
+    before = weights(model)
+    assert psaq_mm.round_weights(model, images) is model
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+
+
+def test_rounding_helps_the_outputs():
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    teacher = swin()
+    teacher.eval()
+
+    def error(rounding):
+        model = psaq_mm.quantize(copy.deepcopy(teacher), weight=dict(bits=3, rounding=rounding))
+        psaq_mm.round_weights(psaq_mm.calibrate(model, images), images)
+        with torch.no_grad():
+            return sum(float((a - b).square().sum())
+                       for a, b in zip(teacher(images), model.eval() or model(images)))
+
+    assert error('gptq') < 0.8 * error('nearest')
 
 
 @pytest.fixture

@@ -42,7 +42,8 @@ def plan_of(checkpoint):
 
 
 def test_content():
-    rest = dict(observer=dict(type='MinMaxObserver'), margin=0., bounds=None)
+    rest = dict(observer=dict(type='MinMaxObserver'), margin=0., bounds=None,
+                rounding='nearest')
     assert build_manifest(small(), dict(seed=3, source='swin.pth')) == dict(
         format_version=FORMAT_VERSION,
         psaq_mm_version=psaq_mm.__version__,

@@ -57,6 +57,15 @@ def trace():
         def after_final_ranges(self, runner):
             calls.append('after_final_ranges')
 
+        def before_rounding(self, runner, total):
+            calls.append(f'before_rounding {total}')
+
+        def after_rounding_batch(self, runner, count):
+            calls.append(f'rounding batch {count}')
+
+        def after_rounding(self, runner):
+            calls.append('after_rounding')
+
         def after_quantize(self, runner):
             calls.append('after_quantize')
 
@@ -88,6 +97,34 @@ def test_phases_and_hooks(trace, quantization_config, tmp_path):
     assert not list(named_quant_ops(runner.teacher)) and list(named_quant_ops(student))
     for key, value in runner.teacher.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize('options, rounded', [
+    ({'evolution.rounds': 0}, 'backbone'), ({'evolution.rounds': 0, 'quantization.scope': 'model'},
+                                            ''),
+    ({'evolution.learn': 'ranges'}, 'backbone'), ({'quantization.scope': 'model'}, 'roi_head'),
+    ({'quantization.weight.rounding': 'nearest', 'evolution.rounds': 0}, None), ({}, None)])
+def test_weights_that_learn_nothing_are_rounded(options, rounded, trace, quantization_config,
+                                                tmp_path):
+    config = load_config(quantization_config, {**OPTIONS, **options})
+    config.work_dir = str(tmp_path)
+    config.custom_hooks = [dict(type='psaq_mm.TraceHook')]
+    runner = PSAQRunner.for_quantization(config, build_float_model(config), meta={}, seed=3,
+                                         source=dict(file='x', sha256='y'))
+    student = runner.quantize()
+    assert [call for call in trace if 'rounding' in call] == (
+        [] if rounded is None else ['before_rounding 1', 'rounding batch 1', 'after_rounding'])
+    assert ('rounding' in runner.seconds) == (rounded is not None)
+    learns = bool(runner.sections.evolution.rounds) and runner.sections.evolution.learn == 'both'
+    for name, op in named_quant_ops(student):
+        quantizer = op.weight_quantizer
+        if quantizer is None:
+            continue
+        before = runner.teacher.get_submodule(name).weight
+        if rounded is not None and name.startswith(rounded):
+            assert torch.equal(quantizer(op.weight), op.weight), name
+        else:
+            assert torch.equal(op.weight, before) != learns, name
 
 
 def test_losses_reach_the_visualizer(quantization_config, tmp_path):

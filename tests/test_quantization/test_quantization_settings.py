@@ -139,6 +139,23 @@ def test_observer_of_a_group():
 
 # Placement and wildcards
 
+def test_rounding_is_of_weights():
+    settings = QuantizationSettings(weight=dict(rounding='gptq'), roles=dict(weight=dict(bits=4)))
+    assert settings.spec_for('layer', 'weight').rounding == 'gptq'
+    assert settings.spec_for('layer', 'input').rounding == 'nearest'
+
+
+@pytest.mark.parametrize('values, where', [
+    (dict(activation=dict(rounding='gptq')), 'activation'),
+    (dict(roles=dict(key=dict(rounding='gptq'))), 'roles.key'),
+    (dict(overrides={'a.*': dict(input=dict(rounding='gptq'))}), "overrides['a.*'].input")])
+def test_rounding_of_activations(values, where):
+    with pytest.raises(UserError) as error:
+        QuantizationSettings.from_dict(values)
+    assert str(error.value) == (f"quantization.{where}.rounding must be 'nearest': only weights "
+                                "can be rounded otherwise, got 'gptq'")
+
+
 def test_placement_names():
     assert resolve_placement('operands') == {'weight', 'input', 'query', 'key', 'attention',
                                              'value'}

@@ -13,7 +13,8 @@ from psaq_mm.quantization import MinMaxObserver, MSEObserver, PercentileObserver
 def test_defaults():
     spec = QuantSpec()
     assert spec.to_dict() == dict(bits=8, symmetric=True, granularity='per_tensor',
-                                  observer=dict(type='MinMaxObserver'), margin=0., bounds=None)
+                                  observer=dict(type='MinMaxObserver'), margin=0., bounds=None,
+                                  rounding='nearest')
 
 
 @pytest.mark.parametrize('bits, symmetric, expected', [
@@ -41,6 +42,12 @@ def test_symmetric_is_no_bool(symmetric):
 def test_unknown_granularity(granularity):
     with pytest.raises(UserError, match="granularity must be 'per_tensor' or 'per_channel'"):
         QuantSpec(granularity=granularity)
+
+
+@pytest.mark.parametrize('rounding', ['GPTQ', 'floor', '', None, True])
+def test_unknown_rounding(rounding):
+    with pytest.raises(UserError, match="rounding must be 'nearest' or 'gptq', got"):
+        QuantSpec(rounding=rounding)
 
 
 @pytest.mark.parametrize('observer', [
