@@ -21,8 +21,7 @@ class QuantConv2d(QuantOp, nn.Conv2d):
     def input_rows(self, x: Tensor) -> Tensor:
         mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
         padded = F.pad(x, self._reversed_padding_repeated_twice, mode)
-        patches = F.unfold(padded, self.kernel_size, self.dilation,  # type: ignore[arg-type]
-                           stride=self.stride)  # type: ignore[arg-type]
+        patches = F.unfold(padded, self.kernel_size, self.dilation, stride=self.stride)
         return patches.transpose(1, 2).flatten(0, 1)
 
     def weight_of_rows(self, rows: Tensor) -> Tensor:

@@ -11,6 +11,6 @@ from .sqnr import sqnr_db
 
 __all__ = [
     'MAEObserver', 'MSEObserver', 'MinMaxObserver', 'Observer', 'PercentileObserver', 'QuantSpec',
-    'Quantizer', 'dequantize', 'fake_quantize', 'gptq_round', 'pack_integers', 'quantize_to_integers',
-    'scale_and_zero_point', 'second_moments', 'sqnr_db', 'unpack_integers'
+    'Quantizer', 'dequantize', 'fake_quantize', 'gptq_round', 'pack_integers',
+    'quantize_to_integers', 'scale_and_zero_point', 'second_moments', 'sqnr_db', 'unpack_integers'
 ]
