@@ -8,7 +8,8 @@
 
 Variants of the game and of the images play the game; those of the quantizer are the
 prior alone (compare with ``prior``), as ranges show best without a student that learns,
-but for ``..._and_game``.
+but for ``..._and_game``. Where no weights learn, they are rounded to nearest, so that
+variants differ in what their names say alone; only ``gptq`` rounds them as the preset does.
 
 Every value is kept in benchmarks/measured as soon as it is there, as those of ``accuracy.py``;
 a run that was cut off goes on. ``--no-metrics`` measures the SQNR of feature maps on real test
@@ -123,9 +124,9 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
 to nearest."""
 
 WITH_GAME: Dict[str, Dict[str, Any]] = dict(
-    absolute_attention_and_game=QUANTIZER['absolute_attention'],
+    absolute_attention_and_game=merged(QUANTIZER['absolute_attention'], NEAREST),
     nearest_and_game=NEAREST)
-"""Such changes with the game."""
+"""Such changes with the game; what learns nothing in it is rounded to nearest."""
 
 
 def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recipe:
@@ -134,8 +135,8 @@ def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recip
     rules = EVOLUTION['prior' if variant in QUANTIZER else
                       variant if variant in EVOLUTION else 'default']
     label = LABELS.get(variant, variant) if changes else 'prior'
-    quantization = merged(bits_of(setting), dict(scope=scope),
-                          NEAREST if rules.get('rounds') == 0 else {},
+    fixed_weights = rules.get('rounds') == 0 or rules.get('learn') == 'ranges'
+    quantization = merged(bits_of(setting), dict(scope=scope), NEAREST if fixed_weights else {},
                           {**QUANTIZER, **WITH_GAME}.get(variant, {}))
     return subject.recipe(label, quantization, merged(rules_of(setting), rules), changes)
 
