@@ -17,8 +17,7 @@ from psaq_mm.engine import build_float_model, load_config
 FAST = ['synthesis.num_images=2', 'synthesis.steps=2', 'synthesis.image_size=112',
         'evolution.rounds=1', 'evolution.sample_steps=1', 'evolution.student_steps=1',
         'evolution.batch_size=2']
-SMALLEST = ('mask_rcnn_swin_t_w8a8', 'cascade_mask_rcnn_swin_t_w4a8', 'upernet_swin_t_w8a8',
-            'retinanet_swin_t_w6a6', 'deit_t_w4a8', 'swin_t_w8a8')
+SMALLEST = ('mask_rcnn_swin_t_w8a8', 'upernet_swin_t_w6a6', 'deit_t_w4a8')
 
 
 @pytest.fixture(scope='module')
@@ -326,8 +325,8 @@ def test_layout_is_named_once(make, tmp_path):
 
 @pytest.mark.parametrize('name', SMALLEST)
 def test_full_run_would_start(name):
-    """The smallest shipped config of each family at full size; make
-    reproduce-dry-run does all."""
+    """A small shipped config of each host at full size, half a minute to a minute and
+    a half each; make reproduce-dry-run does all."""
     run = subprocess.run(
         [sys.executable, str(ROOT / 'benchmarks' / 'reproduce_dry_run.py'), name],
         capture_output=True, text=True)
