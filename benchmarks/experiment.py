@@ -116,7 +116,7 @@ class Recipe(NamedTuple):
 
     @property
     def rounds_by_gptq(self) -> bool:
-        """bool: Whether there are weights that learn nothing and are rounded so."""
+        """bool: Whether weights are rounded so, as far as settings tell: some learn nothing."""
         rules = self.evolution
         learn = rules['rounds'] and rules['learn'] != 'ranges'
         all_learn = learn and (self.quantization['scope'] == 'backbone' or rules['taps']['rois'])
@@ -348,8 +348,7 @@ class Subject:
             other_size = tuple(images.shape[-2:]) != tuple(size)
             if other_size or (rules['rounds'] and not learnt):
                 api.refit(student, images, size, learnt)
-        if recipe.rounds_by_gptq:
-            psaq_mm.round_weights(student, images, size, self.model)
+        psaq_mm.round_weights(student, images, size, self.model)
         return student, self.seconds + time.perf_counter() - start
 
 

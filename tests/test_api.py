@@ -398,6 +398,32 @@ def test_round_weights_of_a_model_that_asks_for_nothing(model, images):
     assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
 
 
+def test_what_round_weights_refuses(model, images):
+    teacher = swin()
+    before = weights(model)
+    for change, message in (
+            (dict(images=images[:0]), 'rounding needs float images of shape .*N, C, H, W'),
+            (dict(images=None), 'rounding needs float images of shape .*, got NoneType'),
+            (dict(model=psaq_mm.quantize(swin())), 'the student is not calibrated: call'),
+            (dict(model=teacher), 'the student is not calibrated: call'),
+            (dict(teacher=model), 'the teacher is quantized: pass the float model'),
+            (dict(teacher=torch.nn.Linear(2, 2)),
+             'the teacher is not the float model of the student: it has no .*.weight of shape'),
+            (dict(batch_size=0), 'calibration.batch_size must be')):
+        with pytest.raises(UserError, match=message):
+            psaq_mm.round_weights(**{**dict(model=model, images=images, teacher=teacher),
+                                     **change})
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+
+
+def test_rounding_of_what_is_not_finite(images):
+    model = psaq_mm.quantize(swin(), weight=dict(bits=4, rounding='gptq'), placement='operands')
+    psaq_mm.calibrate(model, images)
+    with pytest.raises(UserError, match=r'^rounding failed: .* \(weight\): inputs of the layer '
+                                        'are not finite'):
+        psaq_mm.round_weights(model, images * float('nan'))
+
+
 def test_rounding_helps_the_outputs():
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(3)) * 2 - 1
     teacher = swin()

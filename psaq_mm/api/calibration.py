@@ -44,8 +44,38 @@ def scope_of(model: nn.Module, adapter: Adapter) -> str:
     return 'backbone' if inside else 'model'
 
 
+def require_calibrated(student: nn.Module) -> None:
+    """Raise if a model is not quantized, or has no ranges yet.
+
+    Raises:
+        UserError: If so.
+    """
+    if not any(quantizer.enabled for _, op in named_quant_ops(student)
+               for quantizer in op.quantizers.values()):
+        raise UserError('the student is not calibrated: call psaq_mm.quantize and '
+                        'psaq_mm.calibrate first')
+
+
+def require_images(images: Any, what: str) -> None:
+    """Raise if these are no images.
+
+    Args:
+        images (Any): Should be normalized images of shape (N, C, H, W).
+        what (str): What needs them, for the message.
+
+    Raises:
+        UserError: If they are not.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point() \
+            or images.dim() != 4 or len(images) == 0:
+        got = f'{images.dtype} {tuple(images.shape)}' if isinstance(images, Tensor) \
+            else type(images).__name__
+        raise UserError(f'{what} needs float images of shape (N, C, H, W) with N of at '
+                        f'least 1, got {got}')
+
+
 @contextlib.contextmanager
-def observing(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
+def observing(model: nn.Module, what: str = 'calibration') -> Iterator[Callable[[Tensor], None]]:
     """A frozen model, and what runs its quantized part on a batch of images."""
     adapter = find_adapter(model)
     scope, device = scope_of(model, adapter), module_device(model)
@@ -53,7 +83,7 @@ def observing(model: nn.Module) -> Iterator[Callable[[Tensor], None]]:
         with frozen(model):
             yield lambda batch: adapter.forward(model, batch.to(device), scope)
     except ValueError as error:
-        raise UserError(f'calibration failed: {error}') from error
+        raise UserError(f'{what} failed: {error}') from error
 
 
 def calibrate(model: nn.Module, images: Tensor,
@@ -78,12 +108,7 @@ def calibrate(model: nn.Module, images: Tensor,
     chosen = CalibrationSettings.from_dict(settings)
     if next(named_quant_ops(model), None) is None:
         raise UserError('the model has no quantized modules: call psaq_mm.quantize first')
-    if not isinstance(images, Tensor) or not images.is_floating_point() \
-            or images.dim() != 4 or len(images) == 0:
-        got = f'{images.dtype} {tuple(images.shape)}' if isinstance(images, Tensor) \
-            else type(images).__name__
-        raise UserError('calibration needs float images of shape (N, C, H, W) with N of at '
-                        f'least 1, got {got}')
+    require_images(images, 'calibration')
     with observing(model) as forward:
         calibrate_ranges(model, images, forward, chosen.batch_size, progress)
     return model

@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 from psaq_mm.adapters import TapRecord, find_adapter
 from psaq_mm.adapters.adapter import module_device
-from psaq_mm.errors import UserError
 from psaq_mm.evolution import EvolutionSettings, Evolver, Student, SynthesisSettings
-from psaq_mm.ops import named_quant_ops
 from psaq_mm.ops.plan import Plan
 
+from .calibration import require_calibrated
 from .teacher import float_teacher, frozen
 
 
@@ -55,10 +54,7 @@ def evolver(student: nn.Module, teacher: nn.Module, images: Tensor, seed: int = 
     """
     chosen = EvolutionSettings.from_dict(settings)
     prior = SynthesisSettings.from_dict(synthesis)
-    if not any(quantizer.enabled for _, op in named_quant_ops(student)
-               for quantizer in op.quantizers.values()):
-        raise UserError('the student is not calibrated: call psaq_mm.quantize and '
-                        'psaq_mm.calibrate first')
+    require_calibrated(student)
     adapter = find_adapter(student)
     groups = chosen.chosen_groups(adapter.tap_groups(student))
     lower, upper = adapter.valid_range(teacher)

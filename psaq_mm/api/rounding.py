@@ -4,6 +4,7 @@ from typing import Any, Callable, Optional, Tuple
 
 from torch import Tensor, nn
 
+from psaq_mm.errors import UserError
 from psaq_mm.evolution import (
     CalibrationSettings,
     as_many_pixels,
@@ -11,8 +12,9 @@ from psaq_mm.evolution import (
     ops_to_round,
     round_by_gptq,
 )
+from psaq_mm.ops import named_quant_ops
 
-from .calibration import observing
+from .calibration import observing, require_calibrated, require_images
 
 
 def round_weights(model: nn.Module, images: Tensor, size: Optional[Tuple[int, int]] = None,
@@ -39,15 +41,33 @@ def round_weights(model: nn.Module, images: Tensor, size: Optional[Tuple[int, in
         nn.Module: The same model.
 
     Raises:
-        UserError: If a layer was given values that are not finite.
+        UserError: If the student is not calibrated, there are no images, the
+            teacher is not its float model, or a layer was given values that are
+            not finite.
     """
     chosen = CalibrationSettings.from_dict(settings)
+    require_calibrated(model)
+    require_images(images, 'rounding')
+    if teacher is not None:
+        _require_float_model_of(model, teacher)
     ops = ops_to_round(model, teacher)
     if not ops:
         return model
     own = images.shape[-2], images.shape[-1]
     others = mosaics(images, size or own)
-    with observing(model) as forward:
+    with observing(model, 'rounding') as forward:
         round_by_gptq(ops, others, forward, as_many_pixels(chosen.batch_size, images, others),
                       progress)
     return model
+
+
+def _require_float_model_of(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise if a teacher cannot tell which weights of a student learnt."""
+    if next(named_quant_ops(teacher), None) is not None:
+        raise UserError('the teacher is quantized: pass the float model, which tells what learnt')
+    weights = dict(teacher.named_parameters(remove_duplicate=False))
+    for name, op in named_quant_ops(student):
+        weight = weights.get(f'{name}.weight')
+        if op.weight_quantizer is not None and (weight is None or weight.shape != op.weight.shape):
+            raise UserError('the teacher is not the float model of the student: it has no '
+                            f'{name}.weight of shape {tuple(op.weight.shape)}')

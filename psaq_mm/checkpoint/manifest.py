@@ -40,6 +40,7 @@ def build_manifest(model: nn.Module, about: Optional[Mapping[str, Any]] = None) 
         for role, quantizer in op.quantizers.items():
             assert isinstance(quantizer, Quantizer)
             roles[role] = quantizer.spec.to_dict()
+            del roles[role]['rounding']  # of the integers that are there, no longer of use
             learnable |= quantizer.learnable
         modules[name] = dict(op=type(op).__name__, roles=roles)
         if op.weight_quantizer is not None:

@@ -224,7 +224,8 @@ class PSAQRunner(Runner):
 
     @property
     def evolution_fingerprint(self) -> Dict[str, Any]:
-        """dict: The same, as soon as the student evolves."""
+        """dict: The same, as soon as the student evolves. How weights are rounded is
+        not in it: that is the last phase, and is done anew."""
         return {**self.fingerprint, **{name: _flat_text(self.settings[name]) for name in
                                        ('quantization', 'calibration', 'evolution')}}
 
@@ -304,9 +305,9 @@ def _without_scope(value: Any) -> Any:
 
 
 def _flat_text(section: Dict[str, Any]) -> str:
-    """A section as text that two equal ones share."""
+    """A section as text that two equal ones share, without what no saved step depends on."""
     return repr(sorted((key, value) for key, value in _flat(section).items()
-                       if key != 'save_interval.'))
+                       if not key.endswith(('save_interval.', '.rounding.'))))
 
 
 def _flat(value: Any, prefix: str = '') -> Dict[str, str]:

@@ -11,11 +11,11 @@ from .sample_step import learning_rate_factor
 from .settings import CalibrationSettings, SynthesisSettings
 from .student import Student
 from .synthesis import Synthesizer
-from .weight_rounding import ops_to_round, round_by_gptq
+from .weight_rounding import ops_left_to_nearest, ops_to_round, round_by_gptq
 
 __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Evolver', 'Student', 'SynthesisSettings',
     'Synthesizer', 'as_many_pixels', 'calibrate_ranges', 'carry_ranges_over', 'discrepancy',
-    'learning_rate_factor', 'measure_sqnr', 'mosaic_count', 'mosaics', 'ops_to_round',
-    'round_by_gptq'
+    'learning_rate_factor', 'measure_sqnr', 'mosaic_count', 'mosaics',
+    'ops_left_to_nearest', 'ops_to_round', 'round_by_gptq'
 ]

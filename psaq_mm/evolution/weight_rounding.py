@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Round weights by what their layers are given on images."""
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from mmengine.dist import all_reduce
@@ -13,6 +13,9 @@ from psaq_mm.quantization.spec import GPTQ
 
 from .calibration import own_part
 
+MAX_ELEMENTS = 2**24
+"""Of inputs that are rows at a time, unless one item of a batch has more: 64 MiB."""
+
 
 def ops_to_round(model: nn.Module, teacher: Optional[nn.Module] = None) -> Dict[str, QuantOp]:
     """Ops whose weight is to be rounded by GPTQ, by name.
@@ -21,22 +24,35 @@ def ops_to_round(model: nn.Module, teacher: Optional[nn.Module] = None) -> Dict[
         model (nn.Module): A student.
         teacher (nn.Module, optional): Its float model. Weights that differ from
             its are left out: what they learnt, they learnt as they are rounded
-            to nearest [measured: rounding them otherwise loses it]. Defaults to
-            None: all.
+            to nearest. Defaults to None: all.
 
     Returns:
         dict[str, QuantOp]: They; none that is no product of a matrix.
     """
-    chosen = {}
+    return {name: op for name, op in _asking(model, teacher)
+            if op.weight_rows(op.weight) is not None}
+
+
+def ops_left_to_nearest(model: nn.Module, teacher: Optional[nn.Module] = None) -> List[str]:
+    """Names of ops that GPTQ was asked for and cannot round, as they are no product of a
+    matrix: convolutions with groups, transposed ones whose outputs overlap.
+
+    Args:
+        model (nn.Module): A student.
+        teacher (nn.Module, optional): As of :func:`ops_to_round`.
+    """
+    return [name for name, op in _asking(model, teacher) if op.weight_rows(op.weight) is None]
+
+
+def _asking(model: nn.Module, teacher: Optional[nn.Module]) -> Iterator[Tuple[str, QuantOp]]:
+    """Ops that GPTQ is asked for and whose weight has not learnt."""
     for name, op in named_quant_ops(model):
         quantizer = op.weight_quantizer
-        if quantizer is None or quantizer.spec.rounding != GPTQ \
-                or op.weight_rows(op.weight) is None:
+        if quantizer is None or quantizer.spec.rounding != GPTQ:
             continue
         before = None if teacher is None else teacher.get_submodule(name).get_parameter('weight')
         if before is None or torch.equal(before, op.weight):
-            chosen[name] = op
-    return chosen
+            yield name, op
 
 
 def round_by_gptq(ops: Dict[str, QuantOp], images: Tensor, forward: Callable[[Tensor], None],
@@ -67,9 +83,10 @@ def round_by_gptq(ops: Dict[str, QuantOp], images: Tensor, forward: Callable[[Te
                        for size in parts_of(rows.shape[1])]
 
     def note(op: QuantOp, args: Any) -> None:
-        inputs = op.input_rows(op.quantize('input', args[0]))
-        for total, moment in zip(moments[op], second_moments(inputs)):
-            total += moment
+        x = op.quantize('input', args[0])
+        for part in x.split(_items_at_once(op, x)):
+            for total, moment in zip(moments[op], second_moments(op.input_rows(part))):
+                total += moment
 
     handles = [op.register_forward_pre_hook(note) for op in moments]
     try:
@@ -92,6 +109,15 @@ def round_by_gptq(ops: Dict[str, QuantOp], images: Tensor, forward: Callable[[Te
     with torch.no_grad():
         for op, weight in rounded.items():
             op.weight.copy_(weight)
+
+
+def _items_at_once(op: QuantOp, x: Tensor) -> int:
+    """How many items of a batch may become rows at a time: the patches of a convolution
+    are many times its input."""
+    rows = op.weight_rows(op.weight)
+    assert rows is not None
+    growth = rows.shape[1] // x.shape[op.roles['input']]
+    return max(1, MAX_ELEMENTS * len(x) // max(1, x.numel() * growth))
 
 
 def _rounded(op: QuantOp, moments: List[Tensor]) -> Tensor:

@@ -42,8 +42,7 @@ def plan_of(checkpoint):
 
 
 def test_content():
-    rest = dict(observer=dict(type='MinMaxObserver'), margin=0., bounds=None,
-                rounding='nearest')
+    rest = dict(observer=dict(type='MinMaxObserver'), margin=0., bounds=None)
     assert build_manifest(small(), dict(seed=3, source='swin.pth')) == dict(
         format_version=FORMAT_VERSION,
         psaq_mm_version=psaq_mm.__version__,

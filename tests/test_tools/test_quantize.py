@@ -188,16 +188,35 @@ def test_images_serve_another_game(option, name, tmp_path, call_tool, quantizati
     assert reports[0]['losses'] == reports[1]['losses']
 
 
+def test_game_serves_another_rounding(tmp_path, call_tool, quantization_config, demo_checkpoint,
+                                      finished_run):
+    """Weights are rounded last: nothing that was saved depends on it."""
+    shutil.copy(finished_run[0] / 'state.pth', tmp_path / 'state.pth')
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
+                               tmp_path, '--seed', 7, '--device', 'cpu', '--resume',
+                               '--cfg-options', *FEW, 'quantization.weight.rounding=nearest')
+    assert status == 0, err
+    log, = tmp_path.glob('*/*.log')
+    assert 'the evolution starts again' not in log.read_text()
+    reports = [json.loads((folder / 'report.json').read_text())
+               for folder in (finished_run[0], tmp_path)]
+    assert reports[0]['losses'] == reports[1]['losses']
+    assert_same_checkpoint(finished_run[0] / 'quantized.pth', tmp_path / 'quantized.pth')
+
+
 def test_two_processes(tmp_path, quantization_config, demo_checkpoint):
-    """They share images and batches, and their files resume: the same bits."""
+    """They share images and batches, what RoI heads are rounded by too, and their files
+    resume: the same bits."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2',
                '--standalone', str(ROOT / 'tools' / 'quantize.py'), str(quantization_config),
                str(demo_checkpoint), '--work-dir', str(tmp_path), '--launcher', 'pytorch']
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES='')
     for options in ((), ('--resume', )):
-        run = subprocess.run([*command, *options, '--cfg-options', *FEW], env=environment,
+        run = subprocess.run([*command, *options, '--cfg-options', *FEW,
+                              'quantization.scope=model'], env=environment,
                              capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-3000:]
+        assert 'rounding' in json.loads((tmp_path / 'report.json').read_text())['seconds']
         if not options:
             (tmp_path / 'quantized.pth').rename(tmp_path / 'first.pth')
             for name in ('state.pth', 'state_1.pth'):

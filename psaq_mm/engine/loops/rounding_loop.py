@@ -3,7 +3,7 @@
 from torch import nn
 
 from psaq_mm import api
-from psaq_mm.evolution import mosaic_count, ops_to_round
+from psaq_mm.evolution import mosaic_count, ops_left_to_nearest, ops_to_round
 from psaq_mm.registry import LOOPS
 
 from .phase_loop import PhaseLoop
@@ -20,6 +20,10 @@ class RoundingLoop(PhaseLoop):
             nn.Module: The student, ``runner.model``.
         """
         runner = self.runner
+        left = ops_left_to_nearest(runner.model, runner.teacher)
+        if left:
+            runner.logger.info('weights that GPTQ cannot round (no product of a matrix) stay '
+                               f'rounded to nearest: {", ".join(left)}')
         ops = ops_to_round(runner.model, runner.teacher)
         if not ops:
             return runner.model
