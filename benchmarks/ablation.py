@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Which rules of the game earn their cost: the preset ``default``, one change at a time.
+"""Which rules of the game earn their cost: the preset ``evolve``, one change at a time.
 
     python benchmarks/ablation.py                          # all variants, the demo detector
     python benchmarks/ablation.py --variants compete learn_ranges --settings w4a4
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from experiment import (
+    HALF_STEPS,
     MEASURED,
     METRICS,
     MIN_MAX,
@@ -41,7 +42,7 @@ from experiment import (
 )
 
 EVOLUTION: Dict[str, Dict[str, Any]] = dict(
-    default=dict(),
+    evolve=dict(),
     prior=dict(rounds=0),  # no game
     # what it learns from
     no_views=dict(zoom=1., contrast=1.),
@@ -80,7 +81,7 @@ IMAGES: Dict[str, Dict[str, Any]] = dict(
     prior_1024_bins=dict(priors=dict(patch_similarity=dict(
         type='PatchSimilarityPrior', weight=1.0, form='binned', bins=1024))),
     no_patch_similarity=NO_PATCH_SIMILARITY,
-    prior_half_steps=dict(steps=50),
+    prior_half_steps=HALF_STEPS,
     prior_double_steps=dict(steps=200),
     images_4=dict(num_images=4),
     images_16=dict(num_images=16))
@@ -133,7 +134,7 @@ def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recip
     """How a variant's student is made."""
     changes = IMAGES.get(variant, {})
     rules = EVOLUTION['prior' if variant in QUANTIZER else
-                      variant if variant in EVOLUTION else 'default']
+                      variant if variant in EVOLUTION else 'evolve']
     label = LABELS.get(variant, variant) if changes else 'prior'
     fixed_weights = rules.get('rounds') == 0 or rules.get('learn') == 'ranges'
     quantization = merged(bits_of(setting), dict(scope=scope), NEAREST if fixed_weights else {},

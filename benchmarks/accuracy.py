@@ -3,24 +3,29 @@
 
     python benchmarks/accuracy.py                              # the demo detector
     python benchmarks/accuracy.py --model bccd                 # real photographs, if present
-    python benchmarks/accuracy.py --settings w4a4 --rows real32 prior default --scope model
+    python benchmarks/accuracy.py --settings w4a4 --rows real32 default evolve --scope model
     python benchmarks/accuracy.py --table                      # what is measured so far
     python benchmarks/accuracy.py --table --plot cost.png      # and accuracy against cost
 
-All rows but ``minmax`` and ``paper`` have the quantizer of the preset ``default`` and
-differ in the images that ranges are set on, and in what the student then learns:
+All rows but ``minmax`` and ``paper`` have the ranges of the preset ``default`` and differ
+in the images that they are set on, in whether weights that do not learn are rounded by
+GPTQ (``real32-gptq`` and what follows it, but for ``paper``) or to nearest, and in what
+the student then learns:
 
     noise      8 images of Gaussian noise
     tv         8 images optimised for total variation alone, from clamped noise
     real1      1 training image; real32: 32 of them ("Standard")
     minmax     8 images by the prior, min-max ranges without margin
     v1         8 images by V1's form of the prior (10 points)
-    prior      8 images by the prior alone: the preset ``fast``
-    real32+    as real32, and then the game's student steps on these images
+    prior      8 images by the prior
+    real32-gptq, real32+
+               as real32, with GPTQ; and with the student steps of ``evolve``
     paper      the preset ``paper``, with 8 images and 100 steps in a phase
                instead of 32 and 500, 5 sample steps in a round, and as many rounds
-               and student steps as ``default``
-    default    the preset ``default``: the prior, and the student learns from views
+               and student steps as ``evolve``
+    fast       the preset ``fast``: half of the prior's steps, and GPTQ
+    default    the preset ``default``: as ``prior``, with GPTQ
+    evolve     the preset ``evolve``: the student learns from views of these images too
 
 SQNR is that of the backbone's feature maps on real test images. Every value is
 kept in benchmarks/measured as soon as it is there, with a fingerprint of what it was
@@ -31,6 +36,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from experiment import (
+    HALF_STEPS,
     MEASURED,
     METRICS,
     MIN_MAX,
@@ -52,8 +58,9 @@ from experiment import (
 )
 
 NO_GAME = dict(rounds=0)
-ROWS = ('noise', 'tv', 'real1', 'real32', 'minmax', 'v1', 'prior', 'fast', 'real32+', 'paper',
-        'default')
+ROWS = ('noise', 'tv', 'real1', 'real32', 'minmax', 'v1', 'prior', 'real32-gptq', 'real32+',
+        'paper', 'fast', 'default', 'evolve')
+WITH_GPTQ = ('real32-gptq', 'real32+', 'fast', 'default', 'evolve')
 NAIVE = dict(activation=dict(margin=0.),
              roles=dict(input=MIN_MAX, attention=dict(MIN_MAX, margin=0.)))
 
@@ -76,14 +83,15 @@ class Rows:
         """How the student of a row is made."""
         quantization = merged(bits_of(setting), dict(scope=scope))
         evolution: Dict = merged(rules_of(setting), NO_GAME)
-        if row not in ('fast', 'real32+', 'default'):
+        if row not in WITH_GPTQ:
             quantization = merged(quantization, NEAREST)
         if row == 'noise':
             return self.subject.recipe('noise8', quantization, evolution)
         if row.startswith('real'):
             if row.endswith('+'):
                 evolution = merged(rules_of(setting), dict(sample_steps=0))
-            return self.subject.recipe(row.rstrip('+'), quantization, evolution)
+            images = row.replace('-gptq', '').rstrip('+')
+            return self.subject.recipe(images, quantization, evolution)
         if row == 'tv':
             return self.subject.recipe('tv', quantization, evolution, NO_PATCH_SIMILARITY)
         if row == 'v1':
@@ -96,9 +104,11 @@ class Rows:
             # The same images as those of v1: the prior does not depend on the quantizer.
             return self.paper.recipe('v1', merged(quantization, NAIVE), evolution,
                                      dict(V1_FORM, num_images=8, batch_size=8, steps=100))
+        if row == 'fast':
+            return self.subject.recipe('prior_half_steps', quantization, evolution, HALF_STEPS)
         if row == 'minmax':
             quantization = merged(quantization, NAIVE)
-        elif row == 'default':
+        elif row == 'evolve':
             evolution = rules_of(setting)
         return self.subject.recipe('prior', quantization, evolution)
 

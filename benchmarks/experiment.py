@@ -80,6 +80,9 @@ V1_FORM = dict(priors=dict(patch_similarity=dict(
     type='PatchSimilarityPrior', weight=1.0, form='v1', points=10)))
 """Of ``synthesis``: V1's form of the prior. Its images have the label ``v1``."""
 
+HALF_STEPS = dict(steps=50)
+"""Of ``synthesis``: the preset ``fast``. Its images have the label ``prior_half_steps``."""
+
 MEASURED = ROOT / 'benchmarks' / 'measured'
 """Where values are kept, a file for each model."""
 
@@ -134,12 +137,12 @@ class Subject:
     Args:
         name (str): In :data:`MODELS`.
         work_dir (Path): Where images are kept between runs.
-        preset (str): Preset of settings. Defaults to ``default``.
+        preset (str): Preset of settings. Defaults to ``evolve``, which says all.
         scenes (int): Test scenes of a demo model; the first 120 are those of its
             config. Defaults to 0: that config's test set.
     """
 
-    def __init__(self, name: str, work_dir: Path, preset: str = 'default',
+    def __init__(self, name: str, work_dir: Path, preset: str = 'evolve',
                  scenes: int = 0) -> None:
         file, self.checkpoint = MODELS[name]
         if not file.exists():

@@ -6,8 +6,8 @@
 
 Accuracy: the small models of demo/, trained by demo/train.py, on the demo's
 validation scenes: float, then W8A8 and W4A8 with ranges from data-free images
-(the preset ``fast``, one run for each seed) and, with the same quantizer, from 32
-real training images (others for each seed). benchmarks/accuracy.py has more rows.
+(the preset ``default`` but for GPTQ, one run for each seed) and, with the same quantizer,
+from 32 real training images (others for each seed). benchmarks/accuracy.py has more rows.
 
 Cost: one step of the prior on one image, B=1, for each shipped config at full
 size with random weights, against a plain forward and backward pass of the same
@@ -49,7 +49,7 @@ def accuracy(family: str, seeds: Sequence[int], settings: Sequence[str], scope: 
              work_dir: Path) -> None:
     """Print the rows of a family."""
     results = Results(work_dir / f'families_{family}.json')
-    subject = Subject(FAMILIES[family], work_dir, 'fast')
+    subject = Subject(FAMILIES[family], work_dir, 'default')
     float_model = results.float_model(subject)
     names = [key for key in METRICS if key in float_model]
 

@@ -14,7 +14,7 @@ from psaq_mm.engine import load_config, read_sections
 from psaq_mm.presets import BASES, PRESETS, SECTIONS
 
 SHIPPED = sorted((ROOT / 'configs').glob('*_w?a?.py'))
-NAMES = ('default', 'fast', 'paper')
+NAMES = ('default', 'evolve', 'fast', 'paper')
 
 
 @pytest.fixture
@@ -70,19 +70,29 @@ def test_default(write):
     assert sections.quantization.spec_for('x', 'input').observer['percentile'] == 0.999
     spec = sections.quantization.spec_for('x', 'input', ('roi_head', ))
     assert spec.observer['percentile'] == 0.9995
-    assert sections.evolution.rounds > 0 and not sections.evolution.sample_steps
-    assert sections.evolution.zoom > 1 > sections.evolution.contrast
-    assert sections.evolution.learn == 'both'
+    assert sections.quantization.spec_for('x', 'weight').rounding == 'gptq'
+    assert sections.evolution.rounds == 0
     assert sections.synthesis.batches() == [8]
 
 
-def test_fast_is_the_default_without_rounds(write):
-    fast, default = (load_config(write(f'preset = {name!r}\n')).to_dict()
-                     for name in ('fast', 'default'))
-    assert fast['evolution'].pop('rounds') == 0
-    assert default['evolution'].pop('rounds') > 0
-    assert {s: fast[s] for s in SECTIONS} == {s: default[s] for s in SECTIONS}
-    assert read(write("preset = 'fast'\n")).evolution.rounds == 0
+def changes(write, name):
+    """What a preset says that the default does not: section and key to both values."""
+    mine, default = (load_config(write(f'preset = {n!r}\n')).to_dict() for n in (name, 'default'))
+    return {(section, key): (value, default[section][key]) for section in SECTIONS
+            for key, value in mine[section].items() if value != default[section][key]}
+
+
+def test_fast_is_the_default_in_fewer_steps(write):
+    (key, (steps, of_default)), = changes(write, 'fast').items()
+    assert key == ('synthesis', 'steps') and 2 * steps == of_default
+
+
+def test_evolve_is_the_default_with_rounds(write):
+    (key, (rounds, of_default)), = changes(write, 'evolve').items()
+    assert key == ('evolution', 'rounds') and rounds > 0 == of_default
+    evolution = read(write("preset = 'evolve'\n")).evolution
+    assert not evolution.sample_steps
+    assert evolution.zoom > 1 > evolution.contrast and evolution.learn == 'both'
 
 
 def test_paper(write):
@@ -130,10 +140,8 @@ def test_own_values_win(write):
 
 def test_values_of_the_default_win_over_another_preset(write):
     """Even where the config says what the default would have said."""
-    rounds = preset_file('default')['evolution']['rounds']
-    assert rounds != 0
-    sections = read(write(f"preset = 'fast'\nevolution = dict(rounds={rounds})\n"))
-    assert sections.evolution.rounds == rounds
+    assert preset_file('default')['evolution']['rounds'] == 0
+    assert read(write("preset = 'evolve'\nevolution = dict(rounds=0)\n")).evolution.rounds == 0
 
 
 def test_options_win_over_both(write):
@@ -193,7 +201,7 @@ def test_section_that_is_none_is_the_presets(write):
 @pytest.mark.parametrize('by_option', [False, True])
 def test_unknown_preset(name, hint, by_option, write):
     path = write('' if by_option else f'preset = {name!r}\n')
-    with pytest.raises(UserError, match='must be one of default, fast, paper, got') as error:
+    with pytest.raises(UserError, match=f'must be one of {", ".join(NAMES)}, got') as error:
         load_config(path, dict(preset=name) if by_option else None)
     assert repr(name) in str(error.value) and hint in str(error.value)
 
@@ -234,7 +242,7 @@ def test_shipped_config_resolves(path):
     config = load_config(path)
     assert config.preset == 'default'
     sections, preset = read_sections(config), preset_file('default')
-    assert sections.evolution.rounds == preset['evolution']['rounds'] > 0
+    assert sections.evolution.rounds == preset['evolution']['rounds']
     assert sections.calibration.image_size == 'test'
     assert sections.quantization.placement == 'operands'
     for section in SECTIONS:
@@ -264,7 +272,7 @@ def without_scope(values):
     return values
 
 
-@pytest.mark.parametrize('preset', ['default', 'fast', 'paper'])
+@pytest.mark.parametrize('preset', NAMES)
 @pytest.mark.parametrize('base', ['w8a8', 'w6a6', 'w4a8', 'w4a4', 'w3a3'])
 def test_as_a_config_gets_them(base, preset, tmp_path):
     path = tmp_path / 'mine.py'
@@ -286,7 +294,7 @@ def test_the_verbs_take_them():
     swin = SwinTransformer(embed_dims=16, depths=(2, 2), num_heads=(1, 2), strides=(4, 2),
                            out_indices=(0, 1))
     swin.eval()
-    settings = psaq_mm.shipped('w4a4')
+    settings = psaq_mm.shipped('w4a4', 'evolve')
     images = psaq_mm.synthesize(swin, seed=0, **{
         **settings['synthesis'], 'num_images': 2, 'batch_size': 2, 'steps': 1, 'image_size': 56})
     student = psaq_mm.quantize(copy.deepcopy(swin), **settings['quantization'])
@@ -300,7 +308,7 @@ def test_the_verbs_take_them():
 
 @pytest.mark.parametrize('arguments, message', [
     (('w5a5', ), "a base must be one of w3a3, w4a4, w4a8, w6a6, w8a8, got 'w5a5'"),
-    (('w4a4', 'fats'), "preset must be one of default, fast, paper, got 'fats'"),
+    (('w4a4', 'fats'), "preset must be one of default, evolve, fast, paper, got 'fats'"),
 ])
 def test_bad_names(arguments, message):
     with pytest.raises(psaq_mm.UserError, match=message):

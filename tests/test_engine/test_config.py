@@ -40,7 +40,7 @@ def test_bits_of_a_base(tmp_path, bits, percentile):
     assert sections.evolution.weight_lr == 0.01
 
 
-@pytest.mark.parametrize('preset', ['default', 'fast', 'paper'])
+@pytest.mark.parametrize('preset', ['default', 'evolve', 'fast', 'paper'])
 @pytest.mark.parametrize('base', BASES, ids=lambda p: p.stem)
 def test_every_base_takes_every_preset(tmp_path, base, preset):
     config = tmp_path / 'x.py'

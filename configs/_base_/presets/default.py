@@ -1,4 +1,5 @@
-# What we would use. docs/results.md says what of it is measured, and what is not yet.
+# What we would use, by what docs/results.md measured: images by the prior, ranges set on
+# them, weights rounded by GPTQ.
 quantization = dict(
     placement='operands',  # inputs of Linear, Conv2d and both attention matmuls
     scope='backbone',  # or 'model': neck and heads too
@@ -45,7 +46,7 @@ synthesis = dict(
     save_interval=50)
 
 evolution = dict(
-    rounds=5,
+    rounds=0,  # no game: what it earns beyond GPTQ is a matter of the model; 5 in 'evolve'
     sample_steps=0,  # images that compete earned nothing that we could measure; try 5
     student_steps=20,
     batch_size=4,

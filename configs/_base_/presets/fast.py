@@ -1,3 +1,3 @@
-# The prior alone: images from the teacher, ranges set on them, no student steps.
+# As the default, in half the time: half of the prior's steps.
 _base_ = './default.py'
-evolution = dict(rounds=0)
+synthesis = dict(steps=50)
