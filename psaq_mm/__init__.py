@@ -6,9 +6,8 @@
     student = copy.deepcopy(model)
     psaq_mm.quantize(student, **settings['quantization'])
     psaq_mm.calibrate(student, images)
-    psaq_mm.evolve(student, model, images, **settings['evolution'])
-    psaq_mm.refit(student, images, (800, 1344), learnt=True)  # ranges at test size
-    psaq_mm.round_weights(student, images, (800, 1344), model)  # those that learnt nothing
+    psaq_mm.refit(student, images, (800, 1344))  # ranges at test size
+    psaq_mm.round_weights(student, images, (800, 1344))  # by GPTQ
     psaq_mm.save(student, 'quantized.pth')
     psaq_mm.load(float_model, 'quantized.pth')
 """
