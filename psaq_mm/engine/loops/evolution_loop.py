@@ -26,6 +26,8 @@ class EvolutionLoop(PhaseLoop):
         runner = self.runner
         settings = runner.settings['evolution']
         if not runner.sections.evolution.rounds:
+            runner.logger.info('evolution.rounds is 0: the student learns nothing; '
+                               'preset=evolve lets it')
             return runner.model
         with runner.phase('evolution'), \
                 api.evolver(runner.model, runner.teacher, runner.images, runner.run_seed,
