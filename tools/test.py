@@ -16,6 +16,7 @@ from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
     draw_predictions,
+    drop_training,
     hooks_for_test,
     require_backend,
     require_launcher,
@@ -76,6 +77,7 @@ def main() -> None:
         draw_predictions(config, args.show_dir)
     ensure_writable_dir(config.work_dir)
 
+    drop_training(config)
     config.load_from = args.checkpoint
     config.launcher = args.launcher
     config.trust_checkpoint = args.trust_checkpoint

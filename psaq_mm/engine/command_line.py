@@ -218,6 +218,13 @@ def hooks_for_test(config: Config, checkpoint: str, backend: str, folder: Option
     return hooks
 
 
+def drop_training(config: Config) -> None:
+    """Take out what only training needs: its data need not be here. One family's hook that
+    draws segmentations would open them."""
+    for key in ('train_cfg', 'train_dataloader', 'optim_wrapper', 'param_scheduler'):
+        config.pop(key, None)
+
+
 def draw_predictions(config: Config, folder: str) -> None:
     """Let the config's own hook draw predictions, as the hosts' ``--show-dir``.
 
