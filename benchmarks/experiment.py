@@ -80,7 +80,7 @@ V1_FORM = dict(priors=dict(patch_similarity=dict(
     type='PatchSimilarityPrior', weight=1.0, form='v1', points=10)))
 """Of ``synthesis``: V1's form of the prior. Its images have the label ``v1``."""
 
-HALF_STEPS = dict(steps=50)
+HALF_STEPS = dict(steps=psaq_mm.shipped('w8a8', 'fast')['synthesis']['steps'])
 """Of ``synthesis``: the preset ``fast``. Its images have the label ``prior_half_steps``."""
 
 MEASURED = ROOT / 'benchmarks' / 'measured'

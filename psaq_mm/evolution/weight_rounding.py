@@ -84,7 +84,8 @@ def round_by_gptq(ops: Dict[str, QuantOp], images: Tensor, forward: Callable[[Te
 
     def note(op: QuantOp, args: Any) -> None:
         x = op.quantize('input', args[0])
-        for part in x.split(_items_at_once(op, x)):
+        inputs = sum(len(moment) for moment in moments[op])
+        for part in x.split(_items_at_once(x, inputs // x.shape[op.roles['input']])):
             for total, moment in zip(moments[op], second_moments(op.input_rows(part))):
                 total += moment
 
@@ -111,12 +112,9 @@ def round_by_gptq(ops: Dict[str, QuantOp], images: Tensor, forward: Callable[[Te
             op.weight.copy_(weight)
 
 
-def _items_at_once(op: QuantOp, x: Tensor) -> int:
-    """How many items of a batch may become rows at a time: the patches of a convolution
-    are many times its input."""
-    rows = op.weight_rows(op.weight)
-    assert rows is not None
-    growth = rows.shape[1] // x.shape[op.roles['input']]
+def _items_at_once(x: Tensor, growth: int) -> int:
+    """How many items of a batch may become rows at a time, which have ``growth`` times as
+    many elements: the patches of a convolution overlap."""
     return max(1, MAX_ELEMENTS * len(x) // max(1, x.numel() * growth))
 
 
