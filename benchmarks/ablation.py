@@ -1,6 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which rules of the game earn their cost: the preset ``evolve``, one change at a time.
 
+``game`` is that preset, without ``channel_limit`` as all that is here.
+
     python benchmarks/ablation.py                          # all variants, the demo detector
     python benchmarks/ablation.py --variants compete learn_ranges --settings w4a4
     python benchmarks/ablation.py --variants prior predictors_as_rest --scope model --settings w4a4
@@ -42,7 +44,7 @@ from experiment import (
 )
 
 EVOLUTION: Dict[str, Dict[str, Any]] = dict(
-    evolve=dict(),
+    game=dict(),
     prior=dict(rounds=0),  # no game
     # what it learns from
     no_views=dict(zoom=1., contrast=1.),
@@ -126,6 +128,7 @@ to nearest."""
 
 WITH_GAME: Dict[str, Dict[str, Any]] = dict(
     absolute_attention_and_game=merged(QUANTIZER['absolute_attention'], NEAREST),
+    squared_attention_and_game=merged(QUANTIZER['squared_attention'], NEAREST),
     nearest_and_game=NEAREST)
 """Such changes with the game; what learns nothing in it is rounded to nearest."""
 
@@ -134,10 +137,11 @@ def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recip
     """How a variant's student is made."""
     changes = IMAGES.get(variant, {})
     rules = EVOLUTION['prior' if variant in QUANTIZER else
-                      variant if variant in EVOLUTION else 'evolve']
+                      variant if variant in EVOLUTION else 'game']
     label = LABELS.get(variant, variant) if changes else 'prior'
     fixed_weights = rules.get('rounds') == 0 or rules.get('learn') == 'ranges'
-    quantization = merged(bits_of(setting), dict(scope=scope), NEAREST if fixed_weights else {},
+    quantization = merged(bits_of(setting, subject.name), dict(scope=scope, channel_limit=None),
+                          NEAREST if fixed_weights else {},
                           {**QUANTIZER, **WITH_GAME}.get(variant, {}))
     return subject.recipe(label, quantization, merged(rules_of(setting), rules), changes)
 

@@ -41,8 +41,8 @@ from experiment import (
     METRICS,
     MIN_MAX,
     MODELS,
-    NEAREST,
     NO_PATCH_SIMILARITY,
+    PLAIN,
     ROOT,
     V1_FORM,
     Recipe,
@@ -60,7 +60,7 @@ from experiment import (
 NO_GAME = dict(rounds=0)
 ROWS = ('noise', 'tv', 'real1', 'real32', 'minmax', 'v1', 'prior', 'real32-gptq', 'real32+',
         'paper', 'fast', 'default', 'evolve')
-WITH_GPTQ = ('real32-gptq', 'real32+', 'fast', 'default', 'evolve')
+AS_SHIPPED = ('real32-gptq', 'real32+', 'fast', 'default', 'evolve')
 NAIVE = dict(activation=dict(margin=0.),
              roles=dict(input=MIN_MAX, attention=dict(MIN_MAX, margin=0.)))
 
@@ -81,10 +81,10 @@ class Rows:
 
     def recipe(self, row: str, setting: str, scope: str) -> Recipe:
         """How the student of a row is made."""
-        quantization = merged(bits_of(setting), dict(scope=scope))
+        quantization = merged(bits_of(setting, self.subject.name), dict(scope=scope))
         evolution: Dict = merged(rules_of(setting), NO_GAME)
-        if row not in WITH_GPTQ:
-            quantization = merged(quantization, NEAREST)
+        if row not in AS_SHIPPED:
+            quantization = merged(quantization, PLAIN)
         if row == 'noise':
             return self.subject.recipe('noise8', quantization, evolution)
         if row.startswith('real'):

@@ -71,7 +71,11 @@ MIN_MAX = dict(observer=dict(type='MinMaxObserver'))
 """Of a role in ``quantization``: the naive range."""
 
 NEAREST = dict(weight=dict(rounding='nearest'))
-"""Of ``quantization``: weights without GPTQ, as rows have them that compare images."""
+"""Of ``quantization``: weights without GPTQ."""
+
+PLAIN = dict(NEAREST, channel_limit=None)
+"""Of ``quantization``: float weights as they are, and without GPTQ, as rows have them that
+compare images."""
 
 NO_PATCH_SIMILARITY = dict(priors=dict(patch_similarity=None))
 """Of ``synthesis``: total variation alone. Its images have the label ``tv``."""
@@ -110,7 +114,8 @@ class Recipe(NamedTuple):
     def fingerprint(self) -> str:
         """str: Changes with everything that the student depends on."""
         rules = {k: v for k, v in self.evolution.items() if k != 'save_interval'}
-        quantization = self.quantization
+        quantization = {k: v for k, v in self.quantization.items()
+                        if k != 'channel_limit' or v is not None}
         if not self.rounds_by_gptq:
             weight = {k: v for k, v in quantization['weight'].items() if k != 'rounding'}
             quantization = dict(quantization, weight=weight)
@@ -338,12 +343,14 @@ class Subject:
         """
         images = self.images_of(recipe, seed)
         start = time.perf_counter()
-        student = copy.deepcopy(self.model)
+        teacher = copy.deepcopy(self.model)
+        psaq_mm.equalize(teacher, images, **recipe.quantization)
+        student = copy.deepcopy(teacher)
         psaq_mm.quantize(student, **recipe.quantization)
         psaq_mm.calibrate(student, images)
         rules = recipe.evolution
         if rules['rounds']:
-            psaq_mm.evolve(student, self.model, images, seed=seed, synthesis=recipe.synthesis,
+            psaq_mm.evolve(student, teacher, images, seed=seed, synthesis=recipe.synthesis,
                            **rules)
         size = None if recipe.images.startswith('real') else self.test_size
         if size is not None:
@@ -351,7 +358,7 @@ class Subject:
             other_size = tuple(images.shape[-2:]) != tuple(size)
             if other_size or (rules['rounds'] and not learnt):
                 api.refit(student, images, size, learnt)
-        psaq_mm.round_weights(student, images, size, self.model)
+        psaq_mm.round_weights(student, images, size, teacher)
         return student, self.seconds + time.perf_counter() - start
 
 
@@ -366,20 +373,24 @@ def merged(*sections: Mapping[str, Any]) -> Dict[str, Any]:
     return result
 
 
-def base_of(setting: str) -> Dict[str, Any]:
-    """The base of a setting such as ``w4a8``; widths that have none take the
-    closest one that has."""
-    base = ROOT / 'configs' / '_base_' / f'{setting}.py'
+def base_of(setting: str, model: str = '') -> Dict[str, Any]:
+    """The base of a setting such as ``w4a8``, for a model of :data:`MODELS`; widths that
+    have none take the closest one that has."""
+    folder = ROOT / 'configs' / '_base_'
+    base = folder / f'{setting}.py'
     if not base.exists():
         bits = int(setting[3])
-        base = base.with_name('w3a3.py' if bits <= 3 else 'w4a4.py' if bits == 4 else 'w4a8.py')
+        base = folder / ('w3a3.py' if bits <= 3 else 'w4a4.py' if bits == 4 else 'w4a8.py')
+    own = folder / f'{base.stem}_segmentor.py'
+    if model == 'upernet' and own.exists():
+        base = own
     return dict(Config.fromfile(str(base)).to_dict())
 
 
-def bits_of(setting: str) -> Dict[str, Any]:
+def bits_of(setting: str, model: str = '') -> Dict[str, Any]:
     """What a setting says of ``quantization``."""
     weight, activation = int(setting[1]), int(setting[3])
-    return merged(base_of(setting)['quantization'],
+    return merged(base_of(setting, model)['quantization'],
                   dict(weight=dict(bits=weight), activation=dict(bits=activation)))
 
 

@@ -21,7 +21,7 @@ from typing import Any, Dict, List, Sequence
 import torch
 from experiment import (
     METRICS,
-    NEAREST,
+    PLAIN,
     ROOT,
     Recipe,
     Results,
@@ -55,7 +55,7 @@ def accuracy(family: str, seeds: Sequence[int], settings: Sequence[str], scope: 
 
     def recipe(source: str, setting: str, scope: str) -> Recipe:
         return subject.recipe('prior' if source == 'data-free' else 'real32',
-                              merged(bits_of(setting), NEAREST, dict(scope=scope)))
+                              merged(bits_of(setting, subject.name), PLAIN, dict(scope=scope)))
 
     def measure(source: str, made: Recipe, seed: int) -> Dict[str, float]:
         return subject.evaluate(subject.student(made, seed)[0])

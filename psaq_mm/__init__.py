@@ -3,6 +3,7 @@
 
     settings = psaq_mm.shipped('w4a4')          # those of our configs
     images = psaq_mm.synthesize(model, **settings['synthesis'])  # from the float model alone
+    psaq_mm.equalize(model, images, **settings['quantization'])  # computes what it did
     student = copy.deepcopy(model)
     psaq_mm.quantize(student, **settings['quantization'])
     psaq_mm.calibrate(student, images)
@@ -13,6 +14,7 @@
 """
 from .api import (
     calibrate,
+    equalize,
     evolve,
     load,
     quantize,
@@ -27,6 +29,6 @@ from .presets import shipped
 from .version import __version__
 
 __all__ = [
-    'UserError', '__version__', 'calibrate', 'evolve', 'load', 'quantize', 'refit',
+    'UserError', '__version__', 'calibrate', 'equalize', 'evolve', 'load', 'quantize', 'refit',
     'round_weights', 'save', 'shipped', 'synthesize', 'unwrap'
 ]

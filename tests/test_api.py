@@ -357,6 +357,90 @@ def test_detector(settings, build_detector, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
+def widen(model, pairs, factor=16.):
+    """Make a channel of each norm ``factor`` times as wide, and compute the same."""
+    with torch.no_grad():
+        for norm, reader in pairs.items():
+            norm, reader = model.get_submodule(norm), model.get_submodule(reader)
+            norm.weight[3] *= factor
+            norm.bias[3] *= factor
+            reader.weight[:, 3] /= factor
+    return model
+
+
+def quantized_error(model, images, equalized, **settings):
+    """Relative squared error of the feature maps."""
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = teacher(images)
+    if equalized:
+        psaq_mm.equalize(teacher, images, channel_limit=1.5, **settings)
+    student = psaq_mm.quantize(copy.deepcopy(teacher), **settings)
+    psaq_mm.calibrate(student, images)
+    student.eval()
+    with torch.no_grad():
+        return sum(float((a - b).square().sum() / a.square().sum())
+                   for a, b in zip(expected, student(images)))
+
+
+def test_wide_channels_do_no_harm():
+    """However the scale is shared between norms and weights: the same function quantizes
+    as well."""
+    images = torch.rand(4, 3, 64, 72, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    model = swin()
+    pairs = find_adapter(model).norm_readers(model)
+    assert len(pairs) == 2 * 4 + 1
+    wide = widen(copy.deepcopy(model), pairs)
+    plain, harmed = (quantized_error(m, images, False) for m in (model, wide))
+    assert harmed > 5 * plain
+    assert quantized_error(wide, images, True) < 1.5 * plain
+
+
+def test_equalize_leaves_what_it_computes(build_detector):
+    model = build_detector()
+    pairs = find_adapter(model).norm_readers(model)
+    widen(model, pairs)
+    modes, images = [m.training for m in model.modules()], torch.randn(3, 3, 64, 96)
+    with torch.no_grad():
+        expected = model.backbone(images)
+    assert psaq_mm.equalize(model, images, batch_size=2, channel_limit=1.5) is model
+    with torch.no_grad():
+        for found, value in zip(model.backbone(images), expected):
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+    for norm in pairs:
+        weight = model.get_submodule(norm).weight
+        assert weight[3] < 4 * weight.median(), norm
+    assert [m.training for m in model.modules()] == modes
+
+
+@pytest.mark.parametrize('settings', [
+    {}, dict(channel_limit=None), dict(channel_limit=1.5, placement=['weight', 'query']),
+    dict(channel_limit=1.5, exclude=['*.qkv', '*ffn*', '*.reduction'])])
+def test_equalize_does_nothing_where_inputs_stay_float(settings, images):
+    model = swin()
+    widen(model, find_adapter(model).norm_readers(model))
+    before = state_of(model)
+    psaq_mm.equalize(model, images, **settings)
+    assert_state(model, before)
+
+
+def test_what_equalize_refuses(model, images):
+    limit = dict(channel_limit=1.5)
+    teacher = swin()
+    before = state_of(teacher)
+    for change, message in (
+            (dict(images=images[:0]), 'equalization needs float images of shape .*N, C, H, W'),
+            (dict(model=model), 'the model is quantized already'),
+            (dict(channel_limit=0.5), 'quantization.channel_limit must be None or a number from 1 '
+                                      'on, got 0.5'),
+            (dict(channel_limit=True), 'channel_limit must be None or a number'),
+            (dict(images=images * float('nan')),
+             '^equalization failed: .*norm.*: values are not finite')):
+        with pytest.raises(UserError, match=message):
+            psaq_mm.equalize(**{**dict(model=teacher, images=images, **limit), **change})
+        assert_state(teacher, before)
+
+
 def weights(model):
     return {name: op.weight.detach().clone() for name, op in named_quant_ops(model)
             if op.weight_quantizer is not None}

@@ -307,7 +307,7 @@ def test_the_verbs_take_them():
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (('w5a5', ), "a base must be one of w3a3, w4a4, w4a8, w6a6, w8a8, got 'w5a5'"),
+    (('w5a5', ), "a base must be one of w3a3, w4a4, w4a4_segmentor, w4a8, w6a6, w8a8, got 'w5a5'"),
     (('w4a4', 'fats'), "preset must be one of default, evolve, fast, paper, got 'fats'"),
 ])
 def test_bad_names(arguments, message):

@@ -57,6 +57,10 @@ class Adapter:
     counterparts of the host's own modules live in the same file.
     """
 
+    norm_readers_of: ClassVar[Mapping[type, Mapping[str, str]]] = {}
+    """Class of a block to names within it: a LayerNorm's to that of the Linear that alone
+    reads its output."""
+
     layouts: ClassVar[Mapping[str, str]] = {}
     """Name of each layout of weights that :meth:`convert_state` recognises,
     to how its keys look."""
@@ -99,6 +103,21 @@ class Adapter:
                      predictor=self.is_predictor(model, name),
                      roi_head=self.follows_proposals(model, name))
         return tuple(kind for kind, holds in found.items() if holds)
+
+    def norm_readers(self, model: nn.Module) -> Dict[str, str]:
+        """Name of each LayerNorm of the backbone whose output one Linear alone reads,
+        to the name of that one."""
+        found = {}
+        for name, block in model.named_modules():
+            # A subclass may use its norms otherwise.
+            for norm, reader in self.norm_readers_of.get(type(block), {}).items():
+                parts = dict(block.named_modules())
+                if isinstance(parts.get(norm), nn.LayerNorm) \
+                        and parts[norm].elementwise_affine \
+                        and isinstance(parts.get(reader), nn.Linear):
+                    prefix = f'{name}.' if name else ''
+                    found[prefix + norm] = prefix + reader
+        return found
 
     def is_rgb(self, model: nn.Module) -> bool:
         """Whether the model sees RGB images; else BGR."""

@@ -1,12 +1,19 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """mmdet's Swin Transformer, alone or as the backbone of any model."""
 from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, SwinTransformer, WindowMSA
-from mmdet.models.layers import PatchEmbed
+from mmdet.models.layers import PatchEmbed, PatchMerging
 
 from psaq_mm.ops import register_op
 from psaq_mm.registry import ADAPTERS
 
-from .openmmlab_swin import OpenMMLabSwinAdapter, PatchEmbedOp, SwinBlockOp, WindowMSAOp
+from .openmmlab_swin import (
+    NORMS_OF_BLOCK,
+    NORMS_OF_MERGING,
+    OpenMMLabSwinAdapter,
+    PatchEmbedOp,
+    SwinBlockOp,
+    WindowMSAOp,
+)
 
 
 @register_op(WindowMSA)
@@ -31,3 +38,4 @@ class MMDetSwinAdapter(OpenMMLabSwinAdapter):
     backbone_class = SwinTransformer
     block_class = SwinBlock
     shift_window_class = ShiftWindowMSA
+    norm_readers_of = {SwinBlock: NORMS_OF_BLOCK, PatchMerging: NORMS_OF_MERGING}

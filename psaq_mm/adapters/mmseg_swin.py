@@ -1,12 +1,25 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """mmseg's Swin Transformer, alone or as the backbone of any model."""
-from mmseg.models.backbones.swin import ShiftWindowMSA, SwinBlock, SwinTransformer, WindowMSA
+from mmseg.models.backbones.swin import (
+    PatchMerging,
+    ShiftWindowMSA,
+    SwinBlock,
+    SwinTransformer,
+    WindowMSA,
+)
 from mmseg.models.utils import PatchEmbed
 
 from psaq_mm.ops import register_op
 from psaq_mm.registry import ADAPTERS
 
-from .openmmlab_swin import OpenMMLabSwinAdapter, PatchEmbedOp, SwinBlockOp, WindowMSAOp
+from .openmmlab_swin import (
+    NORMS_OF_BLOCK,
+    NORMS_OF_MERGING,
+    OpenMMLabSwinAdapter,
+    PatchEmbedOp,
+    SwinBlockOp,
+    WindowMSAOp,
+)
 
 
 @register_op(WindowMSA)
@@ -31,3 +44,4 @@ class MMSegSwinAdapter(OpenMMLabSwinAdapter):
     backbone_class = SwinTransformer
     block_class = SwinBlock
     shift_window_class = ShiftWindowMSA
+    norm_readers_of = {SwinBlock: NORMS_OF_BLOCK, PatchMerging: NORMS_OF_MERGING}

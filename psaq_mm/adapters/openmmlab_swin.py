@@ -125,6 +125,11 @@ def _fewer_proposals(model: nn.Module, count: int = 64) -> Iterator[None]:
         head.test_cfg = before
 
 
+NORMS_OF_BLOCK = {'norm1': 'attn.w_msa.qkv', 'norm2': 'ffn.layers.0.0'}
+NORMS_OF_MERGING = {'norm': 'reduction'}
+"""Names within both hosts' blocks, as of :attr:`Adapter.norm_readers_of`."""
+
+
 class OpenMMLabSwinAdapter(Adapter):
     """Models whose ``backbone`` is a Swin Transformer, or that alone.
 

@@ -17,6 +17,9 @@ from .tap_record import TapRecord
 PSAQ_MM = 'psaq_mm'
 TIMM = 'timm'
 
+NORMS_OF_BLOCK = {'norm1': 'attn.qkv', 'norm2': 'mlp.fc1'}
+"""Names within the blocks of both, as of :attr:`Adapter.norm_readers_of`."""
+
 
 @register_op(PatchEmbed)
 class QuantTimmPatchEmbed(QuantOp, PatchEmbed):

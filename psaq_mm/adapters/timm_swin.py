@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import (
+    PatchMerging,
     SwinTransformer,
     SwinTransformerBlock,
     WindowAttention,
@@ -19,7 +20,7 @@ from psaq_mm.registry import ADAPTERS
 
 from .adapter import AttentionRecorder
 from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
-from .timm_adapter import PSAQ_MM, TIMM, TimmAdapter
+from .timm_adapter import NORMS_OF_BLOCK, PSAQ_MM, TIMM, TimmAdapter
 
 SWIN_AUTHORS = 'Swin authors (classification)'
 
@@ -77,6 +78,8 @@ class TimmSwinAdapter(TimmAdapter):
 
     model_class = SwinTransformer
     block_prefix = 'layers.'
+    norm_readers_of = {SwinTransformerBlock: NORMS_OF_BLOCK,
+                       PatchMerging: {'norm': 'reduction'}}
     layouts = {PSAQ_MM: 'model.layers.0.blocks.0.attn.qkv.weight',
                TIMM: 'layers.0.blocks.0.attn.qkv.weight',
                SWIN_AUTHORS: 'layers.0.downsample.reduction.weight'}

@@ -13,7 +13,7 @@ from psaq_mm.registry import ADAPTERS
 
 from .adapter import AttentionRecorder
 from .quantized_attention import ROLES, attend
-from .timm_adapter import PSAQ_MM, TIMM, TimmAdapter
+from .timm_adapter import NORMS_OF_BLOCK, PSAQ_MM, TIMM, TimmAdapter
 
 DEIT_III_AUTHORS = 'DeiT III authors'
 
@@ -83,6 +83,7 @@ class TimmViTAdapter(TimmAdapter):
 
     model_class = VisionTransformer
     block_prefix = 'blocks.'
+    norm_readers_of = {Block: NORMS_OF_BLOCK}
     layouts = {PSAQ_MM: 'model.blocks.0.attn.qkv.weight',
                TIMM: 'blocks.0.attn.qkv.weight',  # DeiT's authors, too
                DEIT_III_AUTHORS: 'blocks.0.gamma_1'}

@@ -4,13 +4,14 @@ from psaq_mm.ops import unwrap
 
 from .calibration import calibrate, check_calibration, refit, scope_of
 from .checkpoints import load, save
+from .equalizing import equalize
 from .evolution import check_evolution, evolve, evolver
 from .quantizing import quantize
 from .rounding import round_weights
 from .synthesis import check_synthesis, synthesize, synthesizer
 
 __all__ = [
-    'calibrate', 'check_calibration', 'check_evolution', 'check_synthesis', 'evolve', 'evolver',
-    'load', 'quantize', 'refit', 'round_weights', 'save', 'scope_of', 'synthesize',
-    'synthesizer', 'unwrap'
+    'calibrate', 'check_calibration', 'check_evolution', 'check_synthesis', 'equalize',
+    'evolve', 'evolver', 'load', 'quantize', 'refit', 'round_weights', 'save', 'scope_of',
+    'synthesize', 'synthesizer', 'unwrap'
 ]

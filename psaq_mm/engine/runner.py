@@ -1,6 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The runner of a quantization: mmengine's, with phases of our own."""
-import copy
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,9 +258,7 @@ class PSAQRunner(Runner):
             nn.Module: The student, quantized and switched on.
         """
         self.adapter = find_adapter(self.model)
-        # The teacher stays float; the student is made of a copy of it.
-        self.teacher = self.model
-        self.model = copy.deepcopy(self.teacher)
+        self.teacher = self.model  # stays float; the student will be a copy of it
         for name in self.phases:
             LOOPS.build(dict(type=f'psaq_mm.{name}', runner=self)).run()
         if is_main_process():

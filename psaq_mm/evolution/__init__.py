@@ -2,6 +2,7 @@
 """Images and student, step by step. This room knows no host library."""
 from .calibration import calibrate_ranges
 from .discrepancy import discrepancy
+from .equalization import equalize_channels
 from .evolution_settings import EvolutionSettings
 from .evolver import Evolver
 from .final_ranges import as_many_pixels, carry_ranges_over
@@ -16,6 +17,6 @@ from .weight_rounding import ops_left_to_nearest, ops_to_round, round_by_gptq
 __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Evolver', 'Student', 'SynthesisSettings',
     'Synthesizer', 'as_many_pixels', 'calibrate_ranges', 'carry_ranges_over', 'discrepancy',
-    'learning_rate_factor', 'measure_sqnr', 'mosaic_count', 'mosaics',
+    'equalize_channels', 'learning_rate_factor', 'measure_sqnr', 'mosaic_count', 'mosaics',
     'ops_left_to_nearest', 'ops_to_round', 'round_by_gptq'
 ]

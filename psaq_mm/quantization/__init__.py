@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Numbers to integers and back. Pure torch: this room knows no model."""
+from .channel_width import excess_width
 from .fake_quantize import dequantize, fake_quantize, quantize_to_integers
 from .gptq import gptq_round, second_moments
 from .observers import MAEObserver, MinMaxObserver, MSEObserver, Observer, PercentileObserver
@@ -11,6 +12,6 @@ from .sqnr import sqnr_db
 
 __all__ = [
     'MAEObserver', 'MSEObserver', 'MinMaxObserver', 'Observer', 'PercentileObserver', 'QuantSpec',
-    'Quantizer', 'dequantize', 'fake_quantize', 'gptq_round', 'pack_integers',
+    'Quantizer', 'dequantize', 'excess_width', 'fake_quantize', 'gptq_round', 'pack_integers',
     'quantize_to_integers', 'scale_and_zero_point', 'second_moments', 'sqnr_db', 'unpack_integers'
 ]

@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Collection, Dict, Mapping, Optional, Sequence, Union
 
 from psaq_mm.errors import UserError
-from psaq_mm.sections import build_section, nearest
+from psaq_mm.sections import build_section, is_number, nearest
 
 from .placement import ROLES, resolve_placement
 from .spec import NEAREST, QuantSpec
@@ -56,6 +56,10 @@ class QuantizationSettings:
         overrides (dict): Wildcard, or ``@`` and one of :data:`KINDS`, to a
             dict with ``weight``, ``activation`` or role keys, applied last
             and in order. A wildcard must match a module, a kind need not.
+        channel_limit (float, optional): How many times the width of the median
+            channel a channel after a LayerNorm may have, at least 1; what is
+            beyond moves into weights, by :func:`psaq_mm.equalize`. None for no
+            limit. Defaults to None.
         learnable_ranges (bool): If True scales and zero points are
             parameters. Defaults to False.
     """
@@ -69,6 +73,7 @@ class QuantizationSettings:
     predictor_bits: Optional[int] = 8
     roles: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    channel_limit: Optional[float] = None
     learnable_ranges: bool = False
 
     def __post_init__(self) -> None:
@@ -79,6 +84,9 @@ class QuantizationSettings:
         if not isinstance(self.learnable_ranges, bool):
             raise UserError('learnable_ranges must be True or False, '
                             f'got {self.learnable_ranges!r}')
+        limit = self.channel_limit
+        if limit is not None and not (is_number(limit) and limit >= 1):
+            raise UserError(f'channel_limit must be None or a number from 1 on, got {limit!r}')
         self.placed_roles = resolve_placement(self.placement)
         for name, values in (('weight', self.weight), ('activation', self.activation),
                              ('roles', self.roles), ('overrides', self.overrides)):

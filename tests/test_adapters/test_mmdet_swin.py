@@ -517,6 +517,31 @@ def test_follows_proposals():
         assert not ADAPTER.follows_proposals(detector, name)
 
 
+def test_norm_readers():
+    model = Detector()
+    blocks = [f'backbone.stages.{i}.blocks.{j}' for i in (0, 1) for j in (0, 1)]
+    assert ADAPTER.norm_readers(model) == {
+        **{f'{name}.norm1': f'{name}.attn.w_msa.qkv' for name in blocks},
+        **{f'{name}.norm2': f'{name}.ffn.layers.0.0' for name in blocks},
+        'backbone.stages.0.downsample.norm': 'backbone.stages.0.downsample.reduction'}
+    assert 'stages.0.blocks.0.norm1' in ADAPTER.norm_readers(model.backbone)
+
+
+def test_norms_that_may_be_read_otherwise_are_left():
+    model = Detector()
+
+    class OtherBlock(SwinBlock):
+        """Some other use of its norms."""
+
+    model.backbone.stages[0].blocks[0].__class__ = OtherBlock
+    model.backbone.stages[0].blocks[1].norm1 = nn.Identity()
+    model.backbone.stages[1].blocks[0].norm2 = nn.LayerNorm(32, elementwise_affine=False)
+    model.backbone.stages[1].blocks[1].attn.w_msa.qkv = nn.Identity()
+    assert list(ADAPTER.norm_readers(model)) == [
+        'backbone.stages.0.blocks.1.norm2', 'backbone.stages.0.downsample.norm',
+        'backbone.stages.1.blocks.0.norm1', 'backbone.stages.1.blocks.1.norm2']
+
+
 def test_output_points_and_patch_embedding():
     detector = Detector()
     names = [name for name, _ in detector.named_modules()]

@@ -467,6 +467,12 @@ def test_names(build):
     assert [name for name, _ in model.named_modules() if ADAPTER.is_patch_embed(model, name)] == [
         prefix + 'patch_embed.proj']
     assert not ADAPTER.follows_proposals(model, prefix + 'layers.0')
+    readers = ADAPTER.norm_readers(model)
+    blocks = [name for name, m in model.named_modules() if isinstance(m, SwinTransformerBlock)]
+    assert blocks and readers == {
+        **{f'{name}.norm1': f'{name}.attn.qkv' for name in blocks},
+        **{f'{name}.norm2': f'{name}.mlp.fc1' for name in blocks},
+        prefix + 'layers.1.downsample.norm': prefix + 'layers.1.downsample.reduction'}
     assert ADAPTER.is_rgb(model)
 
 

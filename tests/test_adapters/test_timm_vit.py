@@ -419,6 +419,10 @@ def test_names(build):
     assert [name for name, _ in model.named_modules() if ADAPTER.is_patch_embed(model, name)] == [
         prefix + 'patch_embed.proj']
     assert not ADAPTER.is_output_point(model, prefix + 'attn_pool.mlp.fc2')
+    blocks = [f'{prefix}blocks.{i}' for i in range(2)]
+    assert ADAPTER.norm_readers(model) == {
+        **{f'{name}.norm1': f'{name}.attn.qkv' for name in blocks},
+        **{f'{name}.norm2': f'{name}.mlp.fc1' for name in blocks}}
     assert ADAPTER.is_rgb(model)
 
 

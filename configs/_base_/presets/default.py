@@ -5,6 +5,7 @@ quantization = dict(
     scope='backbone',  # or 'model': neck and heads too
     include=['*'],
     exclude=[],
+    channel_limit=1.5,  # after LayerNorm, of the median channel; the rest moves into weights
     patch_embed_bits=8,  # whatever the rest has; None: as the rest
     predictor_bits=8,  # of the last layers, such as fc_reg; the same
     weight=dict(

@@ -3,7 +3,7 @@
 # not give (docs/method.md). Naive ranges, no BatchNorm prior.
 _base_ = './default.py'
 quantization = dict(
-    placement='v1', patch_embed_bits=None, predictor_bits=None,
+    placement='v1', channel_limit=None, patch_embed_bits=None, predictor_bits=None,
     weight=dict(observer=dict(_delete_=True, type='MinMaxObserver'), rounding='nearest'),
     activation=dict(observer=dict(_delete_=True, type='MinMaxObserver'), margin=0.0),
     roles=dict(_delete_=True), overrides=dict(_delete_=True))
