@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_student import changed, network, quantized, ranges, run_taps, tensors
+from torch import nn
 
 from psaq_mm.engine.hooks import ResumeHook
 from psaq_mm.errors import UserError
@@ -17,6 +18,7 @@ from psaq_mm.evolution import (
     Student,
     SynthesisSettings,
     calibrate_ranges,
+    equalize_channels,
 )
 from psaq_mm.ops import apply_plan
 from psaq_mm.prior import TeacherRecord
@@ -76,6 +78,15 @@ def ranges_by_order():
     images = torch.stack([torch.full((3, 28, 28), i + 1.) for i in range(4)])
     calibrate_ranges(net, images, net)
     return ranges(net)
+
+
+def equalized():
+    """A norm and its reader, after the scale of wide channels has moved."""
+    torch.manual_seed(5)
+    net = nn.Sequential(nn.LayerNorm(9), nn.Linear(9, 2))
+    tokens = torch.randn(4, 60, 9) * torch.tensor([1., 30., 1., 1., 4., 1., 1., 9., 1.])
+    equalize_channels(net, {'0': '1'}, tokens, net, 1.5)
+    return net.state_dict()
 
 
 def resumed_apart(rank):
@@ -144,6 +155,7 @@ def one_of(rank, world, folder):
         game(**dict(ALONE, rounds=0, batch_size=3))  # nothing to split
         results['resumed'] = resumed_apart(rank)
         results['by order'] = ranges_by_order()
+        results['equalized'] = equalized()
         results['measured'], results['failed'] = measured_apart(), failed_apart()
         torch.save(results, f'{folder}/{rank}.pth')
     finally:
@@ -185,6 +197,14 @@ def test_two_learn_what_one_does(pair):
     means = [(a + b) / 2 for a, b in zip(*(results['alone']['losses'] for results in pair))]
     assert means == pytest.approx(single['losses'], rel=1e-4)
     assert torch.equal(double['generator'], single['generator'])
+
+
+def test_all_move_the_same_scale(pair):
+    """Each saw half of the images; one process alone sees all."""
+    alone = equalized()
+    assert (alone['0.weight'] < 1).sum() > 1
+    for results in pair:
+        assert not changed(alone, results['equalized'])
 
 
 def test_each_makes_its_part_of_the_images(pair):

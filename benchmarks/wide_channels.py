@@ -1,0 +1,93 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What channels after LayerNorms that are far wider than the rest cost, and ``channel_limit``.
+
+    python benchmarks/wide_channels.py --model upernet
+    python benchmarks/wide_channels.py --table         # what is measured so far
+
+The demo models are small, and their channels about equally wide; those of published
+models are not. So one channel in fifty after each LayerNorm, at least one, is made wider
+here: the norm's weight and bias of it are multiplied, and the weight of what reads it is
+divided by as much. The float model computes what it did. SQNR of the backbone's feature maps
+on real test images, the preset ``default`` with and without ``channel_limit``.
+"""
+import argparse
+import copy
+from pathlib import Path
+from typing import Dict
+
+import torch
+from experiment import MEASURED, ROOT, Recipe, Results, Subject, bits_of, cell, merged, quiet
+from torch import nn
+
+FACTORS = (1, 4, 16)
+SHARE = 0.02
+LIMITS = dict(without={'channel_limit': None}, default={})
+
+
+def widen(subject: Subject, factor: float) -> nn.Module:
+    """A copy of the float model that computes the same, with some channels wider."""
+    model = copy.deepcopy(subject.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for norm_name, reader_name in subject.adapter.norm_readers(model).items():
+            norm, reader = model.get_submodule(norm_name), model.get_submodule(reader_name)
+            order = torch.randperm(len(norm.get_parameter('weight')), generator=generator)
+            chosen = order[:max(1, round(SHARE * len(order)))]
+            for parameter in norm.parameters():
+                parameter[chosen] *= factor
+            reader.get_parameter('weight')[:, chosen] /= factor
+    return model
+
+
+class Wide(Subject):
+    """A subject whose students are made of a widened model; what is measured against is its
+    own."""
+
+    def wide_student(self, recipe: Recipe, seed: int, factor: float) -> nn.Module:
+        """A student of the widened model."""
+        own, wide = self.model, widen(self, factor)
+        self.synthetic(recipe.images, seed, recipe.synthesis)  # by the model's own, and kept
+        self.model = wide
+        try:
+            return self.student(recipe, seed)[0]
+        finally:
+            self.model = own
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--model', choices=('demo', 'upernet', 'bccd'), default='demo')
+    parser.add_argument('--settings', nargs='+', default=['w8a8', 'w4a8', 'w4a4'])
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
+    parser.add_argument('--measured', type=Path, default=MEASURED, metavar='DIR')
+    parser.add_argument('--table', action='store_true', help='measure nothing, print')
+    args = parser.parse_args()
+    quiet()
+    results = Results(args.measured / f'{args.model}_wide_channels.json')
+    subject = Wide(args.model, args.work_dir, 'default')
+
+    def recipe(limit: str, setting: str, scope: str) -> Recipe:
+        return subject.recipe('prior', merged(bits_of(setting, args.model), LIMITS[limit]))
+
+    print(f'{args.model}, seeds {args.seeds}: SQNR, mean (lowest to highest seed)\n')
+    print('| channels wider by | channel_limit | ' + ' | '.join(s.upper() for s in args.settings)
+          + ' |\n' + '|---' * (2 + len(args.settings)) + '|')
+    for factor in FACTORS:
+        def measure(limit: str, made: Recipe, seed: int, factor: float = factor) \
+                -> Dict[str, float]:
+            student = subject.wide_student(made, seed, factor)
+            return dict(sqnr=subject.sqnr(student))
+
+        for limit in LIMITS:
+            if not args.table:
+                results.fill([limit], args.settings, f'{factor}x', args.seeds, recipe, measure)
+            cells = [cell(results.over_seeds(args.seeds, recipe(limit, s, ''), limit, s,
+                                             f'{factor}x'), 'sqnr', len(args.seeds))
+                     for s in args.settings]
+            value = recipe(limit, args.settings[0], '').quantization['channel_limit']
+            print(f'| {factor} | {value} | {" | ".join(cells)} |', flush=True)
+
+
+if __name__ == '__main__':
+    main()
