@@ -434,6 +434,7 @@ def test_what_equalize_refuses(model, images):
             (dict(channel_limit=0.5), 'quantization.channel_limit must be None or a number from 1 '
                                       'on, got 0.5'),
             (dict(channel_limit=True), 'channel_limit must be None or a number'),
+            (dict(batch_size=0), 'calibration.batch_size must be'),
             (dict(images=images * float('nan')),
              '^equalization failed: .*norm.*: values are not finite')):
         with pytest.raises(UserError, match=message):

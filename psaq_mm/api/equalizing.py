@@ -6,7 +6,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.evolution import equalize_channels
+from psaq_mm.evolution import CalibrationSettings, equalize_channels
 from psaq_mm.ops import plan_quantization
 from psaq_mm.quantization.settings import QuantizationSettings
 
@@ -38,6 +38,7 @@ def equalize(model: nn.Module, images: Tensor, batch_size: int = 8, **settings: 
     chosen = QuantizationSettings.from_dict(settings)
     adapter = find_adapter(model)
     plan = plan_quantization(model, chosen, adapter)
+    CalibrationSettings.from_dict(dict(batch_size=batch_size))
     require_images(images, 'equalization')
     if chosen.channel_limit is None:
         return model
