@@ -330,20 +330,23 @@ class Subject:
         source = self.noise if number[1] == 'noise' else self.real_images
         return source(int(number[2]), seed)
 
-    def student(self, recipe: Recipe, seed: int) -> Tuple[nn.Module, float]:
+    def student(self, recipe: Recipe, seed: int,
+                model: Optional[nn.Module] = None) -> Tuple[nn.Module, float]:
         """A quantized copy of the model: calibrated, evolved, and with its last
         ranges and rounding at test size, as tools/quantize.py does it.
 
         Args:
             recipe (Recipe): How.
             seed (int): Of the images and of the game.
+            model (nn.Module, optional): One that computes the same as the float
+                model, to make the student of. Defaults to None: that itself.
 
         Returns:
             tuple: The student, and the seconds it took with its images.
         """
         images = self.images_of(recipe, seed)
         start = time.perf_counter()
-        teacher = copy.deepcopy(self.model)
+        teacher = copy.deepcopy(self.model if model is None else model)
         psaq_mm.equalize(teacher, images, **recipe.quantization)
         student = copy.deepcopy(teacher)
         psaq_mm.quantize(student, **recipe.quantization)

@@ -39,21 +39,6 @@ def widen(subject: Subject, factor: float) -> nn.Module:
     return model
 
 
-class Wide(Subject):
-    """A subject whose students are made of a widened model; what is measured against is its
-    own."""
-
-    def wide_student(self, recipe: Recipe, seed: int, factor: float) -> nn.Module:
-        """A student of the widened model."""
-        own, wide = self.model, widen(self, factor)
-        self.synthetic(recipe.images, seed, recipe.synthesis)  # by the model's own, and kept
-        self.model = wide
-        try:
-            return self.student(recipe, seed)[0]
-        finally:
-            self.model = own
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--model', choices=('demo', 'upernet', 'bccd'), default='demo')
@@ -65,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     results = Results(args.measured / f'{args.model}_wide_channels.json')
-    subject = Wide(args.model, args.work_dir, 'default')
+    subject = Subject(args.model, args.work_dir, 'default')
 
     def recipe(limit: str, setting: str, scope: str) -> Recipe:
         return subject.recipe('prior', merged(bits_of(setting, args.model), LIMITS[limit]))
@@ -76,7 +61,7 @@ def main() -> None:
     for factor in FACTORS:
         def measure(limit: str, made: Recipe, seed: int, factor: float = factor) \
                 -> Dict[str, float]:
-            student = subject.wide_student(made, seed, factor)
+            student, _ = subject.student(made, seed, widen(subject, factor))
             return dict(sqnr=subject.sqnr(student))
 
         for limit in LIMITS:
