@@ -3,11 +3,13 @@
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable, List, Optional
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.dist import is_distributed
 
 from psaq_mm.checkpoint import sha256_of_file
 from psaq_mm.errors import UserError
@@ -42,6 +44,8 @@ def run_tool(main: Callable[[], Any]) -> None:
     """
     try:
         main()
+        if is_distributed():
+            leave_group()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
@@ -51,6 +55,17 @@ def run_tool(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)
+
+
+def leave_group() -> None:
+    """Take the group of processes down, with no collective on its way.
+
+    A group that is still up as the interpreter ends can abort the process, by a thread of
+    gloo that runs on, and the exit status then says that work failed which is done.
+    """
+    # Such a thread may still hold a tensor that is Python's: torch 2.1 would wait for ever.
+    time.sleep(0.5)
+    torch.distributed.destroy_process_group()
 
 
 def choose_work_dir(given: Optional[str], config: Config) -> str:

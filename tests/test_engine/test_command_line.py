@@ -2,9 +2,10 @@
 """What the tools' shell makes of arguments, config and environment."""
 import pytest
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
 
-from psaq_mm.engine.command_line import choose_seed, require_launcher
+from psaq_mm.engine.command_line import choose_seed, require_launcher, run_tool
 from psaq_mm.errors import UserError
 
 
@@ -37,3 +38,14 @@ def test_a_gpu_for_each_process(rank, fits, monkeypatch):
         return
     with pytest.raises(UserError, match='more processes than the 2 GPUs here'):
         require_launcher('pytorch', 'auto')
+
+
+def test_the_group_is_taken_down_when_the_work_is_done(tmp_path):
+    def work():
+        dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meeting', rank=0,
+                                world_size=1)
+        dist.all_reduce(torch.ones(2))
+
+    run_tool(work)
+    assert not dist.is_initialized()
+    run_tool(lambda: None)  # one process, and no group
