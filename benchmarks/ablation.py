@@ -18,22 +18,20 @@ a run that was cut off goes on. ``--no-metrics`` measures the SQNR of feature ma
 images alone, in seconds instead of a minute.
 """
 import argparse
-from pathlib import Path
 from typing import Any, Dict, List
 
 from experiment import (
     HALF_STEPS,
-    MEASURED,
     METRICS,
     MIN_MAX,
-    MODELS,
     NEAREST,
     NO_PATCH_SIMILARITY,
-    ROOT,
     V1_FORM,
     Recipe,
     Results,
     Subject,
+    add_options,
+    add_test_options,
     bits_of,
     cell,
     measured_file,
@@ -149,19 +147,11 @@ def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recip
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     variants = [*EVOLUTION, *IMAGES, *QUANTIZER, *WITH_GAME]
-    parser.add_argument('--model', choices=sorted(MODELS), default='demo')
+    add_options(parser, ['w4a4', 'w3a3'])
+    add_test_options(parser)
     parser.add_argument('--variants', nargs='+', choices=variants,
                         default=[v for v in variants if not v.endswith('_in_8_bits')])
-    parser.add_argument('--settings', nargs='+', default=['w4a4', 'w3a3'])
-    parser.add_argument('--scope', choices=['backbone', 'model'], default='backbone')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--scenes', type=int, default=0, metavar='N',
-                        help='test a demo model on N scenes, not on the 120 of its config')
-    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
-    parser.add_argument('--measured', type=Path, default=MEASURED, metavar='DIR',
-                        help='where values are kept')
     parser.add_argument('--no-metrics', action='store_true', help='measure the SQNR alone')
-    parser.add_argument('--table', action='store_true', help='measure nothing, print')
     args = parser.parse_args()
     quiet()
     results = Results(measured_file(args.measured, args.model, args.scenes))

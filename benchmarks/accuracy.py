@@ -37,17 +37,16 @@ from typing import Callable, Dict, List, Optional
 
 from experiment import (
     HALF_STEPS,
-    MEASURED,
     METRICS,
     MIN_MAX,
-    MODELS,
     NO_PATCH_SIMILARITY,
     PLAIN,
-    ROOT,
     V1_FORM,
     Recipe,
     Results,
     Subject,
+    add_options,
+    add_test_options,
     bits_of,
     cell,
     measured_file,
@@ -185,18 +184,9 @@ def plot(title: str, float_model: Dict[str, float], found: Found, settings: List
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--model', choices=sorted(MODELS), default='demo')
-    parser.add_argument('--settings', nargs='+',
-                        default=['w8a8', 'w6a6', 'w4a8', 'w4a4', 'w3a3'])
+    add_options(parser, ['w8a8', 'w6a6', 'w4a8', 'w4a4', 'w3a3'])
+    add_test_options(parser)
     parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS))
-    parser.add_argument('--scope', choices=['backbone', 'model'], default='backbone')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--scenes', type=int, default=0, metavar='N',
-                        help='test a demo model on N scenes, not on the 120 of its config')
-    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
-    parser.add_argument('--measured', type=Path, default=MEASURED, metavar='DIR',
-                        help='where values are kept')
-    parser.add_argument('--table', action='store_true', help='measure nothing, print')
     parser.add_argument('--plot', type=Path, metavar='PNG',
                         help='draw accuracy against seconds there')
     args = parser.parse_args()

@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What the accuracy benchmarks share: a trained model, its images from all
 sources, students of all kinds, and what is measured on real test images."""
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -491,6 +492,24 @@ def cell(rows: List[Dict[str, float]], key: str, seeds: int = 0) -> str:
     if len(values) == 1:
         return f'{values[0]:.1f}{missing}'
     return f'{statistics.mean(values):.2f} ({min(values):.1f} to {max(values):.1f}{missing})'
+
+
+def add_options(parser: argparse.ArgumentParser, settings: List[str]) -> None:
+    """Of what is measured: which model, bits and seeds, and where it is kept."""
+    parser.add_argument('--model', choices=sorted(MODELS), default='demo')
+    parser.add_argument('--settings', nargs='+', default=settings)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
+    parser.add_argument('--measured', type=Path, default=MEASURED, metavar='DIR',
+                        help='where values are kept')
+    parser.add_argument('--table', action='store_true', help='measure nothing, print')
+
+
+def add_test_options(parser: argparse.ArgumentParser) -> None:
+    """Of what is quantized, and what it is tested on."""
+    parser.add_argument('--scope', choices=['backbone', 'model'], default='backbone')
+    parser.add_argument('--scenes', type=int, default=0, metavar='N',
+                        help='test a demo model on N scenes, not on the 120 of its config')
 
 
 def measured_file(folder: Path, model: str, scenes: int) -> Path:

@@ -12,11 +12,10 @@ on real test images, the preset ``default`` with and without ``channel_limit``.
 """
 import argparse
 import copy
-from pathlib import Path
 from typing import Dict
 
 import torch
-from experiment import MEASURED, ROOT, Recipe, Results, Subject, bits_of, cell, merged, quiet
+from experiment import Recipe, Results, Subject, add_options, bits_of, cell, merged, quiet
 from torch import nn
 
 FACTORS = (1, 4, 16)
@@ -41,12 +40,7 @@ def widen(subject: Subject, factor: float) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--model', choices=('demo', 'upernet', 'bccd'), default='demo')
-    parser.add_argument('--settings', nargs='+', default=['w8a8', 'w4a8', 'w4a4'])
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
-    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
-    parser.add_argument('--measured', type=Path, default=MEASURED, metavar='DIR')
-    parser.add_argument('--table', action='store_true', help='measure nothing, print')
+    add_options(parser, ['w8a8', 'w4a8', 'w4a4'])
     args = parser.parse_args()
     quiet()
     results = Results(args.measured / f'{args.model}_wide_channels.json')
