@@ -6,10 +6,12 @@ import os
 from contextlib import contextmanager
 
 import pytest
+import timm
 import torch
 from mmdet.models.backbones.swin import SwinTransformer
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmseg.models.backbones import SwinTransformer as MMSegSwin
 from torch import nn
 
 import psaq_mm
@@ -396,6 +398,28 @@ def test_wide_channels_do_no_harm():
     assert quantized_error(wide, images, True) < 1.5 * plain
 
 
+@pytest.mark.parametrize('build', [
+    lambda: MMSegSwin(pretrain_img_size=64, embed_dims=16, depths=(1, 2), num_heads=(1, 2),
+                      strides=(4, 2), out_indices=(0, 1)),
+    lambda: timm.create_model('swin_tiny_patch4_window7_224', img_size=64, embed_dim=16,
+                              depths=(1, 2), num_heads=(1, 2), window_size=4),
+    lambda: timm.create_model('deit_tiny_patch16_224', img_size=64, embed_dim=16, depth=2,
+                              num_heads=2)], ids=['mmseg', 'swin', 'deit'])
+def test_equalize_leaves_what_other_hosts_compute(build):
+    model, images = build(), torch.randn(2, 3, 64, 64)
+    model.eval()
+    adapter = find_adapter(model)
+    widen(model, adapter.norm_readers(model))
+    with torch.no_grad():
+        expected = adapter.forward_backbone(model, images)
+    before = state_of(model)
+    psaq_mm.equalize(model, images, channel_limit=1.5)
+    assert not all(torch.equal(a, b) for a, b in zip(before.values(), state_of(model).values()))
+    with torch.no_grad():
+        for found, value in zip(adapter.forward_backbone(model, images), expected):
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+
+
 def test_equalize_leaves_what_it_computes(build_detector):
     model = build_detector()
     pairs = find_adapter(model).norm_readers(model)
@@ -440,6 +464,11 @@ def test_what_equalize_refuses(model, images):
         with pytest.raises(UserError, match=message):
             psaq_mm.equalize(**{**dict(model=teacher, images=images, **limit), **change})
         assert_state(teacher, before)
+    broken = swin()
+    with torch.no_grad():
+        broken.stages[1].blocks[0].norm2.weight[3] = float('nan')
+    with pytest.raises(UserError, match=r'NaN or infinity in stages.1.blocks.0.norm2.weight'):
+        psaq_mm.equalize(broken, images, **limit)
 
 
 def weights(model):
@@ -499,6 +528,22 @@ def test_what_round_weights_refuses(model, images):
             psaq_mm.round_weights(**{**dict(model=model, images=images, teacher=teacher),
                                      **change})
     assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+
+
+def test_rounding_by_a_teacher_of_before_it_was_equalized(images):
+    """Its weights differ from the student's by more than what was learnt."""
+    settings = dict(weight=dict(bits=4, rounding='gptq'), channel_limit=1.5)
+    teacher = swin()
+    widen(teacher, find_adapter(teacher).norm_readers(teacher))
+    model = psaq_mm.equalize(copy.deepcopy(teacher), images, **settings)
+    equalized = copy.deepcopy(model)
+    psaq_mm.calibrate(psaq_mm.quantize(model, **settings), images)
+    before = weights(model)
+    with pytest.raises(UserError, match=r'norm.*\.weight differs; psaq_mm.equalize comes before'):
+        psaq_mm.round_weights(model, images, teacher=teacher)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+    psaq_mm.round_weights(model, images, teacher=equalized)
+    assert not any(torch.equal(weight, before[name]) for name, weight in weights(model).items())
 
 
 def test_rounding_of_what_is_not_finite(images):

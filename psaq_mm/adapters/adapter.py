@@ -2,6 +2,7 @@
 """What the rest of the project asks of a host library."""
 import importlib
 import itertools
+from collections import Counter
 from contextlib import contextmanager
 from typing import (
     Any,
@@ -106,7 +107,8 @@ class Adapter:
 
     def norm_readers(self, model: nn.Module) -> Dict[str, str]:
         """Name of each LayerNorm of the backbone whose output one Linear alone reads,
-        to the name of that one."""
+        to the name of that one. Neither has another name or shares its weight."""
+        uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         found = {}
         for name, block in model.named_modules():
             # A subclass may use its norms otherwise.
@@ -114,7 +116,9 @@ class Adapter:
                 parts = dict(block.named_modules())
                 if isinstance(parts.get(norm), nn.LayerNorm) \
                         and parts[norm].elementwise_affine \
-                        and isinstance(parts.get(reader), nn.Linear):
+                        and isinstance(parts.get(reader), nn.Linear) \
+                        and all(uses[id(p)] == 1 for part in (parts[norm], parts[reader])
+                                for p in part.parameters()):
                     prefix = f'{name}.' if name else ''
                     found[prefix + norm] = prefix + reader
         return found

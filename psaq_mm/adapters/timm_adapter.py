@@ -62,6 +62,11 @@ class TimmAdapter(Adapter):
     def backbone_name(self, model: nn.Module) -> str:
         return '' if isinstance(model, self.model_class) else 'model'
 
+    def norm_readers(self, model: nn.Module) -> Dict[str, str]:
+        # An attention with a gate reads its norm by that too.
+        return {norm: reader for norm, reader in super().norm_readers(model).items()
+                if getattr(model.get_submodule(reader.rpartition('.')[0]), 'gate', None) is None}
+
     def in_scope(self, model: nn.Module, name: str, scope: str) -> bool:
         if scope == 'model':
             return True

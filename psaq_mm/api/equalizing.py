@@ -1,11 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A float model that is easier to quantize, and computes the same."""
-from typing import Any
+from typing import Any, Tuple
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.adapter import module_device
+from psaq_mm.checkpoint import require_finite
 from psaq_mm.evolution import CalibrationSettings, equalize_channels
 from psaq_mm.ops import plan_quantization
 from psaq_mm.quantization.settings import QuantizationSettings
@@ -32,8 +34,8 @@ def equalize(model: nn.Module, images: Tensor, batch_size: int = 8, **settings: 
 
     Raises:
         UserError: If a setting is wrong, the model is quantized already or cannot be,
-            there are no images, or a norm gives values that are not finite; the model is
-            then unchanged.
+            there are no images, a weight or what a norm gives is not finite, or the model
+            computes something else afterwards; it is then unchanged.
     """
     chosen = QuantizationSettings.from_dict(settings)
     adapter = find_adapter(model)
@@ -44,9 +46,16 @@ def equalize(model: nn.Module, images: Tensor, batch_size: int = 8, **settings: 
         return model
     readers = {norm: reader for norm, reader in adapter.norm_readers(model).items()
                if 'input' in plan.get(reader, {})}
+    require_finite({f'{name}.weight': model.get_submodule(name).get_parameter('weight')
+                    for pair in readers.items() for name in pair}, 'the model')
     if readers:
-        with observing(model, 'equalization') as forward:
-            found = equalize_channels(model, readers, images, forward, chosen.channel_limit,
+        device = module_device(model)
+
+        def feature_maps(batch: Tensor) -> Tuple[Tensor, ...]:
+            return adapter.forward_backbone(model, batch.to(device))
+
+        with observing(model, 'equalization'):
+            found = equalize_channels(model, readers, images, feature_maps, chosen.channel_limit,
                                       batch_size)
         print_log(f'{sum(found.values())} channels of {sum(map(bool, found.values()))} LayerNorms '
                   f'were more than {chosen.channel_limit:g} times as wide as the median one: '

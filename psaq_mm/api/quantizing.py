@@ -22,6 +22,7 @@ def quantize(model: nn.Module, **settings: Any) -> nn.Module:
             Swin or ViT of timm, or the backbone alone.
         **settings: Of :class:`QuantizationSettings`: ``weight``,
             ``activation``, ``placement``, ``scope``, ``include``, ...
+            ``channel_limit`` is :func:`equalize`'s, which comes before.
 
     Returns:
         nn.Module: The same model.

@@ -1,7 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Weights of a student on their integers, by what its layers are given on images."""
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Optional, Set, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
@@ -66,8 +67,24 @@ def _require_float_model_of(student: nn.Module, teacher: nn.Module) -> None:
     if next(named_quant_ops(teacher), None) is not None:
         raise UserError('the teacher is quantized: pass the float model, which tells what learnt')
     weights = dict(teacher.named_parameters(remove_duplicate=False))
+    own = dict(student.named_parameters(remove_duplicate=False))
+    may_learn: Set[str] = set()
     for name, op in named_quant_ops(student):
+        if op.weight_quantizer is None:
+            continue
+        may_learn.update(f'{name}.{key}' for key, _ in op.named_parameters(recurse=False))
         weight = weights.get(f'{name}.weight')
-        if op.weight_quantizer is not None and (weight is None or weight.shape != op.weight.shape):
+        if weight is None or weight.shape != op.weight.shape:
             raise UserError('the teacher is not the float model of the student: it has no '
                             f'{name}.weight of shape {tuple(op.weight.shape)}')
+    for name, weight in weights.items():
+        # What cannot have learnt and differs is another model's, or of before
+        # psaq_mm.equalize, and then all that is quantized would be taken for learnt.
+        if name in own and name not in may_learn and not _alike(weight, own[name]):
+            raise UserError(f'the teacher is not the float model of the student: {name} differs; '
+                            'psaq_mm.equalize comes before the student is made of a copy of it')
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(
+        one.detach().float().cpu(), other.detach().float().cpu(), rtol=1e-3, atol=1e-6)

@@ -44,17 +44,21 @@ def run_tool(main: Callable[[], Any]) -> None:
     """
     try:
         main()
-        if is_distributed():
-            leave_group()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except FloatingPointError as error:
         print(f'error: {error}', file=sys.stderr)
-        sys.exit(1)
+        status = 1
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)
+    else:
+        status = 0
+    if is_distributed():
+        leave_group()
+    if status:
+        sys.exit(status)
 
 
 def leave_group() -> None:

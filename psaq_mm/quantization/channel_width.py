@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 STEPS = 16
-"""Factors are multiples of 1/16 [choice]: processes that sum in another order agree."""
+"""Factors are multiples of 1/16 [choice]: machines that sum in another order agree, but for
+values at the edge."""
 
 
 def excess_width(mean_square: Tensor, limit: float) -> Tensor:

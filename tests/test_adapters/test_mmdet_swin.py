@@ -542,6 +542,15 @@ def test_norms_that_may_be_read_otherwise_are_left():
         'backbone.stages.1.blocks.0.norm1', 'backbone.stages.1.blocks.1.norm2']
 
 
+def test_norms_that_are_shared_are_left():
+    model = Detector()
+    blocks = model.backbone.stages[0].blocks
+    blocks[1].norm1 = blocks[0].norm1
+    blocks[1].ffn.layers[0][0].weight = blocks[0].ffn.layers[0][0].weight
+    assert [name for name in ADAPTER.norm_readers(model) if 'stages.0' in name] == [
+        'backbone.stages.0.downsample.norm']
+
+
 def test_output_points_and_patch_embedding():
     detector = Detector()
     names = [name for name, _ in detector.named_modules()]

@@ -426,6 +426,13 @@ def test_names(build):
     assert ADAPTER.is_rgb(model)
 
 
+def test_norms_that_a_gate_reads_too_are_left():
+    model = vit()
+    model.blocks[0].attn = attention(gated=True)
+    assert list(ADAPTER.norm_readers(model)) == ['blocks.0.norm2', 'blocks.1.norm1',
+                                                 'blocks.1.norm2']
+
+
 def test_valid_range():
     for build in (vit, classifier):
         low, high = ADAPTER.valid_range(build('vit_tiny_patch16_224'))  # 0.5 and 0.5

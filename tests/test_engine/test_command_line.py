@@ -40,12 +40,22 @@ def test_a_gpu_for_each_process(rank, fits, monkeypatch):
         require_launcher('pytorch', 'auto')
 
 
-def test_the_group_is_taken_down_when_the_work_is_done(tmp_path):
+@pytest.mark.parametrize('error, status', [
+    (None, 0), (UserError('no such file'), 2), (FloatingPointError('a loss is nan'), 1)])
+def test_the_group_is_taken_down(error, status, tmp_path, capsys):
+    """Else a thread of it may abort the process, and with it the status."""
     def work():
         dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meeting', rank=0,
                                 world_size=1)
         dist.all_reduce(torch.ones(2))
+        if error is not None:
+            raise error
 
-    run_tool(work)
-    assert not dist.is_initialized()
+    found = 0
+    try:
+        run_tool(work)
+    except SystemExit as end:
+        found = end.code
+    assert found == status and not dist.is_initialized()
+    assert capsys.readouterr().err == ('' if error is None else f'error: {error}\n')
     run_tool(lambda: None)  # one process, and no group

@@ -99,6 +99,11 @@ def test_phases_and_hooks(trace, quantization_config, tmp_path):
     config.custom_hooks = [dict(type='psaq_mm.QuantizedCheckpointHook'),
                            dict(type='EMAHook'), dict(type='psaq_mm.TraceHook')]
     model = build_float_model(config)
+    block = model.backbone.stages[0].blocks[0]
+    with torch.no_grad():  # a channel far wider than the others, and the same function
+        block.norm1.weight[5] *= 16
+        block.norm1.bias[5] *= 16
+        block.attn.w_msa.qkv.weight[:, 5] /= 16
     image = torch.randn(1, 3, 100, 72)  # no multiples of 7 windows: zeros pad them
     with torch.no_grad():
         before = model.backbone(image)
@@ -116,6 +121,9 @@ def test_phases_and_hooks(trace, quantization_config, tmp_path):
     assert not any(type(hook).__name__ == 'EMAHook' for hook in runner.hooks)
     # The teacher stays float and computes what it did; the student is another model.
     assert not list(named_quant_ops(runner.teacher)) and list(named_quant_ops(student))
+    width = runner.teacher.backbone.stages[0].blocks[0].norm1.weight.abs()
+    assert width[5] < 4 * width.median()  # channel_limit has narrowed it
+    assert torch.equal(student.backbone.stages[0].blocks[0].norm1.weight.abs(), width)
     with torch.no_grad():
         for found, expected in zip(runner.teacher.backbone(image), before):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -41,9 +41,14 @@ def state_of(module):
 def test_scale_moves(block, images, batch_size):
     before, expected = state_of(block), block(images).detach()
     seen = []
-    found = equalize_channels(block, READERS, images,
-                              lambda batch: seen.append(len(block(batch))), 1.5, batch_size)
-    assert sum(seen) == 6 and max(seen) == min(batch_size, 6)
+
+    def forward(batch):
+        seen.append(len(batch))
+        return [block(batch)]
+
+    found = equalize_channels(block, READERS, images, forward, 1.5, batch_size)
+    assert sum(seen[:-2]) == 6 and max(seen) == min(batch_size, 6)
+    assert seen[-2:] == [1, 1]  # what it computes, before and after
     assert found == {'norm': 1}
     factor = before['norm.weight'] / block.norm.weight.detach()
     # About 24 times as wide as the median, and 1.5 times are left.
@@ -85,3 +90,12 @@ def test_what_is_not_finite(block, images):
         equalize_channels(block, READERS, images, block, 1.5)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
     assert not block.norm._forward_hooks
+
+
+def test_what_is_read_by_something_else_too(block, images):
+    """The scale cannot move then, and the model is left as it was."""
+    before = state_of(block)
+    with pytest.raises(ValueError, match='^feature maps changed by .* %.*channel_limit=None$'):
+        equalize_channels(block, READERS, images,
+                          lambda batch: [block(batch), block.norm(batch)[..., 1:2]], 1.5)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
