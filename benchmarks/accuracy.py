@@ -159,7 +159,7 @@ def plot(title: str, float_model: Dict[str, float], found: Found, settings: List
     matplotlib.use('Agg')
     from matplotlib import pyplot
     key, (name, factor) = next((k, v) for k, v in METRICS.items() if k in float_model)
-    figure, panels = pyplot.subplots(1, len(settings), figsize=(1 + 3.2 * len(settings), 3.6),
+    figure, panels = pyplot.subplots(1, len(settings), figsize=(2 + 3.2 * len(settings), 3.6),
                                      squeeze=False)
     for axes, setting in zip(panels[0], settings):
         axes.axhline(factor * float_model[key], color='black', linewidth=1, label='float')
@@ -176,7 +176,7 @@ def plot(title: str, float_model: Dict[str, float], found: Found, settings: List
         axes.set_title(f'{title}, {setting.upper()}', fontsize=10)
         axes.set_xlabel('seconds to quantize')
     panels[0][0].set_ylabel(name)
-    panels[0][-1].legend(fontsize=7)
+    panels[0][-1].legend(fontsize=8, loc='center left', bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
