@@ -70,7 +70,7 @@ def equalize_channels(model: nn.Module, readers: Dict[str, str], images: Tensor,
         expected = [value.clone() for value in forward(images[:1])]
         before = _move(model, readers, factors)
         found = forward(images[:1])
-        error = max(float((a - b).norm() / a.norm().clamp_min(1e-12))
+        error = max(float((a.float() - b).norm() / a.float().norm().clamp_min(1e-12))
                     for a, b in zip(expected, found))
         if error > max(TOLERANCE, torch.finfo(expected[0].dtype).eps ** 0.5):
             for parameter, value in before.items():
