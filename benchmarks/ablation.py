@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which rules of the game earn their cost: the preset ``evolve``, one change at a time.
 
-``game`` is that preset, without ``channel_limit`` as all that is here.
+``game`` is that preset, without ``channel_limit`` as all that is here but ``default``.
 
     python benchmarks/ablation.py                          # all variants, the demo detector
     python benchmarks/ablation.py --variants compete learn_ranges --settings w4a4
@@ -11,7 +11,8 @@
 Variants of the game and of the images play the game; those of the quantizer are the
 prior alone (compare with ``prior``), as ranges show best without a student that learns,
 but for ``..._and_game``. Where no weights learn, they are rounded to nearest, so that
-variants differ in what their names say alone; only ``gptq`` rounds them as the preset does.
+variants differ in what their names say alone; only ``gptq`` and ``default`` round them as the
+preset does, and ``default`` has its ``channel_limit`` too.
 
 Every value is kept in benchmarks/measured as soon as it is there, as those of ``accuracy.py``;
 a run that was cut off goes on. ``--no-metrics`` measures the SQNR of feature maps on real test
@@ -40,6 +41,8 @@ from experiment import (
     quiet,
     rules_of,
 )
+
+import psaq_mm
 
 EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     game=dict(),
@@ -91,6 +94,8 @@ LABELS = dict(prior_10_points='v1', no_patch_similarity='tv')
 """Variants whose images ``accuracy.py`` makes too; of the others, their name."""
 
 EIGHT = dict(weight=dict(bits=8), activation=dict(bits=8))
+AS_SHIPPED = dict(weight=dict(rounding='gptq'),
+                  channel_limit=psaq_mm.shipped('w4a4')['quantization']['channel_limit'])
 
 
 def softmax_range_by(observer: str) -> Dict[str, Any]:
@@ -120,8 +125,10 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
     roi_heads_in_8_bits=dict(overrides={'@roi_head': EIGHT}),
     roi_weights_in_8_bits=dict(overrides={'@roi_head': dict(weight=dict(bits=8))}),
     roi_inputs_in_8_bits=dict(overrides={'@roi_head': dict(activation=dict(bits=8))}),
-    gptq=dict(weight=dict(rounding='gptq')))
-"""Changes of the quantizer, without the game; only with the last are weights not rounded
+    gptq=dict(weight=dict(rounding='gptq')),
+    default=AS_SHIPPED,
+    default_but_roi_heads_in_8_bits=dict(AS_SHIPPED, overrides={'@roi_head': EIGHT}))
+"""Changes of the quantizer, without the game; only with the last three are weights not rounded
 to nearest."""
 
 WITH_GAME: Dict[str, Dict[str, Any]] = dict(
