@@ -39,6 +39,7 @@ from experiment import (
     merged,
     metrics_of,
     quiet,
+    roi_inputs_as_rest,
     rules_of,
 )
 
@@ -127,7 +128,9 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
     roi_inputs_in_8_bits=dict(overrides={'@roi_head': dict(activation=dict(bits=8))}),
     gptq=dict(weight=dict(rounding='gptq')),
     default=AS_SHIPPED,
-    default_but_roi_heads_in_8_bits=dict(AS_SHIPPED, overrides={'@roi_head': EIGHT}))
+    default_but_roi_inputs_as_rest=AS_SHIPPED,
+    default_but_roi_weights_in_8_bits=dict(
+        AS_SHIPPED, overrides={'@roi_head': dict(weight=dict(bits=8))}))
 """Changes of the quantizer, without the game; only with the last three are weights not rounded
 to nearest."""
 
@@ -145,7 +148,10 @@ def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recip
                       variant if variant in EVOLUTION else 'game']
     label = LABELS.get(variant, variant) if changes else 'prior'
     fixed_weights = rules.get('rounds') == 0 or rules.get('learn') == 'ranges'
+    as_shipped = variant.startswith('default') and not variant.endswith('as_rest')
     quantization = merged(bits_of(setting, subject.name), dict(scope=scope, channel_limit=None),
+                          roi_inputs_as_rest(setting)
+                          if scope == 'model' and not as_shipped else {},
                           NEAREST if fixed_weights else {},
                           {**QUANTIZER, **WITH_GAME}.get(variant, {}))
     return subject.recipe(label, quantization, merged(rules_of(setting), rules), changes)

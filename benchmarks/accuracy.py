@@ -53,6 +53,7 @@ from experiment import (
     merged,
     metrics_of,
     quiet,
+    roi_inputs_as_rest,
     rules_of,
 )
 
@@ -83,7 +84,8 @@ class Rows:
         quantization = merged(bits_of(setting, self.subject.name), dict(scope=scope))
         evolution: Dict = merged(rules_of(setting), NO_GAME)
         if row not in AS_SHIPPED:
-            quantization = merged(quantization, PLAIN)
+            quantization = merged(quantization, PLAIN,
+                                  roi_inputs_as_rest(setting) if scope == 'model' else {})
         if row == 'noise':
             return self.subject.recipe('noise8', quantization, evolution)
         if row.startswith('real'):

@@ -117,6 +117,8 @@ class Recipe(NamedTuple):
         rules = {k: v for k, v in self.evolution.items() if k != 'save_interval'}
         quantization = {k: v for k, v in self.quantization.items()
                         if k != 'channel_limit' or v is not None}
+        if quantization['scope'] == 'backbone' or roi_inputs_are_as_rest(quantization):
+            quantization['overrides'] = without_roi_width(quantization['overrides'])
         if not self.rounds_by_gptq:
             weight = {k: v for k, v in quantization['weight'].items() if k != 'rounding'}
             quantization = dict(quantization, weight=weight)
@@ -130,6 +132,21 @@ class Recipe(NamedTuple):
         learn = rules['rounds'] and rules['learn'] != 'ranges'
         all_learn = learn and (self.quantization['scope'] == 'backbone' or rules['taps']['rois'])
         return self.quantization['weight']['rounding'] == 'gptq' and not all_learn
+
+
+def roi_inputs_are_as_rest(quantization: Mapping[str, Any]) -> bool:
+    """Whether inputs of RoI heads have the width and room of other inputs."""
+    own = quantization['overrides'].get('@roi_head', {}).get('input', {})
+    return all(own.get(key, value) == value for key, value in quantization['activation'].items()
+               if key in ('bits', 'margin'))
+
+
+def without_roi_width(overrides: Mapping[str, Any]) -> Dict[str, Any]:
+    """``overrides`` that say nothing of the width and room of inputs of RoI heads."""
+    result = copy.deepcopy(dict(overrides))
+    for key in ('bits', 'margin'):
+        result.get('@roi_head', {}).get('input', {}).pop(key, None)
+    return result
 
 
 def fingerprint_of(values: Any) -> str:
@@ -396,6 +413,13 @@ def bits_of(setting: str, model: str = '') -> Dict[str, Any]:
     weight, activation = int(setting[1]), int(setting[3])
     return merged(base_of(setting, model)['quantization'],
                   dict(weight=dict(bits=weight), activation=dict(bits=activation)))
+
+
+def roi_inputs_as_rest(setting: str) -> Dict[str, Any]:
+    """Of ``quantization``: inputs of RoI heads without the width and room that the preset
+    gives them, as rows have them that compare images."""
+    changes = merged(psaq_mm.shipped('w8a8')['quantization'], bits_of(setting))['activation']
+    return dict(overrides={'@roi_head': dict(input={k: changes[k] for k in ('bits', 'margin')})})
 
 
 def rules_of(setting: str) -> Dict[str, Any]:

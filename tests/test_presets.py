@@ -69,10 +69,26 @@ def test_default(write):
         assert spec.observer['type'] == rule and spec.margin == 2
     assert sections.quantization.spec_for('x', 'input').observer['percentile'] == 0.999
     spec = sections.quantization.spec_for('x', 'input', ('roi_head', ))
-    assert spec.observer['percentile'] == 0.9995
+    assert spec.observer['percentile'] == 0.9995 and (spec.bits, spec.margin) == (8, 2)
     assert sections.quantization.spec_for('x', 'weight').rounding == 'gptq'
     assert sections.evolution.rounds == 0
     assert sections.synthesis.batches() == [8]
+
+
+@pytest.mark.parametrize('base', ['w4a4', 'w3a3', 'w4a8', 'w8a8'])
+def test_inputs_of_roi_heads_keep_bits_and_room(base, write):
+    """Whatever the rest has; weights do not, and a user can say otherwise."""
+    model = "model = dict(type='Anything')\n"
+    quantization = read(write(model, [BASES / f'{base}.py'])).quantization
+    spec = quantization.spec_for('roi_head.x', 'input', ('roi_head', ))
+    assert (spec.bits, spec.margin) == (8, 2)
+    assert quantization.spec_for('roi_head.x', 'weight', ('roi_head', )).bits == int(base[1])
+    assert quantization.spec_for('neck.x', 'input').bits == int(base[3])
+    quantization = read(write(
+        model + "quantization = dict(overrides={'@roi_head': dict(input=dict(bits=5, margin=0.0))})\n",
+        [BASES / f'{base}.py'])).quantization
+    spec = quantization.spec_for('roi_head.x', 'input', ('roi_head', ))
+    assert (spec.bits, spec.margin) == (5, 0) and spec.observer['percentile'] == 0.9995
 
 
 def changes(write, name):
