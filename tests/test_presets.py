@@ -84,9 +84,8 @@ def test_inputs_of_roi_heads_keep_bits_and_room(base, write):
     assert (spec.bits, spec.margin) == (8, 2)
     assert quantization.spec_for('roi_head.x', 'weight', ('roi_head', )).bits == int(base[1])
     assert quantization.spec_for('neck.x', 'input').bits == int(base[3])
-    quantization = read(write(
-        model + "quantization = dict(overrides={'@roi_head': dict(input=dict(bits=5, margin=0.0))})\n",
-        [BASES / f'{base}.py'])).quantization
+    mine = "quantization = dict(overrides={'@roi_head': dict(input=dict(bits=5, margin=0.))})\n"
+    quantization = read(write(model + mine, [BASES / f'{base}.py'])).quantization
     spec = quantization.spec_for('roi_head.x', 'input', ('roi_head', ))
     assert (spec.bits, spec.margin) == (5, 0) and spec.observer['percentile'] == 0.9995
 
