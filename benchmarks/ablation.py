@@ -148,13 +148,12 @@ def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recip
                       variant if variant in EVOLUTION else 'game']
     label = LABELS.get(variant, variant) if changes else 'prior'
     fixed_weights = rules.get('rounds') == 0 or rules.get('learn') == 'ranges'
-    as_shipped = variant.startswith('default') and not variant.endswith('as_rest')
     quantization = merged(bits_of(setting, subject.name), dict(scope=scope, channel_limit=None),
-                          roi_inputs_as_rest(setting)
-                          if scope == 'model' and not as_shipped else {},
                           NEAREST if fixed_weights else {},
                           {**QUANTIZER, **WITH_GAME}.get(variant, {}))
-    return subject.recipe(label, quantization, merged(rules_of(setting), rules), changes)
+    recipe = subject.recipe(label, quantization, merged(rules_of(setting), rules), changes)
+    as_shipped = variant in ('default', 'default_but_roi_weights_in_8_bits')
+    return recipe if as_shipped else roi_inputs_as_rest(recipe)
 
 
 def main() -> None:

@@ -81,11 +81,14 @@ class Rows:
 
     def recipe(self, row: str, setting: str, scope: str) -> Recipe:
         """How the student of a row is made."""
+        recipe = self._recipe(row, setting, scope)
+        return recipe if row in AS_SHIPPED else roi_inputs_as_rest(recipe)
+
+    def _recipe(self, row: str, setting: str, scope: str) -> Recipe:
         quantization = merged(bits_of(setting, self.subject.name), dict(scope=scope))
         evolution: Dict = merged(rules_of(setting), NO_GAME)
         if row not in AS_SHIPPED:
-            quantization = merged(quantization, PLAIN,
-                                  roi_inputs_as_rest(setting) if scope == 'model' else {})
+            quantization = merged(quantization, PLAIN)
         if row == 'noise':
             return self.subject.recipe('noise8', quantization, evolution)
         if row.startswith('real'):

@@ -149,6 +149,13 @@ def without_roi_width(overrides: Mapping[str, Any]) -> Dict[str, Any]:
     return result
 
 
+def roi_inputs_as_rest(recipe: Recipe) -> Recipe:
+    """Without the width and room that the preset gives inputs of RoI heads, as rows are that
+    compare images."""
+    overrides = without_roi_width(recipe.quantization['overrides'])
+    return recipe._replace(quantization=dict(recipe.quantization, overrides=overrides))
+
+
 def fingerprint_of(values: Any) -> str:
     """A short hash of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
@@ -413,13 +420,6 @@ def bits_of(setting: str, model: str = '') -> Dict[str, Any]:
     weight, activation = int(setting[1]), int(setting[3])
     return merged(base_of(setting, model)['quantization'],
                   dict(weight=dict(bits=weight), activation=dict(bits=activation)))
-
-
-def roi_inputs_as_rest(setting: str) -> Dict[str, Any]:
-    """Of ``quantization``: inputs of RoI heads without the width and room that the preset
-    gives them, as rows have them that compare images."""
-    changes = merged(psaq_mm.shipped('w8a8')['quantization'], bits_of(setting))['activation']
-    return dict(overrides={'@roi_head': dict(input={k: changes[k] for k in ('bits', 'margin')})})
 
 
 def rules_of(setting: str) -> Dict[str, Any]:
