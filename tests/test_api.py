@@ -546,6 +546,20 @@ def test_rounding_by_a_teacher_of_before_it_was_equalized(images):
     assert not any(torch.equal(weight, before[name]) for name, weight in weights(model).items())
 
 
+def test_rounding_of_a_layer_with_two_names(images):
+    """That it learnt is no sign of another teacher, by either name."""
+    teacher = swin()
+    teacher.stages[0].blocks[1] = teacher.stages[0].blocks[0]
+    model = psaq_mm.quantize(copy.deepcopy(teacher), weight=dict(bits=4, rounding='gptq'))
+    psaq_mm.calibrate(model, images)
+    with torch.no_grad():
+        model.stages[0].blocks[1].attn.w_msa.qkv.weight.mul_(0.9)
+    before = weights(model)
+    psaq_mm.round_weights(model, images, teacher=teacher)
+    assert [name for name, weight in weights(model).items()
+            if torch.equal(weight, before[name])] == ['stages.0.blocks.0.attn.w_msa.qkv']
+
+
 def test_rounding_of_what_is_not_finite(images):
     model = psaq_mm.quantize(swin(), weight=dict(bits=4, rounding='gptq'), placement='operands')
     psaq_mm.calibrate(model, images)

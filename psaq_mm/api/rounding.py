@@ -68,11 +68,11 @@ def _require_float_model_of(student: nn.Module, teacher: nn.Module) -> None:
         raise UserError('the teacher is quantized: pass the float model, which tells what learnt')
     weights = dict(teacher.named_parameters(remove_duplicate=False))
     own = dict(student.named_parameters(remove_duplicate=False))
-    may_learn: Set[str] = set()
+    may_learn: Set[int] = set()  # by identity: a layer may have two names
     for name, op in named_quant_ops(student):
         if op.weight_quantizer is None:
             continue
-        may_learn.update(f'{name}.{key}' for key, _ in op.named_parameters(recurse=False))
+        may_learn.update(map(id, op.parameters(recurse=False)))
         weight = weights.get(f'{name}.weight')
         if weight is None or weight.shape != op.weight.shape:
             raise UserError('the teacher is not the float model of the student: it has no '
@@ -80,7 +80,7 @@ def _require_float_model_of(student: nn.Module, teacher: nn.Module) -> None:
     for name, weight in weights.items():
         # What cannot have learnt and differs is another model's, or of before
         # psaq_mm.equalize, and then all that is quantized would be taken for learnt.
-        if name in own and name not in may_learn and not _alike(weight, own[name]):
+        if name in own and id(own[name]) not in may_learn and not _alike(weight, own[name]):
             raise UserError(f'the teacher is not the float model of the student: {name} differs; '
                             'psaq_mm.equalize comes before the student is made of a copy of it')
 
