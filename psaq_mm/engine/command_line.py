@@ -42,6 +42,7 @@ def run_tool(main: Callable[[], Any]) -> None:
     :class:`UserError`; 1 for a loss that is not finite; 130 for Ctrl-C. Any
     other exception is a bug and keeps its traceback.
     """
+    status = 0
     try:
         main()
     except UserError as error:
@@ -53,8 +54,6 @@ def run_tool(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)
-    else:
-        status = 0
     if is_distributed():
         leave_group()
     if status:

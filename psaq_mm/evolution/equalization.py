@@ -67,7 +67,7 @@ def equalize_channels(model: nn.Module, readers: Dict[str, str], images: Tensor,
             raise ValueError(f'{name}: values are not finite')
         factors[name] = excess_width(sums[norm] / counts[norm].clamp_min(1), limit)
     with torch.no_grad():
-        expected = [value.clone() for value in forward(images[:1])]
+        expected = forward(images[:1])
         before = _move(model, readers, factors)
         found = forward(images[:1])
         error = max(float((a.float() - b).norm() / a.float().norm().clamp_min(1e-12))
