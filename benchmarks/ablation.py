@@ -43,8 +43,6 @@ from experiment import (
     rules_of,
 )
 
-import psaq_mm
-
 EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     game=dict(),
     prior=dict(rounds=0),  # no game
@@ -95,8 +93,6 @@ LABELS = dict(prior_10_points='v1', no_patch_similarity='tv')
 """Variants whose images ``accuracy.py`` makes too; of the others, their name."""
 
 EIGHT = dict(weight=dict(bits=8), activation=dict(bits=8))
-AS_SHIPPED = dict(weight=dict(rounding='gptq'),
-                  channel_limit=psaq_mm.shipped('w4a4')['quantization']['channel_limit'])
 
 
 def softmax_range_by(observer: str) -> Dict[str, Any]:
@@ -127,10 +123,8 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
     roi_weights_in_8_bits=dict(overrides={'@roi_head': dict(weight=dict(bits=8))}),
     roi_inputs_in_8_bits=dict(overrides={'@roi_head': dict(activation=dict(bits=8))}),
     gptq=dict(weight=dict(rounding='gptq')),
-    default=AS_SHIPPED,
-    default_but_roi_inputs_as_rest=AS_SHIPPED,
-    default_but_roi_weights_in_8_bits=dict(
-        AS_SHIPPED, overrides={'@roi_head': dict(weight=dict(bits=8))}))
+    default={},
+    default_but_roi_inputs_as_rest={})
 """Changes of the quantizer, without the game; only with the last three are weights not rounded
 to nearest."""
 
@@ -148,12 +142,13 @@ def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recip
                       variant if variant in EVOLUTION else 'game']
     label = LABELS.get(variant, variant) if changes else 'prior'
     fixed_weights = rules.get('rounds') == 0 or rules.get('learn') == 'ranges'
-    quantization = merged(bits_of(setting, subject.name), dict(scope=scope, channel_limit=None),
-                          NEAREST if fixed_weights else {},
+    as_shipped = variant.startswith('default')
+    quantization = merged(bits_of(setting, subject.name), dict(scope=scope),
+                          {} if as_shipped else dict(channel_limit=None),
+                          NEAREST if fixed_weights and not as_shipped else {},
                           {**QUANTIZER, **WITH_GAME}.get(variant, {}))
     recipe = subject.recipe(label, quantization, merged(rules_of(setting), rules), changes)
-    as_shipped = variant in ('default', 'default_but_roi_weights_in_8_bits')
-    return recipe if as_shipped else roi_inputs_as_rest(recipe)
+    return recipe if variant == 'default' else roi_inputs_as_rest(recipe)
 
 
 def main() -> None:

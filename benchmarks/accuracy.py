@@ -40,7 +40,6 @@ from experiment import (
     METRICS,
     MIN_MAX,
     NO_PATCH_SIMILARITY,
-    PLAIN,
     V1_FORM,
     Recipe,
     Results,
@@ -52,8 +51,8 @@ from experiment import (
     measured_file,
     merged,
     metrics_of,
+    plain,
     quiet,
-    roi_inputs_as_rest,
     rules_of,
 )
 
@@ -82,13 +81,11 @@ class Rows:
     def recipe(self, row: str, setting: str, scope: str) -> Recipe:
         """How the student of a row is made."""
         recipe = self._recipe(row, setting, scope)
-        return recipe if row in AS_SHIPPED else roi_inputs_as_rest(recipe)
+        return recipe if row in AS_SHIPPED else plain(recipe)
 
     def _recipe(self, row: str, setting: str, scope: str) -> Recipe:
         quantization = merged(bits_of(setting, self.subject.name), dict(scope=scope))
         evolution: Dict = merged(rules_of(setting), NO_GAME)
-        if row not in AS_SHIPPED:
-            quantization = merged(quantization, PLAIN)
         if row == 'noise':
             return self.subject.recipe('noise8', quantization, evolution)
         if row.startswith('real'):

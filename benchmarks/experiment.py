@@ -74,9 +74,8 @@ MIN_MAX = dict(observer=dict(type='MinMaxObserver'))
 NEAREST = dict(weight=dict(rounding='nearest'))
 """Of ``quantization``: weights without GPTQ."""
 
-PLAIN = dict(NEAREST, channel_limit=None)
-"""Of ``quantization``: float weights as they are, and without GPTQ, as rows have them that
-compare images."""
+ROI_WIDTH = ('bits', 'margin')
+"""What the preset says of inputs of RoI heads beside their range rule."""
 
 NO_PATCH_SIMILARITY = dict(priors=dict(patch_similarity=None))
 """Of ``synthesis``: total variation alone. Its images have the label ``tv``."""
@@ -136,24 +135,30 @@ class Recipe(NamedTuple):
 
 def roi_inputs_are_as_rest(quantization: Mapping[str, Any]) -> bool:
     """Whether inputs of RoI heads have the width and room of other inputs."""
+    rest = quantization['activation']
     own = quantization['overrides'].get('@roi_head', {}).get('input', {})
-    return all(own.get(key, value) == value for key, value in quantization['activation'].items()
-               if key in ('bits', 'margin'))
+    return all(own[key] == rest.get(key) for key in ROI_WIDTH if key in own)
 
 
 def without_roi_width(overrides: Mapping[str, Any]) -> Dict[str, Any]:
     """``overrides`` that say nothing of the width and room of inputs of RoI heads."""
     result = copy.deepcopy(dict(overrides))
-    for key in ('bits', 'margin'):
+    for key in ROI_WIDTH:
         result.get('@roi_head', {}).get('input', {}).pop(key, None)
     return result
 
 
 def roi_inputs_as_rest(recipe: Recipe) -> Recipe:
-    """Without the width and room that the preset gives inputs of RoI heads, as rows are that
-    compare images."""
+    """Without the width and room that the preset gives inputs of RoI heads."""
     overrides = without_roi_width(recipe.quantization['overrides'])
     return recipe._replace(quantization=dict(recipe.quantization, overrides=overrides))
+
+
+def plain(recipe: Recipe) -> Recipe:
+    """As rows are that compare images: without that, float weights as they are, and without
+    GPTQ."""
+    quantization = merged(recipe.quantization, NEAREST, dict(channel_limit=None))
+    return roi_inputs_as_rest(recipe._replace(quantization=quantization))
 
 
 def fingerprint_of(values: Any) -> str:

@@ -21,7 +21,6 @@ from typing import Any, Dict, List, Sequence
 import torch
 from experiment import (
     METRICS,
-    PLAIN,
     ROOT,
     Recipe,
     Results,
@@ -29,6 +28,7 @@ from experiment import (
     bits_of,
     cell,
     merged,
+    plain,
     quiet,
 )
 from sample_step import sides_of
@@ -54,8 +54,8 @@ def accuracy(family: str, seeds: Sequence[int], settings: Sequence[str], scope: 
     names = [key for key in METRICS if key in float_model]
 
     def recipe(source: str, setting: str, scope: str) -> Recipe:
-        return subject.recipe('prior' if source == 'data-free' else 'real32',
-                              merged(bits_of(setting, subject.name), PLAIN, dict(scope=scope)))
+        return plain(subject.recipe('prior' if source == 'data-free' else 'real32',
+                                    merged(bits_of(setting, subject.name), dict(scope=scope))))
 
     def measure(source: str, made: Recipe, seed: int) -> Dict[str, float]:
         return subject.evaluate(subject.student(made, seed)[0])
