@@ -12,7 +12,7 @@ Variants of the game and of the images play the game; those of the quantizer are
 prior alone (compare with ``prior``), as ranges show best without a student that learns,
 but for ``..._and_game``. Where no weights learn, they are rounded to nearest, so that
 variants differ in what their names say alone; only ``gptq`` and ``default`` round them as the
-preset does, and ``default`` has its ``channel_limit`` too.
+preset does, and ``default`` has its ``channel_limit`` and its half of the prior's steps too.
 
 Every value is kept in benchmarks/measured as soon as it is there, as those of ``accuracy.py``;
 a run that was cut off goes on. ``--no-metrics`` measures the SQNR of feature maps on real test
@@ -22,11 +22,12 @@ import argparse
 from typing import Any, Dict, List
 
 from experiment import (
-    HALF_STEPS,
     METRICS,
     MIN_MAX,
     NEAREST,
     NO_PATCH_SIMILARITY,
+    STEPS,
+    STEPS_LABELS,
     V1_FORM,
     Recipe,
     Results,
@@ -83,13 +84,16 @@ IMAGES: Dict[str, Dict[str, Any]] = dict(
     prior_1024_bins=dict(priors=dict(patch_similarity=dict(
         type='PatchSimilarityPrior', weight=1.0, form='binned', bins=1024))),
     no_patch_similarity=NO_PATCH_SIMILARITY,
-    prior_half_steps=HALF_STEPS,
+    prior_half_steps=STEPS['default'],
+    default=STEPS['default'],
+    default_but_roi_inputs_as_rest=STEPS['default'],
     prior_double_steps=dict(steps=200),
     images_4=dict(num_images=4),
     images_16=dict(num_images=16))
-"""Changes of the images, with the game as it is."""
+"""Changes of the images; the first of them, with the game as it is."""
 
-LABELS = dict(prior_10_points='v1', no_patch_similarity='tv')
+LABELS = dict(prior_10_points='v1', no_patch_similarity='tv', default=STEPS_LABELS['default'],
+              default_but_roi_inputs_as_rest=STEPS_LABELS['default'])
 """Variants whose images ``accuracy.py`` makes too; of the others, their name."""
 
 EIGHT = dict(weight=dict(bits=8), activation=dict(bits=8))

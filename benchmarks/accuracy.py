@@ -7,7 +7,7 @@
     python benchmarks/accuracy.py --table                      # what is measured so far
     python benchmarks/accuracy.py --table --plot cost.png      # and accuracy against cost
 
-All rows but ``minmax`` and ``paper`` have the ranges of the preset ``default`` and differ
+All rows but ``minmax`` and ``paper`` have the range rules of the preset ``default`` and differ
 in the images that they are set on, in whether weights that do not learn are rounded by
 GPTQ (``real32-gptq`` and what follows it, but for ``paper``) or to nearest, and in what
 the student then learns:
@@ -17,15 +17,17 @@ the student then learns:
     real1      1 training image; real32: 32 of them ("Standard")
     minmax     8 images by the prior, min-max ranges without margin
     v1         8 images by V1's form of the prior (10 points)
-    prior      8 images by the prior
+    prior      8 images by the prior, in as many steps as ``evolve``
     real32-gptq, real32+
                as real32, with GPTQ; and with the student steps of ``evolve``
     paper      the preset ``paper``, with 8 images and 100 steps in a phase
                instead of 32 and 500, 5 sample steps in a round, and as many rounds
                and student steps as ``evolve``
-    fast       the preset ``fast``: half of the prior's steps, and GPTQ
-    default    the preset ``default``: as ``prior``, with GPTQ
-    evolve     the preset ``evolve``: the student learns from views of these images too
+    fast, default, double
+               8 images by the prior, GPTQ: the presets ``fast`` and ``default``, in a quarter
+               and a half of these steps, and as ``default`` on the images of ``prior``
+    evolve     the preset ``evolve``: as ``double``, and the student learns from views of these
+               images
 
 SQNR is that of the backbone's feature maps on real test images. Every value is
 kept in benchmarks/measured as soon as it is there, with a fingerprint of what it was
@@ -36,10 +38,11 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from experiment import (
-    HALF_STEPS,
     METRICS,
     MIN_MAX,
     NO_PATCH_SIMILARITY,
+    STEPS,
+    STEPS_LABELS,
     V1_FORM,
     Recipe,
     Results,
@@ -58,8 +61,8 @@ from experiment import (
 
 NO_GAME = dict(rounds=0)
 ROWS = ('noise', 'tv', 'real1', 'real32', 'minmax', 'v1', 'prior', 'real32-gptq', 'real32+',
-        'paper', 'fast', 'default', 'evolve')
-AS_SHIPPED = ('real32-gptq', 'real32+', 'fast', 'default', 'evolve')
+        'paper', 'fast', 'default', 'double', 'evolve')
+AS_SHIPPED = ('real32-gptq', 'real32+', 'fast', 'default', 'double', 'evolve')
 NAIVE = dict(activation=dict(margin=0.),
              roles=dict(input=MIN_MAX, attention=dict(MIN_MAX, margin=0.)))
 
@@ -105,8 +108,8 @@ class Rows:
             # The same images as those of v1: the prior does not depend on the quantizer.
             return self.paper.recipe('v1', merged(quantization, NAIVE), evolution,
                                      dict(V1_FORM, num_images=8, batch_size=8, steps=100))
-        if row == 'fast':
-            return self.subject.recipe('prior_half_steps', quantization, evolution, HALF_STEPS)
+        if row in STEPS:
+            return self.subject.recipe(STEPS_LABELS[row], quantization, evolution, STEPS[row])
         if row == 'minmax':
             quantization = merged(quantization, NAIVE)
         elif row == 'evolve':

@@ -84,8 +84,12 @@ V1_FORM = dict(priors=dict(patch_similarity=dict(
     type='PatchSimilarityPrior', weight=1.0, form='v1', points=10)))
 """Of ``synthesis``: V1's form of the prior. Its images have the label ``v1``."""
 
-HALF_STEPS = dict(steps=psaq_mm.shipped('w8a8', 'fast')['synthesis']['steps'])
-"""Of ``synthesis``: the preset ``fast``. Its images have the label ``prior_half_steps``."""
+STEPS = {preset: dict(steps=psaq_mm.shipped('w8a8', preset)['synthesis']['steps'])
+         for preset in ('default', 'fast')}
+"""Of ``synthesis``: half and a quarter of the steps of ``evolve``, whose images all else has."""
+
+STEPS_LABELS = dict(default='prior_half_steps', fast='prior_quarter_steps')
+"""Of these images."""
 
 MEASURED = ROOT / 'benchmarks' / 'measured'
 """Where values are kept, a file for each model."""

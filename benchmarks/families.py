@@ -5,9 +5,10 @@
     python benchmarks/families.py --families upernet    # one family's rows
 
 Accuracy: the small models of demo/, trained by demo/train.py, on the demo's
-validation scenes: float, then W8A8 and W4A8 with ranges from data-free images
-(the preset ``default`` but for GPTQ, one run for each seed) and, with the same quantizer,
-from 32 real training images (others for each seed). benchmarks/accuracy.py has more rows.
+validation scenes: float, then W8A8 and W4A8 with the ranges of the preset ``default``
+from data-free images (in as many steps as of ``evolve``, one run for each seed) and, with the
+same quantizer, from 32 real training images (others for each seed). benchmarks/accuracy.py
+has more rows.
 
 Cost: one step of the prior on one image, B=1, for each shipped config at full
 size with random weights, against a plain forward and backward pass of the same
@@ -49,13 +50,14 @@ def accuracy(family: str, seeds: Sequence[int], settings: Sequence[str], scope: 
              work_dir: Path) -> None:
     """Print the rows of a family."""
     results = Results(work_dir / f'families_{family}.json')
-    subject = Subject(FAMILIES[family], work_dir, 'default')
+    subject = Subject(FAMILIES[family], work_dir)
     float_model = results.float_model(subject)
     names = [key for key in METRICS if key in float_model]
 
     def recipe(source: str, setting: str, scope: str) -> Recipe:
         return plain(subject.recipe('prior' if source == 'data-free' else 'real32',
-                                    merged(bits_of(setting, subject.name), dict(scope=scope))))
+                                    merged(bits_of(setting, subject.name), dict(scope=scope)),
+                                    dict(rounds=0)))
 
     def measure(source: str, made: Recipe, seed: int) -> Dict[str, float]:
         return subject.evaluate(subject.student(made, seed)[0])

@@ -8,7 +8,8 @@ The demo models are small, and their channels about equally wide; those of publi
 models are not. So one channel in fifty after each LayerNorm, at least one, is made wider
 here: the norm's weight and bias of it are multiplied, and the weight of what reads it is
 divided by as much. The float model computes what it did. SQNR of the backbone's feature maps
-on real test images, the preset ``default`` with and without ``channel_limit``.
+on real test images, the preset ``default``, in as many steps of the prior as ``evolve``, with and
+without ``channel_limit``.
 """
 import argparse
 import copy
@@ -44,10 +45,11 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     results = Results(args.measured / f'{args.model}_wide_channels.json')
-    subject = Subject(args.model, args.work_dir, 'default')
+    subject = Subject(args.model, args.work_dir)
 
     def recipe(limit: str, setting: str, scope: str) -> Recipe:
-        return subject.recipe('prior', merged(bits_of(setting, args.model), LIMITS[limit]))
+        return subject.recipe('prior', merged(bits_of(setting, args.model), LIMITS[limit]),
+                              dict(rounds=0))
 
     print(f'{args.model}, seeds {args.seeds}: SQNR, mean (lowest to highest seed)\n')
     print('| channels wider by | channel_limit | ' + ' | '.join(s.upper() for s in args.settings)

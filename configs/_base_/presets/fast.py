@@ -1,3 +1,3 @@
 # As the default, in half the time: half of the prior's steps.
 _base_ = './default.py'
-synthesis = dict(steps=50)
+synthesis = dict(steps=25)
