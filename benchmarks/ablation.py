@@ -90,7 +90,7 @@ IMAGES: Dict[str, Dict[str, Any]] = dict(
     prior_double_steps=dict(steps=200),
     images_4=dict(num_images=4),
     images_16=dict(num_images=16))
-"""Changes of the images; the first of them, with the game as it is."""
+"""Changes of the images; with the game as it is, but for those that ``QUANTIZER`` names too."""
 
 LABELS = dict(prior_10_points='v1', no_patch_similarity='tv', default=STEPS_LABELS['default'],
               default_but_roi_inputs_as_rest=STEPS_LABELS['default'])
