@@ -1,7 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which rules of the game earn their cost: the preset ``evolve``, one change at a time.
 
-``game`` is that preset, without ``channel_limit`` as all that is here but ``default``.
+``game`` is that preset, without ``channel_limit`` and by twice the prior's steps, as all that
+is here but ``default``.
 
     python benchmarks/ablation.py                          # all variants, the demo detector
     python benchmarks/ablation.py --variants compete learn_ranges --settings w4a4

@@ -17,7 +17,7 @@ the student then learns:
     real1      1 training image; real32: 32 of them ("Standard")
     minmax     8 images by the prior, min-max ranges without margin
     v1         8 images by V1's form of the prior (10 points)
-    prior      8 images by the prior, in as many steps as ``evolve``
+    prior      8 images by the prior, 100 steps in each phase
     real32-gptq, real32+
                as real32, with GPTQ; and with the student steps of ``evolve``
     paper      the preset ``paper``, with 8 images and 100 steps in a phase
@@ -26,7 +26,7 @@ the student then learns:
     fast, default, double
                8 images by the prior, GPTQ: the presets ``fast`` and ``default``, in a quarter
                and a half of these steps, and as ``default`` on the images of ``prior``
-    evolve     the preset ``evolve``: as ``double``, and the student learns from views of these
+    evolve     the preset ``evolve``: as ``default``, and the student learns from views of these
                images
 
 SQNR is that of the backbone's feature maps on real test images. Every value is
@@ -109,11 +109,11 @@ class Rows:
             return self.paper.recipe('v1', merged(quantization, NAIVE), evolution,
                                      dict(V1_FORM, num_images=8, batch_size=8, steps=100))
         if row in STEPS:
+            if row == 'evolve':
+                evolution = rules_of(setting)
             return self.subject.recipe(STEPS_LABELS[row], quantization, evolution, STEPS[row])
         if row == 'minmax':
             quantization = merged(quantization, NAIVE)
-        elif row == 'evolve':
-            evolution = rules_of(setting)
         return self.subject.recipe('prior', quantization, evolution)
 
     def measure(self, row: str, recipe: Recipe, seed: int) -> Dict[str, float]:

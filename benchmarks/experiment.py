@@ -84,12 +84,16 @@ V1_FORM = dict(priors=dict(patch_similarity=dict(
     type='PatchSimilarityPrior', weight=1.0, form='v1', points=10)))
 """Of ``synthesis``: V1's form of the prior. Its images have the label ``v1``."""
 
-STEPS = {preset: dict(steps=psaq_mm.shipped('w8a8', preset)['synthesis']['steps'])
-         for preset in ('default', 'fast')}
-"""Of ``synthesis``: half and a quarter of the steps of ``evolve``, whose images all else has."""
+ALL_STEPS = 100
+"""In each phase, of the images that are compared. Presets take half of them, or less."""
 
-STEPS_LABELS = dict(default='prior_half_steps', fast='prior_quarter_steps')
-"""Of these images."""
+STEPS = {preset: dict(steps=psaq_mm.shipped('w8a8', preset)['synthesis']['steps'])
+         for preset in ('fast', 'default', 'evolve')}
+"""Of ``synthesis``, for each preset."""
+
+STEPS_LABELS = dict(fast='prior_quarter_steps', default='prior_half_steps',
+                    evolve='prior_half_steps')
+"""Of images in so many steps; of those in all steps ``prior``."""
 
 MEASURED = ROOT / 'benchmarks' / 'measured'
 """Where values are kept, a file for each model."""
@@ -176,7 +180,8 @@ class Subject:
     Args:
         name (str): In :data:`MODELS`.
         work_dir (Path): Where images are kept between runs.
-        preset (str): Preset of settings. Defaults to ``evolve``, which says all.
+        preset (str): Preset of settings, but for the steps of the prior. Defaults to
+            ``evolve``, which says all.
         scenes (int): Test scenes of a demo model; the first 120 are those of its
             config. Defaults to 0: that config's test set.
     """
@@ -192,7 +197,7 @@ class Subject:
         self.work_dir.mkdir(parents=True, exist_ok=True)
         config = self.work_dir / f'{name}_{preset}.py'
         config.write_text(f"_base_ = ['{file}', 'psaq_mm::_base_/w8a8.py']\n"
-                          f"preset = '{preset}'\n")
+                          f"preset = '{preset}'\nsynthesis = dict(steps={ALL_STEPS})\n")
         self.config = load_config(config)
         self.sections = read_sections(self.config)
         self.size = self.sections.synthesis.size

@@ -6,9 +6,9 @@
 
 Accuracy: the small models of demo/, trained by demo/train.py, on the demo's
 validation scenes: float, then W8A8 and W4A8 with the ranges of the preset ``default``
-from data-free images (in as many steps as of ``evolve``, one run for each seed) and, with the
-same quantizer, from 32 real training images (others for each seed). benchmarks/accuracy.py
-has more rows.
+from data-free images (100 steps in each phase, one run for each seed) and, with the same
+quantizer, from 32 real training images (others for each seed). benchmarks/accuracy.py has more
+rows.
 
 Cost: one step of the prior on one image, B=1, for each shipped config at full
 size with random weights, against a plain forward and backward pass of the same

@@ -8,7 +8,7 @@ The demo models are small, and their channels about equally wide; those of publi
 models are not. So one channel in fifty after each LayerNorm, at least one, is made wider
 here: the norm's weight and bias of it are multiplied, and the weight of what reads it is
 divided by as much. The float model computes what it did. SQNR of the backbone's feature maps
-on real test images, the preset ``default``, in as many steps of the prior as ``evolve``, with and
+on real test images, the preset ``default``, by 100 steps of the prior in each phase, with and
 without ``channel_limit``.
 """
 import argparse

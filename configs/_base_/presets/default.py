@@ -48,7 +48,7 @@ synthesis = dict(
     save_interval=50)
 
 evolution = dict(
-    rounds=0,  # no game: what it earns beyond GPTQ is a matter of the model; 5 in 'evolve'
+    rounds=0,  # no game: beyond GPTQ it earned no accuracy on our models; 5 in 'evolve'
     sample_steps=0,  # images that compete earned nothing that we could measure; try 5
     student_steps=20,
     batch_size=4,
