@@ -26,9 +26,9 @@ from experiment import (
     METRICS,
     MIN_MAX,
     NEAREST,
+    NO_GAME,
     NO_PATCH_SIMILARITY,
     STEPS,
-    STEPS_LABELS,
     V1_FORM,
     Recipe,
     Results,
@@ -47,7 +47,7 @@ from experiment import (
 
 EVOLUTION: Dict[str, Dict[str, Any]] = dict(
     game=dict(),
-    prior=dict(rounds=0),  # no game
+    prior=NO_GAME,
     # what it learns from
     no_views=dict(zoom=1., contrast=1.),
     zoom_alone=dict(contrast=1.),
@@ -86,15 +86,12 @@ IMAGES: Dict[str, Dict[str, Any]] = dict(
         type='PatchSimilarityPrior', weight=1.0, form='binned', bins=1024))),
     no_patch_similarity=NO_PATCH_SIMILARITY,
     prior_half_steps=STEPS['default'],
-    default=STEPS['default'],
-    default_but_roi_inputs_as_rest=STEPS['default'],
     prior_double_steps=dict(steps=200),
     images_4=dict(num_images=4),
     images_16=dict(num_images=16))
-"""Changes of the images; with the game as it is, but for those that ``QUANTIZER`` names too."""
+"""Changes of the images, with the game as it is."""
 
-LABELS = dict(prior_10_points='v1', no_patch_similarity='tv', default=STEPS_LABELS['default'],
-              default_but_roi_inputs_as_rest=STEPS_LABELS['default'])
+LABELS = dict(prior_10_points='v1', no_patch_similarity='tv')
 """Variants whose images ``accuracy.py`` makes too; of the others, their name."""
 
 EIGHT = dict(weight=dict(bits=8), activation=dict(bits=8))
@@ -127,10 +124,8 @@ QUANTIZER: Dict[str, Dict[str, Any]] = dict(
     roi_heads_in_8_bits=dict(overrides={'@roi_head': EIGHT}),
     roi_weights_in_8_bits=dict(overrides={'@roi_head': dict(weight=dict(bits=8))}),
     roi_inputs_in_8_bits=dict(overrides={'@roi_head': dict(activation=dict(bits=8))}),
-    gptq=dict(weight=dict(rounding='gptq')),
-    default={},
-    default_but_roi_inputs_as_rest={})
-"""Changes of the quantizer, without the game; only with the last three are weights not rounded
+    gptq=dict(weight=dict(rounding='gptq')))
+"""Changes of the quantizer, without the game; only with the last are weights not rounded
 to nearest."""
 
 WITH_GAME: Dict[str, Dict[str, Any]] = dict(
@@ -140,25 +135,30 @@ WITH_GAME: Dict[str, Dict[str, Any]] = dict(
 """Such changes with the game; what learns nothing in it is rounded to nearest."""
 
 
+AS_SHIPPED = ('default_but_roi_inputs_as_rest', 'default')
+"""Variants that differ from the preset ``default`` in what their names say alone."""
+
+
 def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recipe:
     """How a variant's student is made."""
+    if variant in AS_SHIPPED:
+        recipe = subject.shipped('default', setting, scope)
+        return recipe if variant == 'default' else roi_inputs_as_rest(recipe)
     changes = IMAGES.get(variant, {})
     rules = EVOLUTION['prior' if variant in QUANTIZER else
                       variant if variant in EVOLUTION else 'game']
     label = LABELS.get(variant, variant) if changes else 'prior'
     fixed_weights = rules.get('rounds') == 0 or rules.get('learn') == 'ranges'
-    as_shipped = variant.startswith('default')
-    quantization = merged(bits_of(setting, subject.name), dict(scope=scope),
-                          {} if as_shipped else dict(channel_limit=None),
-                          NEAREST if fixed_weights and not as_shipped else {},
+    quantization = merged(bits_of(setting, subject.name), dict(scope=scope, channel_limit=None),
+                          NEAREST if fixed_weights else {},
                           {**QUANTIZER, **WITH_GAME}.get(variant, {}))
-    recipe = subject.recipe(label, quantization, merged(rules_of(setting), rules), changes)
-    return recipe if variant == 'default' else roi_inputs_as_rest(recipe)
+    return roi_inputs_as_rest(
+        subject.recipe(label, quantization, merged(rules_of(setting), rules), changes))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    variants = [*EVOLUTION, *IMAGES, *QUANTIZER, *WITH_GAME]
+    variants = [*EVOLUTION, *IMAGES, *QUANTIZER, *WITH_GAME, *AS_SHIPPED]
     add_options(parser, ['w4a4', 'w3a3'])
     add_test_options(parser)
     parser.add_argument('--variants', nargs='+', choices=variants,

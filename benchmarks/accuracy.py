@@ -40,9 +40,9 @@ from typing import Callable, Dict, List, Optional
 from experiment import (
     METRICS,
     MIN_MAX,
+    NO_GAME,
     NO_PATCH_SIMILARITY,
     STEPS,
-    STEPS_LABELS,
     V1_FORM,
     Recipe,
     Results,
@@ -59,7 +59,6 @@ from experiment import (
     rules_of,
 )
 
-NO_GAME = dict(rounds=0)
 ROWS = ('noise', 'tv', 'real1', 'real32', 'minmax', 'v1', 'prior', 'real32-gptq', 'real32+',
         'paper', 'fast', 'default', 'double', 'evolve')
 AS_SHIPPED = ('real32-gptq', 'real32+', 'fast', 'default', 'double', 'evolve')
@@ -87,6 +86,8 @@ class Rows:
         return recipe if row in AS_SHIPPED else plain(recipe)
 
     def _recipe(self, row: str, setting: str, scope: str) -> Recipe:
+        if row in STEPS:
+            return self.subject.shipped(row, setting, scope)
         quantization = merged(bits_of(setting, self.subject.name), dict(scope=scope))
         evolution: Dict = merged(rules_of(setting), NO_GAME)
         if row == 'noise':
@@ -107,11 +108,7 @@ class Rows:
                 batch_size=rules.batch_size))
             # The same images as those of v1: the prior does not depend on the quantizer.
             return self.paper.recipe('v1', merged(quantization, NAIVE), evolution,
-                                     dict(V1_FORM, num_images=8, batch_size=8, steps=100))
-        if row in STEPS:
-            if row == 'evolve':
-                evolution = rules_of(setting)
-            return self.subject.recipe(STEPS_LABELS[row], quantization, evolution, STEPS[row])
+                                     dict(V1_FORM, num_images=8, batch_size=8))
         if row == 'minmax':
             quantization = merged(quantization, NAIVE)
         return self.subject.recipe('prior', quantization, evolution)

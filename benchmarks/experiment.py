@@ -74,6 +74,9 @@ MIN_MAX = dict(observer=dict(type='MinMaxObserver'))
 NEAREST = dict(weight=dict(rounding='nearest'))
 """Of ``quantization``: weights without GPTQ."""
 
+NO_GAME = dict(rounds=0)
+"""Of ``evolution``."""
+
 ROI_WIDTH = ('bits', 'margin')
 """What the preset says of inputs of RoI heads beside their range rule."""
 
@@ -351,7 +354,7 @@ class Subject:
         Args:
             images (str): As of :class:`Recipe`.
             quantization (Mapping): Changes of the section. Defaults to none.
-            evolution (Mapping): The same; ``rounds=0`` for no game.
+            evolution (Mapping): The same; :data:`NO_GAME` for none.
             synthesis (Mapping): The same.
         """
         sections = self.config.to_dict()
@@ -359,6 +362,18 @@ class Subject:
                        dict(image_size=self.size), synthesis)
         return Recipe(images, merged(sections['quantization'], quantization),
                       merged(sections['evolution'], evolution), prior)
+
+    def shipped(self, preset: str, setting: str, scope: str) -> Recipe:
+        """A preset as it is, with the steps that it takes.
+
+        Args:
+            preset (str): In :data:`STEPS`.
+            setting (str): Such as ``w4a8``.
+            scope (str): ``backbone`` or ``model``.
+        """
+        return self.recipe(
+            STEPS_LABELS[preset], merged(bits_of(setting, self.name), dict(scope=scope)),
+            merged(rules_of(setting), {} if preset == 'evolve' else NO_GAME), STEPS[preset])
 
     def images_of(self, recipe: Recipe, seed: int) -> Tensor:
         """What a student is calibrated on; ``seconds`` is the time it took."""

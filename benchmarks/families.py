@@ -22,6 +22,7 @@ from typing import Any, Dict, List, Sequence
 import torch
 from experiment import (
     METRICS,
+    NO_GAME,
     ROOT,
     Recipe,
     Results,
@@ -57,7 +58,7 @@ def accuracy(family: str, seeds: Sequence[int], settings: Sequence[str], scope: 
     def recipe(source: str, setting: str, scope: str) -> Recipe:
         return plain(subject.recipe('prior' if source == 'data-free' else 'real32',
                                     merged(bits_of(setting, subject.name), dict(scope=scope)),
-                                    dict(rounds=0)))
+                                    NO_GAME))
 
     def measure(source: str, made: Recipe, seed: int) -> Dict[str, float]:
         return subject.evaluate(subject.student(made, seed)[0])

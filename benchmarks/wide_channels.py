@@ -16,7 +16,17 @@ import copy
 from typing import Dict
 
 import torch
-from experiment import Recipe, Results, Subject, add_options, bits_of, cell, merged, quiet
+from experiment import (
+    NO_GAME,
+    Recipe,
+    Results,
+    Subject,
+    add_options,
+    bits_of,
+    cell,
+    merged,
+    quiet,
+)
 from torch import nn
 
 FACTORS = (1, 4, 16)
@@ -49,7 +59,7 @@ def main() -> None:
 
     def recipe(limit: str, setting: str, scope: str) -> Recipe:
         return subject.recipe('prior', merged(bits_of(setting, args.model), LIMITS[limit]),
-                              dict(rounds=0))
+                              NO_GAME)
 
     print(f'{args.model}, seeds {args.seeds}: SQNR, mean (lowest to highest seed)\n')
     print('| channels wider by | channel_limit | ' + ' | '.join(s.upper() for s in args.settings)
