@@ -99,7 +99,7 @@ class Adapter:
         return False
 
     def kinds(self, model: nn.Module, name: str) -> Tuple[str, ...]:
-        """What a module is, of ``psaq_mm.quantization.settings.KINDS``."""
+        """What a module is, of ``psaq_mm.recipe.quantization.KINDS``."""
         found = dict(patch_embed=self.is_patch_embed(model, name),
                      predictor=self.is_predictor(model, name),
                      roi_head=self.follows_proposals(model, name))

@@ -8,16 +8,12 @@ from torch import Tensor, nn
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import Adapter, module_device
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import (
-    CalibrationSettings,
-    as_many_pixels,
-    calibrate_ranges,
-    carry_ranges_over,
-    mosaics,
-)
+from psaq_mm.recipe import CalibrationSettings
+from psaq_mm.student import as_many_pixels, calibrate_ranges, carry_ranges_over
+from psaq_mm.synthesis import mosaics
 from psaq_mm.ops import named_quant_ops
 
-from .teacher import frozen
+from psaq_mm.synthesis.teacher import frozen
 
 
 def check_calibration(model: nn.Module, settings: CalibrationSettings) -> None:

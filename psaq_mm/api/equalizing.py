@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import module_device
 from psaq_mm.checkpoint import require_finite
-from psaq_mm.evolution import CalibrationSettings, equalize_channels
+from psaq_mm.recipe import CalibrationSettings
+from psaq_mm.student import equalize_channels
 from psaq_mm.ops import plan_quantization
-from psaq_mm.quantization.settings import QuantizationSettings
+from psaq_mm.recipe.quantization import QuantizationSettings
 
 from .calibration import observing, require_images
 

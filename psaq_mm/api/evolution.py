@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from psaq_mm.adapters import TapRecord, find_adapter
 from psaq_mm.adapters.adapter import module_device
-from psaq_mm.evolution import EvolutionSettings, Evolver, Student, SynthesisSettings
+from psaq_mm.evolution import Evolver, Student
+from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
 from psaq_mm.ops.plan import Plan
 
 from .calibration import require_calibrated
-from .teacher import float_teacher, frozen
+from psaq_mm.synthesis.teacher import float_teacher, frozen
 
 
 def check_evolution(model: nn.Module, settings: EvolutionSettings, plan: Plan) -> None:

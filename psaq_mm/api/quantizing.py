@@ -8,7 +8,7 @@ from torch import nn
 from psaq_mm.adapters import find_adapter
 from psaq_mm.checkpoint import require_finite
 from psaq_mm.ops import apply_plan, left_float, plan_quantization, unwrap
-from psaq_mm.quantization.settings import QuantizationSettings
+from psaq_mm.recipe.quantization import QuantizationSettings
 
 
 def quantize(model: nn.Module, **settings: Any) -> nn.Module:

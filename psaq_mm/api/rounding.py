@@ -6,13 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import (
-    CalibrationSettings,
-    as_many_pixels,
-    mosaics,
-    ops_to_round,
-    round_by_gptq,
-)
+from psaq_mm.recipe import CalibrationSettings
+from psaq_mm.student import as_many_pixels, ops_to_round, round_by_gptq
+from psaq_mm.synthesis import mosaics
 from psaq_mm.ops import named_quant_ops
 
 from .calibration import observing, require_calibrated, require_images

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import module_device
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import SynthesisSettings, Synthesizer
+from psaq_mm.recipe import SynthesisSettings
+from psaq_mm.synthesis import Synthesizer
 
-from .teacher import float_teacher, frozen
+from psaq_mm.synthesis.teacher import float_teacher, frozen
 
 
 def check_synthesis(model: nn.Module, settings: SynthesisSettings) -> None:

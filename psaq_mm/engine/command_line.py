@@ -13,7 +13,7 @@ from mmengine.dist import is_distributed
 
 from psaq_mm.checkpoint import sha256_of_file
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import EvolutionSettings, SynthesisSettings
+from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
 from psaq_mm.registry import DATASETS
 from psaq_mm.sections import is_integer
 

@@ -11,9 +11,9 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
 
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import CalibrationSettings, EvolutionSettings, SynthesisSettings
+from psaq_mm.recipe import CalibrationSettings, EvolutionSettings, SynthesisSettings
 from psaq_mm.presets import SECTIONS, apply_preset
-from psaq_mm.quantization.settings import QuantizationSettings
+from psaq_mm.recipe.quantization import QuantizationSettings
 from psaq_mm.sections import nearest
 
 OPTIONAL_KEYS = ('work_dir', 'log_level', 'default_scope', 'default_hooks', 'custom_hooks',

@@ -27,7 +27,7 @@ from psaq_mm.registry import HOOKS, LOOPS, RUNNERS
 
 from .config import SECTIONS, Sections, custom_hooks, read_sections
 from .hooks import PSAQHook
-from .test_size import test_size
+from psaq_mm.adapters.tested_size import test_size
 
 
 @RUNNERS.register_module()

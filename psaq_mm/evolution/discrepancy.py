@@ -108,10 +108,6 @@ LOSSES: Dict[str, Callable[..., Tensor]] = dict(
     softmax_kl=softmax_kl, confident_smooth_l1=confident_smooth_l1)
 """Name in a config -> distance of two taps."""
 
-LOSSES_OF_GROUP = dict(scores=('binary_kl', ), deltas=('confident_smooth_l1', ),
-                       logits=('softmax_kl', ))
-"""Group -> losses that it may have beside the relative ones."""
-
 
 def group_of(tap: str) -> str:
     """The group of a tap: what stands before the first dot."""

@@ -17,13 +17,13 @@ from psaq_mm.adapters import TapRecord
 from psaq_mm.prior import TeacherRecord
 
 from .adversary import bounded_factor
-from .evolution_settings import EvolutionSettings
-from .failing_together import failing_together
+from psaq_mm.recipe import EvolutionSettings
+from psaq_mm.processes import failing_together
 from .image_buffer import ImageBuffer
-from .pixel_descent import PixelDescent
-from .sample_step import augment, gradient_of, learning_rate_factor, prior_losses
-from .settings import SynthesisSettings
-from .student import Student
+from psaq_mm.synthesis.pixel_descent import PixelDescent
+from psaq_mm.synthesis.sample_step import augment, gradient_of, learning_rate_factor, prior_losses
+from psaq_mm.recipe import SynthesisSettings
+from .learner import Student
 from .views import random_blend, random_zoom
 
 Teacher = Callable[[Tensor], Tuple[TeacherRecord, TapRecord]]

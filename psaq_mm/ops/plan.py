@@ -7,7 +7,7 @@ from torch import nn
 
 from psaq_mm.errors import UserError
 from psaq_mm.quantization import QuantSpec
-from psaq_mm.quantization.settings import QuantizationSettings
+from psaq_mm.recipe.quantization import QuantizationSettings
 
 from .op import QuantOp, op_for
 

@@ -23,7 +23,7 @@ from psaq_mm.adapters.mmdet_swin import (
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, apply_plan, plan_quantization, set_quantization
 from psaq_mm.quantization import Quantizer, QuantSpec, sqnr_db
-from psaq_mm.quantization.settings import QuantizationSettings
+from psaq_mm.recipe.quantization import QuantizationSettings
 
 ADAPTER = MMDetSwinAdapter()
 OPERANDS = ('query', 'key', 'attention', 'value')

@@ -14,7 +14,7 @@ from psaq_mm.checkpoint.manifest import FORMAT_VERSION, plan_of_manifest
 from psaq_mm.errors import UserError
 from psaq_mm.ops import apply_plan, plan_quantization
 from psaq_mm.quantization import QuantSpec
-from psaq_mm.quantization.settings import QuantizationSettings
+from psaq_mm.recipe.quantization import QuantizationSettings
 
 
 def swin():

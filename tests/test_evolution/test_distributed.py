@@ -12,14 +12,9 @@ from torch import nn
 
 from psaq_mm.engine.hooks import ResumeHook
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import (
-    EvolutionSettings,
-    Evolver,
-    Student,
-    SynthesisSettings,
-    calibrate_ranges,
-    equalize_channels,
-)
+from psaq_mm.evolution import Evolver, Student
+from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
+from psaq_mm.student import calibrate_ranges, equalize_channels
 from psaq_mm.ops import apply_plan
 from psaq_mm.prior import TeacherRecord
 from psaq_mm.quantization import QuantSpec

@@ -13,15 +13,11 @@ import psaq_mm
 from psaq_mm import api
 from psaq_mm.adapters import TapRecord
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import (
-    EvolutionSettings,
-    Evolver,
-    Student,
-    SynthesisSettings,
-    learning_rate_factor,
-)
+from psaq_mm.evolution import Evolver, Student
+from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
+from psaq_mm.synthesis import learning_rate_factor
 from psaq_mm.evolution.image_buffer import ImageBuffer
-from psaq_mm.evolution.sample_step import augment, prior_losses
+from psaq_mm.synthesis.sample_step import augment, prior_losses
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.prior import AttentionRecord, TeacherRecord
 from psaq_mm.quantization import QuantSpec

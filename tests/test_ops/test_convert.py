@@ -19,7 +19,7 @@ from psaq_mm.ops import (
     unwrap,
 )
 from psaq_mm.quantization import Quantizer
-from psaq_mm.quantization.settings import QuantizationSettings
+from psaq_mm.recipe.quantization import QuantizationSettings
 
 PLACEMENTS = ['operands', 'v1', ['weight'], ['ffn_residual', 'attention', 'input']]
 

@@ -10,7 +10,7 @@ from psaq_mm.adapters.mmdet_swin import MMDetSwinAdapter
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, apply_plan, plan_quantization
 from psaq_mm.quantization import QuantSpec
-from psaq_mm.quantization.settings import QuantizationSettings
+from psaq_mm.recipe.quantization import QuantizationSettings
 
 BLOCKS = [f'stages.{stage}.blocks.{block}' for stage in (0, 1) for block in (0, 1)]
 LAYERS = [f'{block}.{layer}' for block in BLOCKS for layer in

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from psaq_mm.errors import UserError
 from psaq_mm.quantization import Quantizer, QuantSpec
-from psaq_mm.quantization.settings import QuantizationSettings
+from psaq_mm.recipe.quantization import QuantizationSettings
 
 
 def widened(spec, lower, upper):

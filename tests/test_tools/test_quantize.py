@@ -87,7 +87,7 @@ def assert_same_checkpoint(first, second):
 def test_resume_gives_the_same_bits(stop_at, finished_run, tmp_path, call_tool, monkeypatch,
                                     quantization_config, demo_checkpoint):
     """Interrupted in the first batch, at its end, and in the second."""
-    from psaq_mm.evolution import Synthesizer
+    from psaq_mm.synthesis import Synthesizer
     step = Synthesizer.step
 
     def interrupted(self):

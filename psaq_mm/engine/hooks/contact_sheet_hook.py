@@ -11,7 +11,8 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from psaq_mm.checkpoint import save_bytes
-from psaq_mm.evolution import Evolver, Synthesizer
+from psaq_mm.evolution import Evolver
+from psaq_mm.synthesis import Synthesizer
 from psaq_mm.registry import HOOKS
 
 from .psaq_hook import PSAQHook

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 from mmengine.dist import is_main_process
 from tqdm import tqdm
 
-from psaq_mm.evolution import Evolver, Synthesizer
+from psaq_mm.evolution import Evolver
+from psaq_mm.synthesis import Synthesizer
 from psaq_mm.registry import HOOKS
 
 from .psaq_hook import PSAQHook

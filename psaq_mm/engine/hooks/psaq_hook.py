@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any, Dict
 
 from mmengine.hooks import Hook
 
-from psaq_mm.evolution import Evolver, Synthesizer
+from psaq_mm.evolution import Evolver
+from psaq_mm.synthesis import Synthesizer
 
 if TYPE_CHECKING:
     from ..runner import PSAQRunner

@@ -7,7 +7,8 @@ from mmengine.dist import all_gather_object, get_rank
 
 from psaq_mm.checkpoint import load_checkpoint_file, save_torch
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import Evolver, Synthesizer
+from psaq_mm.evolution import Evolver
+from psaq_mm.synthesis import Synthesizer
 from psaq_mm.registry import HOOKS
 
 from .psaq_hook import PSAQHook

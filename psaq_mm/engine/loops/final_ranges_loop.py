@@ -3,7 +3,7 @@
 from torch import nn
 
 from psaq_mm import api
-from psaq_mm.evolution import mosaic_count
+from psaq_mm.synthesis import mosaic_count
 from psaq_mm.registry import LOOPS
 
 from .phase_loop import PhaseLoop

@@ -3,7 +3,8 @@
 from torch import nn
 
 from psaq_mm import api
-from psaq_mm.evolution import mosaic_count, ops_left_to_nearest, ops_to_round
+from psaq_mm.student import ops_left_to_nearest, ops_to_round
+from psaq_mm.synthesis import mosaic_count
 from psaq_mm.registry import LOOPS
 
 from .phase_loop import PhaseLoop

@@ -7,7 +7,7 @@ from mmengine.dist import all_gather_object
 from torch import Tensor
 
 from psaq_mm import api
-from psaq_mm.evolution import SynthesisSettings
+from psaq_mm.recipe import SynthesisSettings
 from psaq_mm.registry import LOOPS
 
 from .phase_loop import PhaseLoop

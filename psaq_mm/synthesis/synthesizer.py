@@ -9,7 +9,7 @@ from psaq_mm.prior import TeacherRecord
 
 from .pixel_descent import PixelDescent
 from .sample_step import augment, gradient_of, learning_rate_factor, prior_losses
-from .settings import SynthesisSettings
+from psaq_mm.recipe import SynthesisSettings
 
 
 class Synthesizer:

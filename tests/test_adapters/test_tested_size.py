@@ -5,7 +5,7 @@ from conftest import DEMO, ROOT
 from mmengine.config import Config
 
 from psaq_mm.engine import load_config
-from psaq_mm.engine.test_size import test_size as size_of  # pytest collects what is called test_
+from psaq_mm.adapters.tested_size import test_size as size_of  # pytest collects what is called test_
 
 
 def config(*pipeline, preprocessor=None, **wrappers):

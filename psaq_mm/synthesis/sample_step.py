@@ -8,7 +8,7 @@ from torch import Tensor
 
 from psaq_mm.prior import PriorState, PriorTerm, TeacherRecord, random_flip, random_roll
 
-from .settings import SynthesisSettings
+from psaq_mm.recipe import SynthesisSettings
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from psaq_mm.evolution import equalize_channels
+from psaq_mm.student import equalize_channels
 
 READERS = {'norm': 'fc'}
 

@@ -5,7 +5,7 @@ import pytest
 from psaq_mm.errors import UserError
 from psaq_mm.quantization import QuantSpec
 from psaq_mm.quantization.placement import PLACEMENTS, ROLES, resolve_placement
-from psaq_mm.quantization.settings import QuantizationSettings
+from psaq_mm.recipe.quantization import QuantizationSettings
 
 
 def settings(**values):

@@ -11,8 +11,9 @@ from torch import nn
 
 import psaq_mm
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import calibrate_ranges, carry_ranges_over, mosaics
-from psaq_mm.evolution.final_ranges import activation_ranges, carry_over
+from psaq_mm.student import calibrate_ranges, carry_ranges_over
+from psaq_mm.synthesis import mosaics
+from psaq_mm.student.final_ranges import activation_ranges, carry_over
 from psaq_mm.ops import apply_plan, named_quant_ops, quantization_enabled
 from psaq_mm.quantization import QuantSpec
 

@@ -13,8 +13,8 @@ from psaq_mm.ops import QuantOp, named_quant_ops
 from psaq_mm.quantization import Quantizer
 
 from .discrepancy import discrepancy
-from .evolution_settings import EvolutionSettings
-from .failing_together import failing_together
+from psaq_mm.recipe import EvolutionSettings
+from psaq_mm.processes import failing_together
 from .range_learner import RangeLearner
 
 Forward = Callable[[Tensor, Optional[List[Tensor]]], TapRecord]

@@ -3,8 +3,8 @@ import pytest
 from mmengine.config import Config
 
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import CalibrationSettings, EvolutionSettings
-from psaq_mm.evolution.evolution_settings import TAP_GROUPS
+from psaq_mm.recipe import CalibrationSettings, EvolutionSettings
+from psaq_mm.recipe.evolution import TAP_GROUPS
 
 NOT_INTEGERS = [-1, 1.5, '8', None, True, [8]]
 NAN, INFINITY = float('nan'), float('inf')

@@ -3,7 +3,7 @@ import pytest
 from mmengine.config import Config
 
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import CalibrationSettings, SynthesisSettings
+from psaq_mm.recipe import CalibrationSettings, SynthesisSettings
 from psaq_mm.prior import PatchSimilarityPrior, TotalVariationPrior
 
 NOT_COUNTS = [0, -1, 1.5, '8', None, True, [8]]

@@ -7,8 +7,8 @@ from typing import Any, Collection, Dict, Mapping, Optional, Sequence, Union
 from psaq_mm.errors import UserError
 from psaq_mm.sections import build_section, is_number, nearest
 
-from .placement import ROLES, resolve_placement
-from .spec import NEAREST, QuantSpec
+from psaq_mm.quantization.placement import ROLES, resolve_placement
+from psaq_mm.quantization.spec import NEAREST, QuantSpec
 
 SCOPES = ('backbone', 'model')
 

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from psaq_mm.evolution import SynthesisSettings, Synthesizer, learning_rate_factor
+from psaq_mm.recipe import SynthesisSettings
+from psaq_mm.synthesis import Synthesizer, learning_rate_factor
 from psaq_mm.prior import AttentionRecord, TeacherRecord
 
 LOWER = torch.tensor([-2., -1., 0.]).view(1, 3, 1, 1)

@@ -6,10 +6,17 @@ from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 from psaq_mm.errors import UserError
 from psaq_mm.sections import build_section, is_integer, nearest
 
-from .discrepancy import LOSSES_OF_GROUP
-from .settings import check_number, check_positive_int
+from .synthesis import check_number, check_positive_int
 
 TAP_GROUPS = ('backbone', 'neck', 'scores', 'deltas', 'rois', 'logits')
+LOSSES_OF_GROUP = dict(scores=('binary_kl', ), deltas=('confident_smooth_l1', ),
+                       logits=('softmax_kl', ))
+"""Group -> losses that it may have beside the relative ones."""
+
+LOSSES_OF_GROUP = dict(scores=('binary_kl', ), deltas=('confident_smooth_l1', ),
+                       logits=('softmax_kl', ))
+"""Group -> losses that it may have beside the relative ones."""
+
 LEARN = ('ranges', 'weights', 'both')
 
 

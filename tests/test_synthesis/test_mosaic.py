@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psaq_mm.evolution import mosaic_count, mosaics
+from psaq_mm.synthesis import mosaic_count, mosaics
 
 
 def plain(count, height=4, width=4, channels=1):

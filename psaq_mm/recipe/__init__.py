@@ -1,0 +1,7 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What is to be done: typed settings, and the shipped ones by name."""
+from .evolution import EvolutionSettings
+from .quantization import QuantizationSettings
+from .synthesis import CalibrationSettings, SynthesisSettings
+
+__all__ = ['CalibrationSettings', 'EvolutionSettings', 'QuantizationSettings', 'SynthesisSettings']

@@ -1,0 +1,7 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Images from a float model alone."""
+from .mosaic import mosaic_count, mosaics
+from .sample_step import learning_rate_factor
+from .synthesizer import Synthesizer
+
+__all__ = ['Synthesizer', 'learning_rate_factor', 'mosaic_count', 'mosaics']
