@@ -12,6 +12,8 @@
     psaq_mm.save(student, 'quantized.pth')
     psaq_mm.load(float_model, 'quantized.pth')
 """
+from typing import TYPE_CHECKING, Any
+
 from .api import (
     calibrate,
     equalize,
@@ -28,7 +30,19 @@ from .errors import UserError
 from .presets import shipped
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .engine import init_model
+
 __all__ = [
-    'UserError', '__version__', 'calibrate', 'equalize', 'evolve', 'load', 'quantize', 'refit',
+    'UserError', '__version__', 'calibrate', 'equalize', 'evolve', 'init_model',
+    'load', 'quantize', 'refit',
     'round_weights', 'save', 'shipped', 'synthesize', 'unwrap'
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``init_model`` when it is asked for: it imports the runner, which the rest needs not."""
+    if name == 'init_model':
+        from .engine import init_model
+        return init_model
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
