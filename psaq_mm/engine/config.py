@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """OpenMMLab configs, with our sections filled in from a preset and checked."""
 import difflib
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
     """Read a config file; ``psaq_mm::`` and ``mmseg::`` bases resolve.
 
     Args:
-        path (str or Path): The config file.
+        path (str or Path): The config file, or the name of one that a package ships, such as
+            ``psaq_mm::mask_rcnn_swin_t_w8a8.py``.
         options (dict, optional): Dotted keys to values, as from
             ``--cfg-options``. Defaults to None.
 
@@ -50,10 +52,11 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
     Raises:
         UserError: If a file is missing or cannot be parsed.
     """
-    if Path(path).suffix in ('.pth', '.pt', '.safetensors'):
+    path = _locate(path)
+    if path.suffix in ('.pth', '.pt', '.safetensors'):
         raise UserError(f'config {path} looks like a checkpoint; the config comes first, then '
                         'the checkpoint')
-    if not Path(path).is_file():
+    if not path.is_file():
         raise UserError(f'config {path} does not exist; expected a Python config file such as '
                         'configs/mask_rcnn_swin_t_w8a8.py')
     try:
@@ -68,6 +71,10 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
         reason = ' '.join(str(error).split())[:500]
         if '.mim' in reason:
             reason += '. Is psaq_mm installed? Run make, or pip install it.'
+        if 'Duplicate key is not allowed among bases' in reason:
+            reason += ('. A config that sets one of them itself cannot have our base: inherit '
+                       "that one alone, and write preset = 'default' and quantization = "
+                       'dict(weight=dict(bits=8), activation=dict(bits=8)) (docs/configuration.md)')
         raise UserError(f'config {path} cannot be read ({type(error).__name__}): {reason}') \
             from error
     if config.get('model') is None:
@@ -78,6 +85,17 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
     if not isinstance(logging.getLevelName(level), int) and not isinstance(level, int):
         raise UserError(f'log_level must be one of DEBUG, INFO, WARNING, ERROR, got {level!r}')
     return config
+
+
+def _locate(path: Union[str, Path]) -> Path:
+    """The file of a config, which a package may ship as ``package::name``."""
+    package, _, name = str(path).partition('::')
+    if not name:
+        return Path(path)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f'config {path}: no package {package!r} is installed')
+    return Path(spec.submodule_search_locations[0]) / '.mim' / 'configs' / name
 
 
 def custom_hooks(config: Config) -> List[Any]:
