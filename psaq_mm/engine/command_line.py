@@ -12,7 +12,6 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import is_distributed
 from mmengine.hooks import EMAHook, Hook
-from mmengine.registry import HOOKS
 from mmengine.utils import is_method_overridden
 
 from psaq_mm.checkpoint import sha256_of_file
@@ -21,7 +20,7 @@ from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
 from psaq_mm.registry import DATASETS
 from psaq_mm.sections import is_integer
 
-from .config import custom_hooks
+from .config import custom_hooks, hook_class
 
 CHECKPOINT_HOOK = 'psaq_mm.QuantizedCheckpointHook'
 
@@ -245,10 +244,7 @@ def hooks_for_test(config: Config, checkpoint: str, backend: str, folder: Option
 def _only_trains(hook: Any, scope: str) -> bool:
     """Whether a hook acts in training or validation alone, or holds averaged weights, which a
     checkpoint has in the place of the raw ones when it is saved."""
-    kind = hook.get('type') if isinstance(hook, Mapping) else type(hook)
-    if isinstance(kind, str):
-        with HOOKS.switch_scope_and_registry(scope) as registry:
-            kind = registry.get(kind)
+    kind = hook_class(hook, scope)
     if not isinstance(kind, type) or not issubclass(kind, Hook):
         return False  # mmengine says what is wrong
     if issubclass(kind, EMAHook):

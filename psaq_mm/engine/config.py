@@ -15,6 +15,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.recipe import CalibrationSettings, EvolutionSettings, SynthesisSettings
 from psaq_mm.presets import SECTIONS, apply_preset
 from psaq_mm.recipe.quantization import QuantizationSettings
+from psaq_mm.registry import HOOKS
 from psaq_mm.sections import nearest
 
 OPTIONAL_KEYS = ('work_dir', 'log_level', 'default_scope', 'default_hooks', 'custom_hooks',
@@ -112,6 +113,26 @@ def custom_hooks(config: Config) -> List[Any]:
         if not isinstance(hook, Hook) and not isinstance(kind, (str, type)):
             raise UserError(f'custom_hooks: {hook!r} names no type of hook')
     return list(hooks)
+
+
+def hook_class(hook: Any, scope: str) -> Optional[type]:
+    """The class of a hook that is registered here, in a host or in mmengine.
+
+    Args:
+        hook (Any): A hook, or a dict with its type, a class or a name.
+        scope (str): The host's, where names without a scope are looked up too.
+
+    Returns:
+        type, optional: None if there is no such hook.
+    """
+    kind = hook.get('type') if isinstance(hook, Mapping) else type(hook)
+    if not isinstance(kind, str):
+        return kind
+    found: Optional[type] = HOOKS.get(kind)
+    if found is None:
+        with HOOKS.switch_scope_and_registry(scope) as registry:
+            found = registry.get(kind)
+    return found
 
 
 def _reject_new_keys(config: Config, options: Dict[str, Any]) -> None:

@@ -23,9 +23,9 @@ from psaq_mm.checkpoint import (
     read_manifest,
 )
 from psaq_mm.errors import UserError
-from psaq_mm.registry import HOOKS, LOOPS, RUNNERS
+from psaq_mm.registry import LOOPS, RUNNERS
 
-from .config import SECTIONS, Sections, custom_hooks, read_sections
+from .config import SECTIONS, Sections, custom_hooks, hook_class, read_sections
 from .hooks import PSAQHook
 from psaq_mm.adapters.tested_size import test_size
 
@@ -131,9 +131,7 @@ class PSAQRunner(Runner):
         """
         hooks: List[Any] = [dict(type=f'psaq_mm.{name}') for name in cls.default_psaq_hooks]
         for hook in custom_hooks(config):
-            kind = hook['type'] if isinstance(hook, Mapping) else type(hook)
-            if isinstance(kind, str):
-                kind = HOOKS.get(kind)
+            kind = hook_class(hook, config.get('default_scope') or 'mmdet')
             if kind is None:
                 raise UserError(f'custom_hooks: {hook.get("type")!r} is not registered; import '
                                 'its file by custom_imports')
