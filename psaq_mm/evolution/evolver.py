@@ -18,12 +18,12 @@ from psaq_mm.prior import TeacherRecord
 
 from .adversary import bounded_factor
 from psaq_mm.recipe import EvolutionSettings
-from psaq_mm.processes import failing_together
+from psaq_mm.processes import stopping_together
 from .image_buffer import ImageBuffer
 from psaq_mm.synthesis.pixel_descent import PixelDescent
 from psaq_mm.synthesis.sample_step import augment, gradient_of, learning_rate_factor, prior_losses
 from psaq_mm.recipe import SynthesisSettings
-from .learner import Student
+from .learner import StudentLearner
 from .views import random_blend, random_zoom
 
 Teacher = Callable[[Tensor], Tuple[TeacherRecord, TapRecord]]
@@ -49,7 +49,7 @@ class Evolver:
             and its augmentation.
         teacher (Callable): Runs the teacher on images of shape (B, C, H, W);
             gives what the prior needs, and its taps.
-        student (Student): The quantized side.
+        student (StudentLearner): The quantized side.
         images (Tensor): Of the warm start, shape (N, C, H, W).
         lower (Tensor): Smallest valid pixels, shape (1, C, 1, 1).
         upper (Tensor): Largest valid pixels, same shape.
@@ -62,7 +62,7 @@ class Evolver:
     """
 
     def __init__(self, settings: EvolutionSettings, synthesis: SynthesisSettings,
-                 teacher: Teacher, student: Student, images: Tensor, lower: Tensor,
+                 teacher: Teacher, student: StudentLearner, images: Tensor, lower: Tensor,
                  upper: Tensor, seed: int = 0, device: Any = 'cpu') -> None:
         self.settings, self.synthesis = settings, synthesis
         self.teacher, self.student = teacher, student
@@ -138,7 +138,7 @@ class Evolver:
             if not isinstance(error, FloatingPointError):
                 raise
             advice = ('lower evolution.weight_lr, range_lr or sample_lr' if self.step_index else
-                      'nothing was learnt yet: the weights or the range rule are the cause')
+                      'nothing was learned yet: the weights or the range rule are the cause')
             raise FloatingPointError(f'evolution, step {self.step_index} (round '
                                      f'{round_index + 1}): {error}; {advice}') from error
         for name, value in losses.items():
@@ -166,7 +166,7 @@ class Evolver:
             self.pixels = PixelDescent(self._local(start), self.lower, self.upper,
                                        synthesis.betas)
         assert self.pixels is not None
-        with failing_together():
+        with stopping_together():
             gradient, values = self._sample_gradient(self.pixels)
         self._change()
         self.pixels.step(gradient, settings.sample_lr * learning_rate_factor(
@@ -238,7 +238,7 @@ class Evolver:
         values = self.losses.setdefault('round/discrepancy', [])
         values.append(value)
         if value <= min(values):
-            self.best = self.student.learnt()
+            self.best = self.student.learned()
         return value
 
     def _end_round(self) -> float:
@@ -255,9 +255,9 @@ class Evolver:
         return value
 
     def finish(self) -> None:
-        """Give the student what the best round had learnt."""
+        """Give the student what the best round had learned."""
         if self.best is not None:
-            self.student.take(self.best)
+            self.student.restore(self.best)
         self.student.require_grad(False)
 
     def state_dict(self) -> Dict[str, Any]:

@@ -77,7 +77,7 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
     return plan
 
 
-def left_float(model: nn.Module, plan: Plan, adapter: 'Adapter', scope: str) -> List[str]:
+def unquantized_weights(model: nn.Module, plan: Plan, adapter: 'Adapter', scope: str) -> List[str]:
     """Names of modules in scope whose weights a plan does not quantize.
 
     Args:

@@ -23,7 +23,7 @@ class TotalVariationPrior(PriorTerm):
         UserError: If an argument is out of its range.
     """
 
-    def __init__(self, weight: float = 0.05, low: float = 2500., high: float = 3000.) -> None:
+    def __init__(self, weight: float = 0.025, low: float = 2500., high: float = 3000.) -> None:
         super().__init__(weight)
         require(is_number(low) and low >= 0, 'low', 'a number of at least 0', low)
         require(is_number(high) and high >= low, 'high', f'a number of at least low ({low})', high)

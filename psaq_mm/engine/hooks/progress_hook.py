@@ -60,8 +60,8 @@ class ProgressHook(PSAQHook):
     def after_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
         self._close()
 
-    def before_calibration(self, runner: 'PSAQRunner') -> None:
-        self._open('calibration', len(runner.images), 'image')
+    def before_calibration(self, runner: 'PSAQRunner', total: int) -> None:
+        self._open('calibration', total, 'image')
 
     def after_calibration_batch(self, runner: 'PSAQRunner', count: int) -> None:
         if self._bar is not None:

@@ -3,6 +3,7 @@
 import math
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List
 
@@ -81,22 +82,23 @@ class ReportHook(PSAQHook):
         self._losses = {**self._losses, **evolver.losses}
 
     def after_quantize(self, runner: 'PSAQRunner') -> None:
-        with runner.phase('report'):
-            sqnr = measure_sqnr(runner.model, runner.images[:self.sqnr_images],
-                                runner.forward_student)
-            # What follows region proposals gets other inputs once quantized.
-            sqnr = {k: v for k, v in sqnr.items()
-                    if not runner.adapter.follows_proposals(runner.model, k)}
-            size = size_of_quantized(runner.model)
+        start = time.perf_counter()
+        sqnr = measure_sqnr(runner.model, runner.images[:self.sqnr_images],
+                            runner.forward_student)
+        # What follows region proposals gets other inputs once quantized.
+        sqnr = {k: v for k, v in sqnr.items()
+                if not runner.adapter.follows_proposals(runner.model, k)}
+        size = size_of_quantized(runner.model)
+        seconds = dict(runner.pipeline.seconds, report=time.perf_counter() - start)
         report = dict(
             modules=describe_modules(runner.model, sqnr),
             losses={k: [round(v, 6) for v in values] for k, values in self._losses.items()},
-            seconds={k: round(v, 3) for k, v in runner.seconds.items()},
+            seconds={k: round(v, 3) for k, v in seconds.items()},
             size=size,
             images=dict(count=len(runner.images), shape=list(runner.images.shape[1:])),
             seed=runner.run_seed,
             config=runner.cfg.filename,
-            settings=runner.settings,
+            settings=runner.pipeline.recipe.to_dict(),
             checkpoint=runner.source,
             device=str(runner.device),
             versions=loaded_versions())

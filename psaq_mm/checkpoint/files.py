@@ -5,32 +5,39 @@ from typing import Any, Mapping, Optional, Union
 
 from torch import nn
 
-from psaq_mm.checkpoint import (
-    is_quantized,
-    load_checkpoint_file,
-    load_quantized_state,
-    quantized_checkpoint,
-    save_torch,
-)
 from psaq_mm.errors import UserError
+from psaq_mm.ops import named_quant_ops
+
+from .atomic import save_torch
+from .manifest import is_quantized
+from .quantized_checkpoint import load_quantized_state, quantized_checkpoint
+from .safe_load import load_checkpoint_file
 
 
 def save(model: nn.Module, path: Union[str, Path], meta: Optional[Mapping[str, Any]] = None,
-         **about: Any) -> None:
+         about: Optional[Mapping[str, Any]] = None) -> None:
     """Write a quantized checkpoint, atomically.
 
     Args:
-        model (nn.Module): A calibrated model.
+        model (nn.Module): From :func:`psaq_mm.quantize`, or a student whose steps are all
+            done.
         path (str or Path): The file; an old one stays until the new one is
             complete.
         meta (Mapping, optional): The float checkpoint's ``meta``; its plain
             values are kept. Defaults to None.
-        **about: Plain values to record in the manifest, e.g. ``seed=0``.
+        about (Mapping, optional): Plain values to record in the manifest, such as
+            ``dict(seed=0)``. Defaults to None.
 
     Raises:
-        UserError: If the model is not calibrated or the file cannot be
-            written.
+        UserError: If the model is not calibrated, weights wait to be rounded by GPTQ, or the
+            file cannot be written.
     """
+    waiting = [name for name, op in named_quant_ops(model)
+               if op.awaits_gptq and op.weight_rows(op.weight) is not None]
+    if waiting:
+        raise UserError(f'weights of {len(waiting)} modules, such as {waiting[0]}, are to be '
+                        'rounded by GPTQ and are not: call psaq_mm.round_weights first, or '
+                        "prepare the student with quantization.weight.rounding='nearest'")
     save_torch(quantized_checkpoint(model, about, meta), path)
 
 
@@ -42,7 +49,7 @@ def load(model: nn.Module, path: Union[str, Path]) -> nn.Module:
         path (str or Path): From :func:`save`. No code of it is run.
 
     Returns:
-        nn.Module: The same model, quantized and switched on.
+        nn.Module: The same model, quantized.
 
     Raises:
         UserError: If the file is not a quantized checkpoint, or of another

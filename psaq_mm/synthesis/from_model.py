@@ -1,7 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Images from a float model alone."""
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, Optional
+from dataclasses import replace
+from typing import Callable, Dict, Iterator, Optional, Sequence
 
 from torch import Tensor, nn
 
@@ -9,9 +10,21 @@ from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import module_device
 from psaq_mm.errors import UserError
 from psaq_mm.recipe import SynthesisSettings
-from psaq_mm.synthesis import Synthesizer
 
-from psaq_mm.synthesis.teacher import float_teacher, frozen
+from .synthesizer import Synthesizer
+from .teacher import float_teacher, frozen
+
+
+def sized_for(model: nn.Module, settings: SynthesisSettings) -> SynthesisSettings:
+    """Settings with the image size of a model, if they have none of their own.
+
+    Args:
+        model (nn.Module): The float model.
+        settings (SynthesisSettings): The ``synthesis`` section.
+    """
+    if settings.image_size is not None:
+        return settings
+    return replace(settings, image_size=find_adapter(model).image_size(model))
 
 
 def check_synthesis(model: nn.Module, settings: SynthesisSettings) -> None:
@@ -26,7 +39,7 @@ def check_synthesis(model: nn.Module, settings: SynthesisSettings) -> None:
             BatchNorm statistics that the model does not have.
     """
     adapter = find_adapter(model)
-    adapter.check_image_size(model, settings.size)
+    adapter.check_image_size(model, sized_for(model, settings).size)
     for name, term in settings.build_priors().items():
         if term.needs_batch_norm and not adapter.batch_norms(model):
             raise UserError(f'synthesis.priors.{name} needs BatchNorm statistics, and this model '
@@ -34,7 +47,8 @@ def check_synthesis(model: nn.Module, settings: SynthesisSettings) -> None:
 
 
 @contextmanager
-def synthesizer(model: nn.Module, seed: int = 0, **settings: Any) -> Iterator[Synthesizer]:
+def synthesizer(model: nn.Module, settings: Optional[SynthesisSettings] = None, seed: int = 0,
+                indices: Optional[Sequence[int]] = None) -> Iterator[Synthesizer]:
     """A :class:`Synthesizer` on a float model, to be stepped within the block.
 
     The model is in evaluation mode and its parameters need no gradient
@@ -42,28 +56,32 @@ def synthesizer(model: nn.Module, seed: int = 0, **settings: Any) -> Iterator[Sy
 
     Args:
         model (nn.Module): The float model.
+        settings (SynthesisSettings, optional): How images are made. Defaults to None: the
+            defaults.
         seed (int): Seed of all randomness. Defaults to 0.
-        **settings: Of :class:`SynthesisSettings`.
+        indices (Sequence[int], optional): Numbers of the images to make, of
+            ``num_images``. Defaults to None: all.
     """
-    chosen = SynthesisSettings.from_dict(settings)
+    settings = settings or SynthesisSettings()
+    check_synthesis(model, settings)
+    settings = sized_for(model, settings)
     lower, upper = find_adapter(model).valid_range(model)
-    check_synthesis(model, chosen)
-    with frozen(model), float_teacher(model, chosen) as teacher:
-        yield Synthesizer(chosen, lambda images: teacher(images)[0], lower, upper, seed,
-                          module_device(model))
+    with frozen(model), float_teacher(model, settings) as teacher:
+        yield Synthesizer(settings, lambda images: teacher(images)[0], lower, upper, seed,
+                          module_device(model), indices)
 
 
-def synthesize(model: nn.Module, seed: int = 0,
-               progress: Optional[Callable[[Dict[str, float]], None]] = None,
-               **settings: Any) -> Tensor:
+def synthesize(model: nn.Module, settings: Optional[SynthesisSettings] = None, seed: int = 0,
+               progress: Optional[Callable[[Dict[str, float]], None]] = None) -> Tensor:
     """Make images from a float model alone.
 
     Args:
-        model (nn.Module): The float model.
+        model (nn.Module): The float model; it stays as it is.
+        settings (SynthesisSettings, optional): How images are made. Defaults to None: the
+            defaults.
         seed (int): Seed of all randomness. Defaults to 0.
         progress (Callable, optional): Called with the losses of each step.
             Defaults to None.
-        **settings: Of :class:`SynthesisSettings`.
 
     Returns:
         Tensor: Normalized images of shape (num_images, C, H, W), on the CPU.
@@ -72,7 +90,7 @@ def synthesize(model: nn.Module, seed: int = 0,
         UserError: If a setting is wrong or the backbone is not one of those.
         FloatingPointError: If a loss is not finite.
     """
-    with synthesizer(model, seed, **settings) as images:
+    with synthesizer(model, settings, seed) as images:
         while not images.done:
             losses = images.step()
             if progress is not None:
