@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Images from a float model alone."""
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 from torch import Tensor, nn
 
@@ -34,7 +34,8 @@ def check_synthesis(model: nn.Module, settings: SynthesisSettings) -> None:
 
 
 @contextmanager
-def synthesizer(model: nn.Module, seed: int = 0, **settings: Any) -> Iterator[Synthesizer]:
+def synthesizer(model: nn.Module, seed: int = 0, indices: Optional[Sequence[int]] = None,
+                **settings: Any) -> Iterator[Synthesizer]:
     """A :class:`Synthesizer` on a float model, to be stepped within the block.
 
     The model is in evaluation mode and its parameters need no gradient
@@ -43,6 +44,8 @@ def synthesizer(model: nn.Module, seed: int = 0, **settings: Any) -> Iterator[Sy
     Args:
         model (nn.Module): The float model.
         seed (int): Seed of all randomness. Defaults to 0.
+        indices (Sequence[int], optional): Of :class:`Synthesizer`. Defaults to
+            None: all images.
         **settings: Of :class:`SynthesisSettings`.
     """
     chosen = SynthesisSettings.from_dict(settings)
@@ -50,7 +53,7 @@ def synthesizer(model: nn.Module, seed: int = 0, **settings: Any) -> Iterator[Sy
     check_synthesis(model, chosen)
     with frozen(model), float_teacher(model, chosen) as teacher:
         yield Synthesizer(chosen, lambda images: teacher(images)[0], lower, upper, seed,
-                          module_device(model))
+                          module_device(model), indices)
 
 
 def synthesize(model: nn.Module, seed: int = 0,

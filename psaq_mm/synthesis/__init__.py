@@ -2,6 +2,6 @@
 """Images from a float model alone."""
 from .mosaic import mosaic_count, mosaics
 from .sample_step import learning_rate_factor
-from .synthesizer import Synthesizer
+from .synthesizer import Synthesizer, share_of
 
-__all__ = ['Synthesizer', 'learning_rate_factor', 'mosaic_count', 'mosaics']
+__all__ = ['Synthesizer', 'learning_rate_factor', 'mosaic_count', 'mosaics', 'share_of']

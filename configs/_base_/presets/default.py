@@ -44,7 +44,7 @@ synthesis = dict(
     flip=0.5,
     priors=dict(
         patch_similarity=dict(type='PatchSimilarityPrior', weight=1.0, form='binned', bins=256),
-        total_variation=dict(type='TotalVariationPrior', weight=0.05)),
+        total_variation=dict(type='TotalVariationPrior', weight=0.025)),
     save_interval=50)
 
 evolution = dict(

@@ -11,7 +11,9 @@ synthesis = dict(
     num_images=32,
     batch_size=32,
     steps=500,
-    priors=dict(patch_similarity=dict(form='v1', points=10)))
+    priors=dict(
+        patch_similarity=dict(form='v1', points=10),
+        total_variation=dict(weight=0.05)))
 evolution = dict(
     rounds=10,
     sample_steps=50,
