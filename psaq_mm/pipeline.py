@@ -39,8 +39,14 @@ from .student import (
     round_weights,
 )
 from .student.history import require_float
-from .synthesis import Synthesizer, check_synthesis, mosaic_count, sized_for, synthesizer
-from .synthesis.synthesizer import share_of
+from .synthesis import (
+    Synthesizer,
+    check_synthesis,
+    mosaic_count,
+    share_of,
+    sized_for,
+    synthesizer,
+)
 
 Size = Tuple[int, int]
 

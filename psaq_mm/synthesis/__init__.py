@@ -3,7 +3,7 @@
 from .from_model import check_synthesis, sized_for, synthesize, synthesizer
 from .mosaic import mosaic_count, mosaics
 from .sample_step import learning_rate_factor
-from .synthesizer import Synthesizer
+from .synthesizer import Synthesizer, share_of
 
 __all__ = ['Synthesizer', 'check_synthesis', 'learning_rate_factor', 'mosaic_count', 'mosaics',
-           'sized_for', 'synthesize', 'synthesizer']
+           'share_of', 'sized_for', 'synthesize', 'synthesizer']

@@ -7,19 +7,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_student import changed, network, quantized, ranges, run_taps, tensors
+from test_learner import changed, network, quantized, ranges, run_taps, tensors
 from torch import nn
 
 from psaq_mm.engine.hooks import ResumeHook
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import Evolver, Student
-from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
-from psaq_mm.student import calibrate_ranges, equalize_channels
 from psaq_mm.ops import apply_plan
 from psaq_mm.prior import TeacherRecord
 from psaq_mm.quantization import QuantSpec
 from psaq_mm.quantization.observers import MinMaxObserver
+from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
 from psaq_mm.registry import OBSERVERS
+from psaq_mm.student import calibrate_ranges, equalize_channels
 
 RULES = dict(rounds=2, student_steps=6, batch_size=4, weight_lr=0.01, range_lr=1e-2)
 ALONE = dict(RULES, sample_steps=0, zoom=3., contrast=0.2)

@@ -7,20 +7,20 @@ import math
 import pytest
 import torch
 from mmdet.models.backbones.swin import SwinTransformer
-from test_student import changed, network, quantized, ranges, run_taps, tensors
+from test_learner import changed, network, quantized, ranges, run_taps, tensors
 
 import psaq_mm
 from psaq_mm import api
 from psaq_mm.adapters import TapRecord
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import Evolver, Student
-from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
-from psaq_mm.synthesis import learning_rate_factor
 from psaq_mm.evolution.image_buffer import ImageBuffer
-from psaq_mm.synthesis.sample_step import augment, prior_losses
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.prior import AttentionRecord, TeacherRecord
 from psaq_mm.quantization import QuantSpec
+from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
+from psaq_mm.synthesis import learning_rate_factor
+from psaq_mm.synthesis.sample_step import augment, prior_losses
 
 LOWER, UPPER = torch.full((1, 3, 1, 1), -2.), torch.full((1, 3, 1, 1), 2.5)
 PRIORS = dict(patch_similarity=dict(type='PatchSimilarityPrior'),

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from psaq_mm.prior import AttentionRecord, TeacherRecord
 from psaq_mm.recipe import SynthesisSettings
 from psaq_mm.synthesis import Synthesizer, learning_rate_factor
-from psaq_mm.prior import AttentionRecord, TeacherRecord
 
 LOWER = torch.tensor([-2., -1., 0.]).view(1, 3, 1, 1)
 UPPER = torch.tensor([2., 3., 0.5]).view(1, 3, 1, 1)
