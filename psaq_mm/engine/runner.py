@@ -27,7 +27,7 @@ from psaq_mm.registry import HOOKS, LOOPS, RUNNERS
 
 from .config import SECTIONS, Sections, custom_hooks, read_sections
 from .hooks import PSAQHook
-from psaq_mm.adapters.tested_size import test_size
+from psaq_mm.adapters.tested_size import tested_size
 
 
 @RUNNERS.register_module()
@@ -209,7 +209,8 @@ class PSAQRunner(Runner):
         """tuple[int, int]: Height and width that the student is finished at:
         ``calibration.image_size``, or that of the images themselves."""
         calibration = self.sections.calibration
-        size = test_size(self.cfg) if calibration.image_size == 'test' else calibration.size
+        size = tested_size(self.cfg).size if calibration.image_size == 'test' \
+            else calibration.size
         return size or (self.images.shape[-2], self.images.shape[-1])
 
     @property
