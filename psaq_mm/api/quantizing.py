@@ -6,6 +6,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.adapter import require_float32
 from psaq_mm.checkpoint import require_finite
 from psaq_mm.ops import apply_plan, left_float, plan_quantization, unwrap
 from psaq_mm.recipe.quantization import QuantizationSettings
@@ -28,11 +29,12 @@ def quantize(model: nn.Module, **settings: Any) -> nn.Module:
         nn.Module: The same model.
 
     Raises:
-        UserError: If a setting is wrong, a weight is not finite or the model
-            cannot be quantized; the model is then unchanged.
+        UserError: If a setting is wrong, a weight is not finite or in float32, or the
+            model cannot be quantized; the model is then unchanged.
     """
     chosen = QuantizationSettings.from_dict(settings)
     adapter = find_adapter(model)
+    require_float32(model)
     plan = plan_quantization(model, chosen, adapter)
     remaining = left_float(model, plan, adapter, chosen.scope)
     print_log(f'quantizing {len(plan)} modules in scope {chosen.scope!r}; weights left float: '

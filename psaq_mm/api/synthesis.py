@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Iterator, Optional
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.adapter import module_device
+from psaq_mm.adapters.adapter import module_device, require_float32
 from psaq_mm.errors import UserError
 from psaq_mm.recipe import SynthesisSettings
 from psaq_mm.synthesis import Synthesizer
@@ -22,11 +22,13 @@ def check_synthesis(model: nn.Module, settings: SynthesisSettings) -> None:
         settings (SynthesisSettings): The ``synthesis`` section.
 
     Raises:
-        UserError: If the model takes no images of that size, or a term needs
-            BatchNorm statistics that the model does not have.
+        UserError: If the model takes no images of that size or is not in float32,
+            or a term needs BatchNorm statistics that the model does not have.
     """
     adapter = find_adapter(model)
+    require_float32(model)
     adapter.check_image_size(model, settings.size)
+    adapter.warn_of_padding(model, settings.size)
     for name, term in settings.build_priors().items():
         if term.needs_batch_norm and not adapter.batch_norms(model):
             raise UserError(f'synthesis.priors.{name} needs BatchNorm statistics, and this model '

@@ -12,10 +12,10 @@ from psaq_mm.quantization.spec import NEAREST, QuantSpec
 
 SCOPES = ('backbone', 'model')
 
-KINDS = ('patch_embed', 'predictor', 'roi_head')
+KINDS = ('patch_embed', 'predictor', 'roi_head', 'segmentor')
 """Layers that ``overrides`` may name as ``@patch_embed`` and so on, whatever they
-are called in a model: the first, the last ones, and those that run on proposed
-regions."""
+are called in a model: the first, the last ones, those that run on proposed
+regions, and all of a model that labels every pixel."""
 
 
 def _patterns(value: Any, key: str) -> Sequence[str]:

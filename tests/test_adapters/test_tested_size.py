@@ -113,7 +113,8 @@ def test_config_that_does_not_resize(pipeline):
 
 
 @pytest.mark.parametrize('steps, expected, said', [
-    ([resize((800, 1333), kind='FixScaleResize')], (800, 1067), 'FixScaleResize(scale=(800, 1333))'),
+    ([resize((800, 1333), kind='FixScaleResize')], (800, 1067),
+     'FixScaleResize(scale=(800, 1333))'),
     ([dict(type='FixShapeResize', width=320, height=200)], (200, 320),
      'FixShapeResize(width=320, height=200)'),
     ([dict(type='ResizeShortestEdge', scale=512, max_size=2048)], (512, 683),
