@@ -9,6 +9,7 @@ directory, logger, hooks and launcher. Nothing else knows the order.
 """
 import copy
 import hashlib
+import logging
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,13 +22,14 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from .adapters import find_adapter
-from .adapters.tested_size import tested_size
+from .adapters.tested_size import SizeFound, tested_size
 from .checkpoint import load_checkpoint_file, save_torch
 from .errors import UserError
 from .evolution import Evolver, check_evolution, evolver
 from .ops import named_quant_ops, plan_quantization
 from .processes import stopping_together
 from .recipe import Recipe
+from .recipe.checks import sides
 from .student import (
     calibrate,
     equalize,
@@ -100,9 +102,13 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
         UserError: If the model cannot be quantized so, or a file is of another run.
         FloatingPointError: If a loss is not finite.
     """
-    if test_size is None and getattr(model, 'cfg', None) is not None:
-        test_size = tested_size(model.cfg)[0]
-    return Pipeline(copy.deepcopy(model), recipe or Recipe(), seed, test_size, progress,
+    if test_size is not None:
+        found = SizeFound(sides(test_size, '(height, width)'), 'test_size')
+    elif getattr(model, 'cfg', None) is not None:
+        found = tested_size(model.cfg)
+    else:
+        found = SizeFound(None, 'the model has no config')
+    return Pipeline(copy.deepcopy(model), recipe or Recipe(), seed, found, progress,
                     state_file, resume).run()
 
 
@@ -139,7 +145,8 @@ class Pipeline:
         teacher (nn.Module): The float model; equalization changes it in place.
         recipe (Recipe): What is done.
         seed (int): Seed of all randomness. Defaults to 0.
-        test_size (tuple[int, int], optional): As of :func:`quantize`. Defaults to None.
+        test_size (SizeFound, optional): Of test images, for
+            ``calibration.image_size='test'``. Defaults to None: not known.
         progress (Callable, optional): As of :func:`quantize`. Defaults to None.
         state_file (str or Path, optional): As of :func:`quantize`; of several processes
             each has its own. Defaults to None.
@@ -149,12 +156,13 @@ class Pipeline:
     """
 
     def __init__(self, teacher: nn.Module, recipe: Recipe, seed: int = 0,
-                 test_size: Optional[Size] = None,
+                 test_size: Optional[SizeFound] = None,
                  progress: Optional[Callable[[Progress], None]] = None,
                  state_file: Union[None, str, Path] = None, resume: bool = False,
                  identity: Optional[Mapping[str, Any]] = None) -> None:
         self.teacher, self.recipe, self.seed = teacher, recipe, seed
-        self.test_size, self.progress = test_size, progress
+        self.test_size = test_size or SizeFound(None, 'no config')
+        self.progress = progress
         self.state_file = None if state_file is None else Path(state_file)
         self.resume, self.identity = resume, identity
         if resume and state_file is None:
@@ -200,7 +208,7 @@ class Pipeline:
     def final_size(self) -> Size:
         """tuple[int, int]: Height and width that the last ranges are set at."""
         calibration = self.recipe.calibration
-        size = self.test_size if calibration.image_size == 'test' else calibration.size
+        size = self.test_size.size if calibration.image_size == 'test' else calibration.size
         return size or (self.images.shape[-2], self.images.shape[-1])
 
     def _make_images(self) -> None:
@@ -259,10 +267,12 @@ class Pipeline:
 
     def _set_final_ranges(self) -> None:
         own, size = (self.images.shape[-2], self.images.shape[-1]), self.final_size
-        if self.test_size is None and self.recipe.calibration.image_size == 'test':
-            print_log('the size of test images is not known: the last ranges are those of '
-                      f'images of {size[0]}x{size[1]}; set calibration.image_size=(H, W)',
-                      logger='current')
+        if self.recipe.calibration.image_size == 'test':
+            if self.test_size.size is None:
+                print_log(f'{self.test_size}: ranges stay those of images of '
+                          f'{size[0]}x{size[1]}', logger='current', level=logging.WARNING)
+            else:
+                print_log(f'size of test images: {self.test_size}', logger='current')
         # New weights need new ranges too, unless these were learned with them.
         stale = not has_learned_ranges(self.student) and any(
             op.weight_settled for _, op in named_quant_ops(self.student))
@@ -371,7 +381,7 @@ class Pipeline:
         path = self.state_file
         if not path.exists():
             print_log(f'--resume: there is no {path}; starting from the first step',
-                      logger='current', level=30)
+                      logger='current', level=logging.WARNING)
             return
         with stopping_together():
             state = load_checkpoint_file(str(path))
@@ -384,7 +394,7 @@ class Pipeline:
             others = _differing(state['evolution_fingerprint'], self._evolution_fingerprint)
             if others:
                 print_log(f'{path} is of a run with another {", ".join(others)}: its images are '
-                          'used, the evolution starts again', logger='current', level=30)
+                          'used, the evolution starts again', logger='current', level=logging.WARNING)
                 seconds.pop('evolution', None)
             else:
                 self._saved = state
@@ -398,7 +408,7 @@ class Pipeline:
         if len(set(steps)) > 1:
             print_log('the saved states of the processes are of different steps of the '
                       f'evolution ({", ".join(map(str, steps))}): it starts again',
-                      logger='current', level=30)
+                      logger='current', level=logging.WARNING)
         elif saved:
             game.load_state_dict(saved['evolver'])
             self.load_extra_state(saved['extra'])

@@ -243,14 +243,11 @@ class PSAQRunner(Runner):
             nn.Module: The student.
         """
         self.adapter = find_adapter(self.model)
-        recipe = read_recipe(self.cfg)
-        size, source = tested_size(self.cfg)
-        if size is not None and recipe.calibration.image_size == 'test':
-            self.logger.info(f'size of test images: {size[0]}x{size[1]}, from {source}')
         rank = get_rank()
         name = f'state_{rank}.pth' if rank else 'state.pth'
         self.pipeline = RunnerPipeline(
-            self, teacher=self.model, recipe=recipe, seed=self.run_seed, test_size=size,
+            self, teacher=self.model, recipe=read_recipe(self.cfg), seed=self.run_seed,
+            test_size=tested_size(self.cfg),
             state_file=Path(self.work_dir) / name, resume=self.resume_run,
             identity=dict(checkpoint=self.source['sha256'],
                           model=repr(plain_copy(self.cfg.model.to_dict()))))

@@ -7,6 +7,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.adapter import require_float32
 from psaq_mm.checkpoint import require_finite
 from psaq_mm.errors import UserError
 from psaq_mm.ops import apply_plan, plan_quantization, unquantized_weights
@@ -30,12 +31,13 @@ def prepare(model: nn.Module, settings: Optional[QuantizationSettings] = None) -
         nn.Module: The student, in evaluation mode.
 
     Raises:
-        UserError: If a weight is not finite, the model cannot be quantized so, or wide
+        UserError: If a weight is not finite or not in float32, the model cannot be quantized so, or wide
             channels are to be narrowed and :func:`psaq_mm.equalize` was not called.
     """
     settings = settings or QuantizationSettings()
     require_float(model, 'prepare')
     adapter = find_adapter(model)
+    require_float32(model)
     plan = plan_quantization(model, settings, adapter)
     done = history_of(model).channel_limit
     if settings.channel_limit != done:

@@ -7,7 +7,7 @@ from typing import Callable, Dict, Iterator, Optional, Sequence
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.adapter import module_device
+from psaq_mm.adapters.adapter import module_device, require_float32
 from psaq_mm.errors import UserError
 from psaq_mm.recipe import SynthesisSettings
 
@@ -35,10 +35,11 @@ def check_synthesis(model: nn.Module, settings: SynthesisSettings) -> None:
         settings (SynthesisSettings): The ``synthesis`` section.
 
     Raises:
-        UserError: If the model takes no images of that size, or a term needs
-            BatchNorm statistics that the model does not have.
+        UserError: If the model takes no images of that size or is not in float32,
+            or a term needs BatchNorm statistics that the model does not have.
     """
     adapter = find_adapter(model)
+    require_float32(model)
     adapter.check_image_size(model, sized_for(model, settings).size)
     for name, term in settings.build_priors().items():
         if term.needs_batch_norm and not adapter.batch_norms(model):
@@ -65,7 +66,9 @@ def synthesizer(model: nn.Module, settings: Optional[SynthesisSettings] = None, 
     settings = settings or SynthesisSettings()
     check_synthesis(model, settings)
     settings = sized_for(model, settings)
-    lower, upper = find_adapter(model).valid_range(model)
+    adapter = find_adapter(model)
+    adapter.warn_of_padding(model, settings.size)
+    lower, upper = adapter.valid_range(model)
     with frozen(model), float_teacher(model, settings) as teacher:
         yield Synthesizer(settings, lambda images: teacher(images)[0], lower, upper, seed,
                           module_device(model), indices)

@@ -508,13 +508,13 @@ def test_backbone_name_and_scope():
         assert ADAPTER.in_scope(detector.backbone, name, 'backbone')
 
 
-def test_follows_proposals():
+def test_runs_on_proposals():
     detector = Detector()
     for name in ('roi_head.bbox_head.fc_cls', 'roi_head.mask_head.convs.0.conv'):
-        assert ADAPTER.follows_proposals(detector, name)
+        assert ADAPTER.runs_on_proposals(detector, name)
     for name in ('backbone.stages.0', 'neck.fpn_convs.0.conv', 'rpn_head.rpn_conv', 'roi_head_b.c',
                  'backbone.roi_head.fc', ''):
-        assert not ADAPTER.follows_proposals(detector, name)
+        assert not ADAPTER.runs_on_proposals(detector, name)
 
 
 def test_norm_readers():

@@ -466,7 +466,7 @@ def test_names(build):
         assert not ADAPTER.is_predictor(model, prefix + name)
     assert [name for name, _ in model.named_modules() if ADAPTER.is_patch_embed(model, name)] == [
         prefix + 'patch_embed.proj']
-    assert not ADAPTER.follows_proposals(model, prefix + 'layers.0')
+    assert not ADAPTER.runs_on_proposals(model, prefix + 'layers.0')
     readers = ADAPTER.norm_readers(model)
     blocks = [name for name, m in model.named_modules() if isinstance(m, SwinTransformerBlock)]
     assert blocks and readers == {

@@ -87,7 +87,7 @@ class ReportHook(PSAQHook):
                             runner.forward_student)
         # What follows region proposals gets other inputs once quantized.
         sqnr = {k: v for k, v in sqnr.items()
-                if not runner.adapter.follows_proposals(runner.model, k)}
+                if not runner.adapter.runs_on_proposals(runner.model, k)}
         size = size_of_quantized(runner.model)
         seconds = dict(runner.pipeline.seconds, report=time.perf_counter() - start)
         report = dict(
