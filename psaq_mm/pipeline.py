@@ -19,7 +19,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.logging import print_log
-from torch import Tensor, nn
+from torch import nn
 
 from .adapters import find_adapter
 from .adapters.tested_size import SizeFound, tested_size
@@ -394,7 +394,8 @@ class Pipeline:
             others = _differing(state['evolution_fingerprint'], self._evolution_fingerprint)
             if others:
                 print_log(f'{path} is of a run with another {", ".join(others)}: its images are '
-                          'used, the evolution starts again', logger='current', level=logging.WARNING)
+                          'used, the evolution starts again', logger='current',
+                          level=logging.WARNING)
                 seconds.pop('evolution', None)
             else:
                 self._saved = state

@@ -26,27 +26,24 @@ def build_manifest(model: nn.Module, about: Optional[Mapping[str, Any]] = None) 
             source checkpoint's name and hash. Defaults to None.
 
     Returns:
-        dict: ``format_version``, ``psaq_mm_version``, ``learnable_ranges``,
-        ``modules`` (name -> ``op``, ``roles`` and, where the weight is
-        quantized, ``weight_shape``) and what ``about`` holds.
+        dict: ``format_version``, ``psaq_mm_version``, ``modules`` (name -> ``op``,
+        ``roles`` and, where the weight is quantized, ``weight_shape``) and what ``about`` holds.
 
     Raises:
         UserError: If ``about`` would replace one of these.
     """
     modules: Dict[str, Dict[str, Any]] = {}
-    learnable = False
     for name, op in named_quant_ops(model):
         roles = {}
         for role, quantizer in op.quantizers.items():
             assert isinstance(quantizer, Quantizer)
             roles[role] = quantizer.spec.to_dict()
             del roles[role]['rounding']  # of the integers that are there, no longer of use
-            learnable |= quantizer.learnable
         modules[name] = dict(op=type(op).__name__, roles=roles)
         if op.weight_quantizer is not None:
             modules[name]['weight_shape'] = list(op.weight.shape)
     manifest = dict(format_version=FORMAT_VERSION, psaq_mm_version=__version__,
-                    learnable_ranges=learnable, modules=modules)
+                    modules=modules)
     taken = [key for key in about or {} if key in manifest]
     if taken:
         raise UserError(f'{", ".join(taken)} cannot be recorded in a checkpoint: the manifest has '
@@ -80,11 +77,7 @@ def read_manifest(checkpoint: Mapping[str, Any]) -> Dict[str, Any]:
         if not isinstance(name, str) or not _is_entry(entry):
             raise UserError(f'the checkpoint\'s manifest does not say how {name} is quantized: '
                             'the file is damaged, quantize again')
-    learnable = manifest.get('learnable_ranges', False)
-    if not isinstance(learnable, bool):
-        raise UserError(f'the checkpoint\'s manifest has learnable_ranges={learnable!r}: the file '
-                        'is damaged, quantize again')
-    return dict(manifest, learnable_ranges=learnable)
+    return dict(manifest)
 
 
 def _is_entry(entry: Any) -> bool:

@@ -117,13 +117,7 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
     require_same_modules(model, manifest, plan, path)
     with _undone_on_failure(model):
         if next(named_quant_ops(model), None) is None:
-            try:
-                apply_plan(model, plan, manifest['learnable_ranges'])
-            except UserError:
-                raise
-            except ValueError as error:  # weights without a range
-                raise UserError(f'{path} cannot be loaded: a weight of the model that it is '
-                                f'loaded into cannot be quantized: {error}') from error
+            apply_plan(model, plan)
         state = _unpack(model, packed, path)
         for name, op in named_quant_ops(model):
             for role, quantizer in _quantizers(op):

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from psaq_mm.adapters import TapRecord
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, named_quant_ops
+from psaq_mm.processes import stopping_together
 from psaq_mm.quantization import Quantizer
+from psaq_mm.recipe import EvolutionSettings
 
 from .discrepancy import discrepancy
-from psaq_mm.recipe import EvolutionSettings
-from psaq_mm.processes import stopping_together
 from .range_learner import RangeLearner
 
 Forward = Callable[[Tensor, Optional[List[Tensor]]], TapRecord]

@@ -134,7 +134,7 @@ class EvolutionSettings:
             weights (bool): Whether any weight is quantized.
 
         Raises:
-            UserError: If only weights are to be learnt, and none is.
+            UserError: If only weights are to be learned, and none is.
         """
         if self.learn == 'weights' and not weights:
             raise UserError("evolution.learn='weights', but no weight is quantized; set it to "
@@ -150,8 +150,9 @@ class EvolutionSettings:
             UserError: If not.
         """
         if self.rounds and self.batch_size % processes:
+            even = -(-self.batch_size // processes) * processes
             raise UserError(f'evolution.batch_size must be a multiple of the {processes} '
-                            f'processes, got {self.batch_size}')
+                            f'processes, got {self.batch_size}; try {even}')
 
     @property
     def competes(self) -> bool:

@@ -106,12 +106,12 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
     for quantizer in observed:
         quantizer.start_observing()
     try:
-        with quantization_enabled(model, False), torch.no_grad(), _errors_named(observed):
-            with stopping_together():
-                for batch in images_of_this_process(images).split(batch_size):
-                    forward(batch)
-                    if progress is not None:
-                        progress(len(batch))
+        with quantization_enabled(model, False), torch.no_grad(), _errors_named(observed), \
+                stopping_together():
+            for batch in images_of_this_process(images).split(batch_size):
+                forward(batch)
+                if progress is not None:
+                    progress(len(batch))
         _merge_processes(list(observed))
         for quantizer, name in observed.items():
             try:

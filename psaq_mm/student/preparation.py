@@ -31,8 +31,8 @@ def prepare(model: nn.Module, settings: Optional[QuantizationSettings] = None) -
         nn.Module: The student, in evaluation mode.
 
     Raises:
-        UserError: If a weight is not finite or not in float32, the model cannot be quantized so, or wide
-            channels are to be narrowed and :func:`psaq_mm.equalize` was not called.
+        UserError: If a weight is not finite or not in float32, the model cannot be quantized
+            so, or ``channel_limit`` is set and :func:`psaq_mm.equalize` was not called.
     """
     settings = settings or QuantizationSettings()
     require_float(model, 'prepare')

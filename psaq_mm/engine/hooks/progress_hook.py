@@ -6,8 +6,8 @@ from mmengine.dist import is_main_process
 from tqdm import tqdm
 
 from psaq_mm.evolution import Evolver
-from psaq_mm.synthesis import Synthesizer
 from psaq_mm.registry import HOOKS
+from psaq_mm.synthesis import Synthesizer
 
 from .psaq_hook import PSAQHook
 

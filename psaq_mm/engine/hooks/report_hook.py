@@ -11,11 +11,11 @@ import torch
 
 from psaq_mm.checkpoint import save_json, size_of_quantized
 from psaq_mm.evolution import Evolver
-from psaq_mm.student import measure_sqnr
-from psaq_mm.synthesis import Synthesizer
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.quantization import Quantizer
 from psaq_mm.registry import HOOKS
+from psaq_mm.student import measure_sqnr
+from psaq_mm.synthesis import Synthesizer
 from psaq_mm.version import __version__
 
 from .psaq_hook import PSAQHook
