@@ -26,6 +26,8 @@ from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
     hooks_for_test,
+    keep_local,
+    prepare_for_test,
     require_test_data,
     run_tool,
 )
@@ -64,6 +66,8 @@ def evaluate(config: Config, checkpoint: str, trust: bool, backend: str = 'torch
     config = copy.deepcopy(config)
     config.load_from, config.trust_checkpoint, config.device = checkpoint, trust, 'cpu'
     config.custom_hooks = hooks_for_test(config, checkpoint, backend, None, threads, precision)
+    prepare_for_test(config)
+    keep_local(config)
     metrics = plain(PSAQRunner.from_cfg(config).test())
     return ', '.join(f'{key} {metrics[key]:.3f}' for key in METRICS if key in metrics)
 

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import secrets
 import stat
@@ -96,13 +97,23 @@ def save_json(obj: Any, path: PathLike) -> None:
     """Save an object as JSON, indented by 2 and with a newline at the end.
 
     Args:
-        obj (Any): What to save; anything that ``json.dumps`` takes.
+        obj (Any): What to save; anything that ``json.dumps`` takes. Numbers that are not finite
+            become null: JSON has none.
         path (str or PathLike): File to write.
 
     Raises:
         UserError: If the file cannot be written.
     """
-    save_bytes((json.dumps(obj, indent=2) + '\n').encode('utf-8'), path)
+    text = json.dumps(_finite(obj), indent=2, allow_nan=False)
+    save_bytes((text + '\n').encode('utf-8'), path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_bytes(data: Union[bytes, memoryview], path: PathLike) -> None:

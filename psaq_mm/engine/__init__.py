@@ -2,7 +2,7 @@
 """What mmengine sees: configs, runner, hooks, and the tools' shell."""
 from .config import custom_hooks, has_recipe, load_config, read_recipe
 from .hooks import PSAQHook
-from .model import build_float_model, build_model, resolve_device
+from .model import build_float_model, build_model, init_model, resolve_device
 from .runner import PSAQRunner
 
 __all__ = [

@@ -159,9 +159,7 @@ class PSAQRunner(Runner):
         """
         hooks: List[Any] = [dict(type=f'psaq_mm.{name}') for name in cls.default_psaq_hooks]
         for hook in custom_hooks(config):
-            kind = hook['type'] if isinstance(hook, Mapping) else type(hook)
-            if isinstance(kind, str):
-                kind = HOOKS.get(kind)
+            kind = hook_class(hook, config.get('default_scope') or 'mmdet')
             if kind is None:
                 raise UserError(f'custom_hooks: {hook.get("type")!r} is not registered; import '
                                 'its file by custom_imports')
