@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Progress', 'QuantizationSettings', 'Recipe',
     'SynthesisSettings', 'UserError', '__version__', 'calibrate', 'equalize', 'evolve',
-    'init_model', 'load', 'prepare', 'quantize', 'recalibrate', 'round_weights', 'save', 'synthesize', 'unwrap'
+    'init_model', 'load', 'prepare', 'quantize', 'recalibrate', 'round_weights', 'save',
+    'synthesize', 'unwrap'
 ]
 
 

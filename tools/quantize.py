@@ -20,6 +20,7 @@ from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_seed,
     choose_work_dir,
+    keep_local,
     processes_of,
     require_launcher,
     run_tool,

@@ -7,5 +7,5 @@ from .runner import PSAQRunner
 
 __all__ = [
     'PSAQHook', 'PSAQRunner', 'build_float_model', 'build_model', 'custom_hooks', 'has_recipe',
-    'load_config', 'read_recipe', 'resolve_device'
+    'init_model', 'load_config', 'read_recipe', 'resolve_device'
 ]

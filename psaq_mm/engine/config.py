@@ -15,6 +15,7 @@ from mmengine.hooks import Hook
 from psaq_mm.errors import UserError
 from psaq_mm.recipe import Recipe
 from psaq_mm.recipe.merging import DELETE
+from psaq_mm.registry import HOOKS
 from psaq_mm.sections import nearest
 
 SECTIONS = tuple(field.name for field in fields(Recipe))
@@ -107,8 +108,7 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
             reason += '. Is psaq_mm installed? Run make, or pip install it.'
         if 'Duplicate key is not allowed among bases' in reason:
             reason += ('. A config that sets one of them itself cannot have our base: inherit '
-                       "that one alone, and write preset = 'default' and quantization = "
-                       'dict(weight=dict(bits=8), activation=dict(bits=8)) (docs/configuration.md)')
+                       "that one alone, and write recipe = 'w8a8' (docs/configuration.md)")
         raise UserError(f'config {path} cannot be read ({type(error).__name__}): {reason}') \
             from error
     if config.get('model') is None:

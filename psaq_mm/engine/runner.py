@@ -24,10 +24,10 @@ from psaq_mm.checkpoint import (
 from psaq_mm.errors import UserError
 from psaq_mm.pipeline import Pipeline
 from psaq_mm.recipe.merging import plain_copy
-from psaq_mm.registry import HOOKS, RUNNERS
+from psaq_mm.registry import RUNNERS
 from psaq_mm.student import scope_of
 
-from .config import custom_hooks, read_recipe
+from .config import custom_hooks, hook_class, read_recipe
 from .hooks import PSAQHook
 
 
