@@ -88,7 +88,8 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
         test_size (tuple[int, int], optional): Height and width in pixels of what the model
             sees of a test image, for ``calibration.image_size='test'``. Defaults to None:
             what the test pipeline of ``model.cfg`` says, if the model has one.
-        progress (Callable, optional): Called after each step or batch. Defaults to None.
+        progress (Callable, optional): Called as a phase begins, and after each of its steps or
+            batches. Defaults to None.
         state_file (str or Path, optional): File that the state is saved to now and then.
             Defaults to None: it is not.
         resume (bool): Whether to go on from ``state_file``; an interrupted run then ends
@@ -221,6 +222,7 @@ class Pipeline:
             if self.saved is not None:
                 self.seconds.update(self.saved.restore_images(images))
             self.notify('before_synthesis', synthesizer=images)
+            self._report('synthesis', images.step_index, images.total_steps)
             with stopping_together():
                 try:
                     while not images.done:
@@ -257,6 +259,7 @@ class Pipeline:
             if extra is not None:
                 self.load_extra_state(extra)
             self.notify('before_evolution', evolver=game)
+            self._report('evolution', game.step_index, game.total_steps)
             try:
                 while not game.done:
                     losses = game.step()
@@ -326,15 +329,19 @@ class Pipeline:
             nonlocal done
             done += count
             self.notify(f'after_{phase}_batch', count=count)
-            self._report(phase, done, total, {})
+            self._report(phase, done, total)
 
         self.notify(f'before_{phase}', total=total)
+        self._report(phase, 0, total)
         yield count_up
         self.notify(f'after_{phase}')
 
-    def _report(self, phase: str, done: int, total: int, losses: Mapping[str, float]) -> None:
+    def _report(self, phase: str, done: int, total: int,
+                losses: Optional[Mapping[str, float]] = None) -> None:
+        progress = Progress(phase, done, total, dict(losses or {}))
+        self.notify('after_progress', progress=progress)
         if self.progress is not None:
-            self.progress(Progress(phase, done, total, dict(losses)))
+            self.progress(progress)
 
     def _save_images(self, images: Synthesizer, stopped: bool = False) -> None:
         if self.saved is not None:
