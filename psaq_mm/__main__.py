@@ -5,7 +5,7 @@
     python -m psaq_mm quantize CONFIG CHECKPOINT
 """
 import argparse
-import runpy
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Optional, Sequence
@@ -41,8 +41,13 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     script = Path(__file__).parent / '.mim' / 'tools' / f'{args.command}.py'
     if not script.is_file():
         parser.error(f'{script} is missing: psaq_mm is not installed. Run make, or pip install it')
+    spec = importlib.util.spec_from_file_location(f'psaq_mm_{args.command}', script)
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    from psaq_mm.engine.command_line import run_tool
     sys.argv = [f'psaq_mm {args.command}', *args.arguments]
-    runpy.run_path(str(script), run_name='__main__')
+    run_tool(tool.main)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Predictions on image files: as pictures, and as plain values."""
+import itertools
 import os
 import uuid
 import warnings
@@ -67,18 +68,17 @@ def picture_paths(images: Sequence[Path], folder: str) -> List[Path]:
     Raises:
         UserError: If a picture would replace one of the images.
     """
-    taken: Dict[str, int] = {}
-    paths = []
+    paths: Dict[Path, None] = {}  # in order, and quickly searched
     for image in images:
-        count = taken[image.stem] = taken.get(image.stem, 0) + 1
-        name = image.stem if count == 1 else f'{image.stem}_{count}'
-        paths.append(Path(folder) / f'{name}.png')
+        names = itertools.chain([image.stem], (f'{image.stem}_{i}' for i in itertools.count(2)))
+        paths[next(path for path in (Path(folder) / f'{name}.png' for name in names)
+                   if path not in paths)] = None
     own = {os.path.realpath(image) for image in images}
     for path in paths:
         if os.path.realpath(path) in own:
             raise UserError(f'{path} is an image that was given, and would be overwritten; choose '
                             'another --out-dir')
-    return paths
+    return list(paths)
 
 
 def input_pipeline(config: Config) -> Callable[[Path], Dict[str, Any]]:
