@@ -65,8 +65,10 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
     _require_matches('include', settings.include, candidates, f' in scope {settings.scope!r}')
     # These may name what another scope would hold.
     _require_matches('exclude', settings.exclude, list(roles))
+    # Nobody wrote those of the defaults, and a placement or model may lack what they name.
+    unasked = QuantizationSettings().overrides
     _require_matches('overrides', [p for p in settings.overrides
-                                   if p != '_scope_' and not p.startswith('@')], list(roles))
+                                   if p not in unasked and not p.startswith('@')], list(roles))
     plan: Plan = {}
     predictors: FrozenSet[str] = frozenset()
     if settings.scope == 'model':
