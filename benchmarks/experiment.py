@@ -43,7 +43,7 @@ from psaq_mm import api
 from psaq_mm.adapters import Adapter, find_adapter
 from psaq_mm.checkpoint import load_float_weights, save_json
 from psaq_mm.engine import build_float_model, load_config, read_sections
-from psaq_mm.adapters.tested_size import test_size
+from psaq_mm.adapters.tested_size import tested_size
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'demo'
@@ -206,7 +206,7 @@ class Subject:
         self.size = self.sections.synthesis.size
         if name in ('swin', 'deit'):
             self.size = (112, 112)
-        self.test_size = test_size(self.config)
+        self.test_size = tested_size(self.config).size
 
     @functools.cached_property
     def model(self) -> nn.Module:

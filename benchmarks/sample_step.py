@@ -34,7 +34,7 @@ def sides_of(model: nn.Module, images: torch.Tensor) -> Dict[str, Callable[[], N
     model.requires_grad_(False)
     images = images.requires_grad_(True)
     adapter = find_adapter(model)
-    generator = torch.Generator().manual_seed(0)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
 
     def plain() -> None:
         images.grad = None
@@ -44,8 +44,8 @@ def sides_of(model: nn.Module, images: torch.Tensor) -> Dict[str, Callable[[], N
         images.grad = None
         with adapter.record_attention(model) as recorder:
             adapter.forward_backbone(model, images)
-            state = PriorState(images=images, attention=recorder.take(), generator=generator)
-            term(state).backward()
+            state = PriorState(images=images, attention=recorder.take(), generators=generators)
+            term(state).sum().backward()
 
     binned, v1 = PatchSimilarityPrior(), PatchSimilarityPrior(form='v1')
     return dict(plain=plain, sample=lambda: sample(binned), v1=lambda: sample(v1))

@@ -1,42 +1,41 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Quantize Swin models of OpenMMLab without any data.
 
-    settings = psaq_mm.shipped('w4a4')          # those of our configs
-    images = psaq_mm.synthesize(model, **settings['synthesis'])  # from the float model alone
-    psaq_mm.equalize(model, images, **settings['quantization'])  # computes what it did
-    student = copy.deepcopy(model)
-    psaq_mm.quantize(student, **settings['quantization'])
-    psaq_mm.calibrate(student, images)
-    psaq_mm.refit(student, images, (800, 1344))  # ranges at test size
-    psaq_mm.round_weights(student, images, (800, 1344))  # by GPTQ
+    recipe = psaq_mm.Recipe.shipped('w4a4')
+    student = psaq_mm.quantize(model, recipe)   # from the float model alone
     psaq_mm.save(student, 'quantized.pth')
     psaq_mm.load(float_model, 'quantized.pth')
+
+The steps of :func:`quantize`, for those who compose them: :func:`synthesize`,
+:func:`equalize`, :func:`prepare`, :func:`calibrate`, :func:`evolve`, :func:`recalibrate`,
+:func:`round_weights`. ``psaq_mm/pipeline.py`` has them in order.
 """
 from typing import TYPE_CHECKING, Any
 
-from .api import (
-    calibrate,
-    equalize,
-    evolve,
-    load,
-    quantize,
-    refit,
-    round_weights,
-    save,
-    synthesize,
-    unwrap,
-)
+from .checkpoint import load, save
 from .errors import UserError
-from .presets import shipped
+from .evolution import evolve
+from .ops import unwrap
+from .pipeline import Progress, quantize
+from .recipe import (
+    CalibrationSettings,
+    EvolutionSettings,
+    QuantizationSettings,
+    Recipe,
+    SynthesisSettings,
+)
+from .student import calibrate, equalize, prepare, recalibrate, round_weights
+from .synthesis import synthesize
 from .version import __version__
 
 if TYPE_CHECKING:
     from .engine import init_model
 
 __all__ = [
-    'UserError', '__version__', 'calibrate', 'equalize', 'evolve', 'init_model',
-    'load', 'quantize', 'refit',
-    'round_weights', 'save', 'shipped', 'synthesize', 'unwrap'
+    'CalibrationSettings', 'EvolutionSettings', 'Progress', 'QuantizationSettings', 'Recipe',
+    'SynthesisSettings', 'UserError', '__version__', 'calibrate', 'equalize', 'evolve',
+    'init_model', 'load', 'prepare', 'quantize', 'recalibrate', 'round_weights', 'save',
+    'synthesize', 'unwrap'
 ]
 
 

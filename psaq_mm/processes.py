@@ -1,31 +1,48 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""One process stops, and all do."""
+"""Several processes that share one quantization."""
 from contextlib import contextmanager
 from typing import Iterator
 
 import torch
-from mmengine.dist import all_reduce
+from mmengine.dist import all_reduce, get_rank, get_world_size
+from torch import Tensor
+
+from psaq_mm.errors import UserError
+
+
+def images_of_this_process(images: Tensor) -> Tensor:
+    """Every n-th image, for n processes; all of them if there are too few to split."""
+    world = get_world_size()
+    return images[get_rank()::world] if len(images) >= world else images
 
 
 @contextmanager
-def failing_together() -> Iterator[None]:
-    """Let all processes stop where one of them has a loss that is not finite: the
-    others would wait for it for ever.
+def stopping_together() -> Iterator[None]:
+    """Let all processes stop where one of them fails: the others would wait for it for ever.
+
+    The block must not exchange anything with other processes.
 
     Raises:
-        FloatingPointError: As raised within the block; where it is another
-            process's, one that says so.
+        FloatingPointError: Where another process raised one within its block.
+        UserError: Where another process raised another exception.
     """
     try:
         yield
     except FloatingPointError:
-        _any_process(True)
+        _worst(1)
         raise
-    if _any_process(False):
+    except BaseException:
+        _worst(2)
+        raise
+    worst = _worst(0)
+    if worst == 1:
         raise FloatingPointError('a loss is not finite in another process')
+    if worst == 2:
+        raise UserError('another process stopped; its message says why')
 
 
-def _any_process(failed: bool) -> bool:
-    shared = torch.tensor(float(failed))
+def _worst(status: int) -> int:
+    """The largest status of all processes."""
+    shared = torch.tensor(float(status))
     all_reduce(shared, op='max')
-    return bool(shared)
+    return int(shared)

@@ -87,7 +87,7 @@ def single_stage(name, folder):
 
 
 def calibrated_op(op, x):
-    """Set the ranges of a quantized op on its input, and switch it on."""
+    """Set the ranges of a quantized op: those of its weight, and of the rest on its input."""
     activations = [q for role, q in op.quantizers.items() if role != 'weight']
     for quantizer in activations:
         quantizer.start_observing()
@@ -95,8 +95,7 @@ def calibrated_op(op, x):
         op(x)
     for quantizer in activations:
         quantizer.finish_observing()
-    for quantizer in op.quantizers.values():
-        quantizer.enabled = True
+    op.set_weight_range()
     return op
 
 

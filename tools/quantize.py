@@ -8,14 +8,12 @@ import os
 
 from mmengine.dist import is_main_process
 
-from psaq_mm.adapters import find_adapter
-from psaq_mm.api import check_calibration, check_evolution, check_synthesis
 from psaq_mm.checkpoint import ensure_writable_dir, load_float_weights, sha256_of_file
 from psaq_mm.engine import (
     PSAQRunner,
     build_float_model,
     load_config,
-    read_sections,
+    read_recipe,
     resolve_device,
 )
 from psaq_mm.engine.command_line import (
@@ -23,11 +21,11 @@ from psaq_mm.engine.command_line import (
     choose_seed,
     choose_work_dir,
     keep_local,
+    processes_of,
     require_launcher,
-    require_shares,
     run_tool,
 )
-from psaq_mm.ops import plan_quantization
+from psaq_mm.pipeline import check
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,16 +63,12 @@ def main() -> None:
     # Everything that can be wrong is checked before anything is written.
     config = load_config(args.config, args.cfg_options)
     seed = choose_seed(args.seed, config)
-    sections = read_sections(config)
+    recipe = read_recipe(config)
     require_launcher(args.launcher, args.device)
     device = resolve_device(args.device)
     source = dict(file=args.checkpoint, sha256=sha256_of_file(args.checkpoint))
     model = build_float_model(config)
-    check_synthesis(model, sections.synthesis)
-    plan = plan_quantization(model, sections.quantization, find_adapter(model))
-    check_evolution(model, sections.evolution, plan)
-    check_calibration(model, sections.calibration)
-    require_shares(args.launcher, sections.synthesis, sections.evolution)
+    check(model, recipe, processes_of(args.launcher))
     meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint)
     PSAQRunner.hooks_for_quantization(config)
     if not args.use_vis_backends:
@@ -88,7 +82,7 @@ def main() -> None:
     runner.quantize()
     if not is_main_process():
         return
-    seconds = ', '.join(f'{name} {value:.1f} s' for name, value in runner.seconds.items())
+    seconds = ', '.join(f'{name} {value:.1f} s' for name, value in runner.pipeline.seconds.items())
     print(f'{config.work_dir}/quantized.pth ({seconds})')
 
 

@@ -11,7 +11,7 @@ import os
 from mmengine.dist import is_main_process
 
 from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json
-from psaq_mm.engine import PSAQRunner, load_config, read_sections, resolve_device
+from psaq_mm.engine import PSAQRunner, has_recipe, load_config, read_recipe, resolve_device
 from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
@@ -64,8 +64,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config = load_config(args.config, args.cfg_options)
-    if config.get('quantization') is not None:
-        read_sections(config)
+    if has_recipe(config):
+        read_recipe(config)
     require_launcher(args.launcher, args.device)
     device = resolve_device('cpu' if args.backend != 'torch' and args.device == 'auto'
                             else args.device)

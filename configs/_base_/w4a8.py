@@ -1,3 +1,3 @@
 # Weights in 4 bits, activations in 8; the patch embedding in 8.
 _base_ = './data_free.py'
-quantization = dict(weight=dict(bits=4), activation=dict(bits=8))
+recipe = 'w4a8'

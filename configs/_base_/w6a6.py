@@ -1,3 +1,3 @@
 # Weights in 6 bits, activations in 6; the patch embedding in 8.
 _base_ = './data_free.py'
-quantization = dict(weight=dict(bits=6), activation=dict(bits=6))
+recipe = 'w6a6'

@@ -2,6 +2,8 @@
 """What the rest of the project asks of a host library."""
 import importlib
 import itertools
+import logging
+import math
 from collections import Counter
 from contextlib import contextmanager
 from typing import (
@@ -9,16 +11,21 @@ from typing import (
     ClassVar,
     Collection,
     Dict,
+    FrozenSet,
     Generic,
+    Iterable,
     Iterator,
     List,
     Mapping,
     Optional,
+    Sequence,
     Tuple,
     TypeVar,
 )
 
+import numpy as np
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,6 +33,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.prior import AttentionRecord, BatchNormRecord, channel_statistics
 from psaq_mm.registry import ADAPTERS
 
+from .predictors import last_layers, layers_of_own_width
 from .tap_record import TapRecord
 
 RecordT = TypeVar('RecordT')
@@ -48,6 +56,28 @@ AttentionRecorder = Recorder[AttentionRecord]
 
 BatchNormRecorder = Recorder[BatchNormRecord]
 """Collects the statistics of what goes into BatchNorm layers."""
+
+
+WindowGrid = Tuple[Tuple[int, int], Tuple[int, int]]
+"""How many rows and columns a stage merges into one, and the height and width of its
+windows."""
+
+
+def real_tokens(stages: Iterable[WindowGrid], size: Tuple[int, int]) -> Iterator[float]:
+    """The share of tokens in the windows of each stage that are no padding.
+
+    Args:
+        stages (Iterable[WindowGrid]): Of :meth:`Adapter.attention_windows`.
+        size (tuple[int, int]): Height and width of the images.
+
+    Yields:
+        float: From above 0 to 1.
+    """
+    height, width = size
+    for step, window in stages:
+        height, width = -(-height // step[0]), -(-width // step[1])
+        padded = (height + -height % window[0]) * (width + -width % window[1])
+        yield height * width / padded
 
 
 class Adapter:
@@ -89,20 +119,65 @@ class Adapter:
         """Whether this module is the projection of the patch embedding."""
         raise NotImplementedError
 
-    def is_predictor(self, model: nn.Module, name: str) -> bool:
-        """Whether this module's output is the model's: scores, boxes, logits."""
+    def predictors(self, model: nn.Module) -> FrozenSet[str]:
+        """Names of the layers whose output is the model's: scores, boxes, logits.
+
+        A small image goes through the model once. If that fails, layers are taken
+        by their widths, and a warning says so.
+
+        Args:
+            model (nn.Module): The float model.
+        """
+        sizes = [self.image_size(model)]
+        if self.fixed_size(model) is None:  # a small one will do, but for many queries
+            side = 2 * max(math.prod(steps) for steps in zip(*(
+                step for step, _ in self.attention_windows(model))))
+            sizes.insert(0, (side, side))
+        while True:
+            try:
+                found = self._last_layers(model, sizes.pop(0))
+                break
+            except Exception as error:  # heads are anyone's code
+                if not sizes:
+                    print_log('the model cannot be run on an image alone to find its last layers '
+                              f'({type(error).__name__}: {" ".join(str(error).split())[:200]}): '
+                              'those whose output is as wide as no input of their head are taken',
+                              logger='current', level=logging.WARNING)
+                    found = layers_of_own_width(model, lambda name: self.head_of(model, name))
+                    break
+        return frozenset(name for name in found if not self.in_scope(model, name, 'backbone'))
+
+    def _last_layers(self, model: nn.Module, size: Tuple[int, int]) -> FrozenSet[str]:
+        images = torch.rand(1, self.valid_range(model)[0].shape[1], *size,
+                            generator=torch.Generator().manual_seed(0))
+        return last_layers(model, lambda: self.forward_model(model, images.to(
+            module_device(model))), lambda name: not self.head_of(model, name))
+
+    def head_of(self, model: nn.Module, name: str) -> str:
+        """Name of the head that a module is in; empty if it is in none."""
         raise NotImplementedError
 
-    def follows_proposals(self, model: nn.Module, name: str) -> bool:
+    def runs_on_proposals(self, model: nn.Module, name: str) -> bool:
         """Whether a module runs on regions that the model itself proposes, so
         that quantization changes its input and not only its values."""
         return False
 
-    def kinds(self, model: nn.Module, name: str) -> Tuple[str, ...]:
-        """What a module is, of ``psaq_mm.recipe.quantization.KINDS``."""
+    def is_segmentor(self, model: nn.Module) -> bool:
+        """Whether the model labels every pixel."""
+        return False
+
+    def kinds(self, model: nn.Module, name: str, predictors: Collection[str]) -> Tuple[str, ...]:
+        """What a module is, of ``psaq_mm.recipe.quantization.KINDS``.
+
+        Args:
+            model (nn.Module): The float model.
+            name (str): Name of the module.
+            predictors (Collection[str]): From :meth:`predictors`.
+        """
         found = dict(patch_embed=self.is_patch_embed(model, name),
-                     predictor=self.is_predictor(model, name),
-                     roi_head=self.follows_proposals(model, name))
+                     predictor=name in predictors,
+                     roi_head=self.runs_on_proposals(model, name),
+                     segmentor=self.is_segmentor(model))
         return tuple(kind for kind, holds in found.items() if holds)
 
     def norm_readers(self, model: nn.Module) -> Dict[str, str]:
@@ -127,12 +202,59 @@ class Adapter:
         """Whether the model sees RGB images; else BGR."""
         raise NotImplementedError
 
+    def attention_windows(self, model: nn.Module) -> List[WindowGrid]:
+        """What each stage does before it attends, and its windows; none if every
+        token attends to all."""
+        return []
+
+    def fixed_size(self, model: nn.Module) -> Optional[Tuple[int, int]]:
+        """Height and width that the model was built for, if it was for one size."""
+        return None
+
+    def image_size(self, model: nn.Module) -> Tuple[int, int]:
+        """Height and width of the images that are made for a model: the one that it
+        was built for, else the smallest that fills all attention windows."""
+        fixed = self.fixed_size(model)
+        return fixed if fixed is not None else self._window_period(model)
+
     def check_image_size(self, model: nn.Module, size: Tuple[int, int]) -> None:
         """Raise if the model cannot take images of this height and width.
 
         Raises:
             UserError: If so; by default any size will do.
         """
+
+    def warn_of_padding(self, model: nn.Module, size: Tuple[int, int]) -> None:
+        """Log a warning if images of this height and width leave attention windows
+        partly empty: what padding attends to says nothing about a model.
+
+        Args:
+            model (nn.Module): The float model.
+            size (tuple[int, int]): Height and width in pixels.
+        """
+        stages = list(real_tokens(self.attention_windows(model), size))
+        if not stages or min(stages) == 1:
+            return
+        height, width = (max(1, round(side / period)) * period
+                         for side, period in zip(size, self._window_period(model)))
+        try:
+            self.check_image_size(model, (height, width))
+        except UserError:  # it takes no other
+            return
+        print_log(f'at image_size {size[0]}x{size[1]} only {100 * min(stages):.0f} % of the tokens '
+                  f'in the windows of stage {stages.index(min(stages)) + 1} are real, the rest is '
+                  f'padding; {height}x{width} leaves none', logger='current',
+                  level=logging.WARNING)
+
+    def _window_period(self, model: nn.Module) -> Tuple[int, int]:
+        """Height and width whose multiples fill the windows of all stages."""
+        periods = [(1, 1)]
+        stride = (1, 1)
+        for step, window in self.attention_windows(model):
+            stride = (stride[0] * step[0], stride[1] * step[1])
+            periods.append((stride[0] * window[0], stride[1] * window[1]))
+        height, width = (int(np.lcm.reduce(sides)) for sides in zip(*periods))
+        return height, width
 
     def convert_state(self, model: nn.Module,
                       state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], str]:
@@ -160,8 +282,12 @@ class Adapter:
         """Feature maps of normalized images of shape (B, C, H, W)."""
         raise NotImplementedError
 
-    def forward_model(self, model: nn.Module, images: Tensor) -> None:
-        """Run all of the model, heads included, on normalized images."""
+    def forward_model(self, model: nn.Module, images: Tensor) -> Any:
+        """Run all of the model, heads included, on normalized images.
+
+        Returns:
+            Any: What it computes, nested as it likes.
+        """
         raise NotImplementedError
 
     def tap_groups(self, model: nn.Module) -> Tuple[str, ...]:
@@ -280,6 +406,22 @@ def module_device(module: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors), torch.device('cpu'))
 
 
+def require_float32(model: nn.Module) -> None:
+    """Raise if a model has weights in half or double precision, in which images and
+    ranges cannot be computed.
+
+    Args:
+        model (nn.Module): The float model.
+
+    Raises:
+        UserError: If so.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise UserError(f'the model has weights in {parameter.dtype} ({name}), and what is done '
+                            'with it needs torch.float32: call model.float() first')
+
+
 def pixel_range(channels: int, mean: Optional[Tensor], std: Optional[Tensor],
                 highest: float = 255.) -> Tuple[Tensor, Tensor]:
     """Smallest and largest pixel after a normalization.
@@ -305,3 +447,8 @@ def pixel_range(channels: int, mean: Optional[Tensor], std: Optional[Tensor],
                             f'each of {channels} channels, and std must be positive')
         low, high = (low - mean) / std, (high - mean) / std
     return low.view(1, -1, 1, 1), high.view(1, -1, 1, 1)
+
+
+def shown_size(size: Sequence[int]) -> str:
+    """A size as it stands in a config: one number for a square."""
+    return str(size[0]) if len(set(size)) == 1 else str(list(size))

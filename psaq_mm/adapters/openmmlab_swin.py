@@ -5,9 +5,20 @@ The two are classes of their own with the same submodules and the same code;
 ``mmdet_swin.py`` and ``mmseg_swin.py`` bind what is here to each.
 """
 import copy
-import re
+import math
 from contextlib import contextmanager
-from typing import Any, ClassVar, Collection, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import (
+    Any,
+    ClassVar,
+    Collection,
+    Dict,
+    FrozenSet,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Tuple,
+)
 
 from torch import Tensor, nn
 
@@ -19,15 +30,11 @@ from . import (
     mmcv_layers,  # noqa: F401 (registers the ops of the heads' layers)
     openmmlab_taps,
 )
-from .adapter import Adapter, AttentionRecorder, pixel_range
+from .adapter import Adapter, AttentionRecorder, WindowGrid, pixel_range, shown_size
 from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
 from .swin_layouts import OPENMMLAB, SWIN_AUTHORS, convert_openmmlab_swin
 from .tap_record import TapRecord
 from .window_tokens import valid_tokens
-
-PREDICTOR = re.compile(r'(?:\w+_)?(?:cls|reg|seg|logits|centerness|obj)')
-"""What heads call the layer that gives scores, boxes or masks: ``fc_cls``,
-``rpn_reg``, ``conv_logits``, ``conv_seg``, ``atss_centerness``."""
 
 
 class WindowMSAOp(QuantOp):
@@ -167,12 +174,54 @@ class OpenMMLabSwinAdapter(Adapter):
         prefix = self.backbone_name(model)
         return name == (prefix + '.' if prefix else '') + 'patch_embed.projection'
 
-    def is_predictor(self, model: nn.Module, name: str) -> bool:
-        return not self.in_scope(model, name, 'backbone') and bool(
-            PREDICTOR.fullmatch(name.rpartition('.')[2]))
+    def predictors(self, model: nn.Module) -> FrozenSet[str]:
+        if isinstance(model, self.backbone_class):
+            return frozenset()
+        with _fewer_proposals(model, count=2):
+            return super().predictors(model)
 
-    def follows_proposals(self, model: nn.Module, name: str) -> bool:
+    def head_of(self, model: nn.Module, name: str) -> str:
+        # As the hosts' configs call them: rpn_head, roi_head.bbox_head, decode_head, ...
+        parts = name.split('.')
+        heads = [i for i, part in enumerate(parts) if part.endswith('head')]
+        return '.'.join(parts[:heads[-1] + 1]) if heads and heads[0] == 0 else ''
+
+    def runs_on_proposals(self, model: nn.Module, name: str) -> bool:
         return name.startswith('roi_head.')
+
+    def is_segmentor(self, model: nn.Module) -> bool:
+        return hasattr(model, 'encode_decode')
+
+    def attention_windows(self, model: nn.Module) -> List[WindowGrid]:
+        backbone = self._backbone(model)
+        # A stage merges patches at its end, for the next.
+        steps = [backbone.patch_embed.projection.stride,
+                 *(stage.downsample.sampler.stride for stage in backbone.stages[:-1])]
+        return [(step, (window, window)) for step, window in zip(
+            steps, (stage.blocks[0].attn.window_size for stage in backbone.stages))]
+
+    def fixed_size(self, model: nn.Module) -> Optional[Tuple[int, int]]:
+        backbone = self._backbone(model)
+        if not backbone.use_abs_pos_embed:
+            return None
+        # The size is not stored, only how many patches it has: a square, or the user's.
+        side = math.isqrt(backbone.absolute_pos_embed.shape[1])
+        height, width = backbone.patch_embed.projection.stride
+        return (side * height, side * width) \
+            if side ** 2 == backbone.absolute_pos_embed.shape[1] else None
+
+    def check_image_size(self, model: nn.Module, size: Tuple[int, int]) -> None:
+        backbone = self._backbone(model)
+        if not backbone.use_abs_pos_embed:
+            return
+        rows, columns = (-(-side // step) for side, step in zip(
+            size, backbone.patch_embed.projection.stride))
+        needed, fixed = backbone.absolute_pos_embed.shape[1], self.fixed_size(model)
+        if rows * columns != needed:
+            such = f', such as {shown_size(fixed)}' if fixed is not None else ''
+            raise UserError(f'synthesis.image_size must make {needed} patches{such}, since the '
+                            f'backbone has use_abs_pos_embed; {shown_size(size)} makes '
+                            f'{rows * columns}')
 
     def valid_range(self, model: nn.Module) -> Tuple[Tensor, Tensor]:
         channels = self._backbone(model).patch_embed.projection.in_channels
@@ -193,15 +242,14 @@ class OpenMMLabSwinAdapter(Adapter):
     def forward_backbone(self, model: nn.Module, images: Tensor) -> Tuple[Tensor, ...]:
         return tuple(self._backbone(model)(images))
 
-    def forward_model(self, model: Any, images: Tensor) -> None:
+    def forward_model(self, model: Any, images: Tensor) -> Any:
         if isinstance(model, self.backbone_class):
             raise UserError("quantization.scope='model' needs a whole model, got a backbone")
         size = (images.shape[2], images.shape[3])
         meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
                     scale_factor=(1.0, 1.0), padding_size=[0, 0, 0, 0])
-        if hasattr(model, 'encode_decode'):  # a segmentor, of mmseg
-            model.encode_decode(images, [dict(meta) for _ in images])
-            return
+        if self.is_segmentor(model):
+            return model.encode_decode(images, [dict(meta) for _ in images])
         from mmdet.structures import DetDataSample
         samples = []
         for index in range(len(images)):
@@ -210,12 +258,12 @@ class OpenMMLabSwinAdapter(Adapter):
             samples.append(sample)
         # 'tensor' mode runs RoI heads on the region proposals themselves, so
         # every head sees data even where nothing is detected.
-        model(images, samples, mode='tensor')
+        return model(images, samples, mode='tensor')
 
     def forward_norms(self, model: Any, images: Tensor) -> None:
         if isinstance(model, self.backbone_class):
             self.forward_backbone(model, images)
-        elif hasattr(model, 'encode_decode'):
+        elif self.is_segmentor(model):
             features: List[Any] = []
             source = model.neck if model.with_neck else model.backbone
             handle = source.register_forward_hook(lambda m, args, out: features.append(out))

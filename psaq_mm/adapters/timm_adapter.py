@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, register_op
 
-from .adapter import Adapter, AttentionRecorder, pixel_range
+from .adapter import Adapter, AttentionRecorder, pixel_range, shown_size
 from .tap_record import TapRecord
 
 PSAQ_MM = 'psaq_mm'
@@ -81,22 +81,28 @@ class TimmAdapter(Adapter):
     def is_patch_embed(self, model: nn.Module, name: str) -> bool:
         return name == self._prefix(model) + 'patch_embed.proj'
 
-    def is_predictor(self, model: nn.Module, name: str) -> bool:
-        return not self.in_scope(model, name, 'backbone')
+    def head_of(self, model: nn.Module, name: str) -> str:
+        return '' if self.in_scope(model, name, 'backbone') else \
+            name[len(self._prefix(model)):].partition('.')[0]
 
     def is_rgb(self, model: nn.Module) -> bool:
         return True
+
+    def fixed_size(self, model: nn.Module) -> Optional[Tuple[int, int]]:
+        size = getattr(self._timm_model(model).patch_embed, 'img_size', None)
+        return tuple(size) if size is not None else None
 
     def check_image_size(self, model: nn.Module, size: Tuple[int, int]) -> None:
         embed = self._timm_model(model).patch_embed
         if not isinstance(embed, PatchEmbed) or embed.img_size is None:
             return
         if embed.strict_img_size and tuple(size) != tuple(embed.img_size):
-            raise UserError(f'synthesis.image_size must be {_side(embed.img_size)}, the only size '
-                            f'that the model takes, got {_side(size)}')
+            raise UserError(f'synthesis.image_size must be {shown_size(embed.img_size)}, the only '
+                            f'size that the model takes, got {shown_size(size)}')
         if not embed.dynamic_img_pad and any(s % p for s, p in zip(size, embed.patch_size)):
-            raise UserError(f'synthesis.image_size must be a multiple of {_side(embed.patch_size)}'
-                            f', the patches of the model, got {_side(size)}')
+            raise UserError('synthesis.image_size must be a multiple of '
+                            f'{shown_size(embed.patch_size)}, the patches of the model, '
+                            f'got {shown_size(size)}')
 
     def convert_state(self, model: nn.Module,
                       state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], str]:
@@ -131,8 +137,8 @@ class TimmAdapter(Adapter):
     def forward_backbone(self, model: nn.Module, images: Tensor) -> Tuple[Tensor, ...]:
         return (self._timm_model(model).forward_features(images), )
 
-    def forward_model(self, model: nn.Module, images: Tensor) -> None:
-        self._timm_model(model)(images)
+    def forward_model(self, model: nn.Module, images: Tensor) -> Any:
+        return self._timm_model(model)(images)
 
     def tap_groups(self, model: nn.Module) -> Tuple[str, ...]:
         return 'backbone', 'logits'
@@ -188,8 +194,3 @@ class TimmAdapter(Adapter):
     @classmethod
     def _timm_model(cls, model: nn.Module) -> Any:
         return model if isinstance(model, cls.model_class) else getattr(model, 'model', None)
-
-
-def _side(size: Tuple[int, ...]) -> str:
-    """A size as it stands in a config: one number for a square."""
-    return str(size[0]) if len(set(size)) == 1 else str(list(size))

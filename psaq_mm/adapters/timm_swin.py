@@ -18,7 +18,7 @@ from psaq_mm.ops import QuantOp, register_op
 from psaq_mm.prior import AttentionRecord
 from psaq_mm.registry import ADAPTERS
 
-from .adapter import AttentionRecorder
+from .adapter import AttentionRecorder, WindowGrid
 from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
 from .timm_adapter import NORMS_OF_BLOCK, PSAQ_MM, TIMM, TimmAdapter
 
@@ -83,6 +83,13 @@ class TimmSwinAdapter(TimmAdapter):
     layouts = {PSAQ_MM: 'model.layers.0.blocks.0.attn.qkv.weight',
                TIMM: 'layers.0.blocks.0.attn.qkv.weight',
                SWIN_AUTHORS: 'layers.0.downsample.reduction.weight'}
+
+    def attention_windows(self, model: nn.Module) -> List[WindowGrid]:
+        swin = self._timm_model(model)
+        # A stage merges patches, two by two, at its beginning.
+        return [(tuple(swin.patch_embed.patch_size) if not index else
+                 (1, 1) if isinstance(stage.downsample, nn.Identity) else (2, 2),
+                 stage.blocks[0].window_size) for index, stage in enumerate(swin.layers)]
 
     def _is_foreign(self, state: Mapping[str, Tensor]) -> bool:
         # The authors merge patches at the end of a stage, timm at the start.

@@ -16,7 +16,6 @@ from mmengine.utils import is_method_overridden
 
 from psaq_mm.checkpoint import sha256_of_file
 from psaq_mm.errors import UserError
-from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
 from psaq_mm.registry import DATASETS
 from psaq_mm.sections import is_integer
 
@@ -163,26 +162,9 @@ def require_launcher(launcher: str, device: str) -> None:
                         'not started by that launcher')
 
 
-def require_shares(launcher: str, synthesis: SynthesisSettings,
-                   evolution: EvolutionSettings) -> None:
-    """Check that the processes of a launcher can share the work evenly.
-
-    Args:
-        launcher (str): As of :func:`require_launcher`, which comes first.
-        synthesis (SynthesisSettings): How images are made.
-        evolution (EvolutionSettings): How the student learns.
-
-    Raises:
-        UserError: If there are fewer images than processes, or a batch cannot be
-            split evenly.
-    """
-    processes = int(os.environ[WORLD_SIZES[launcher]]) if launcher != 'none' else 1
-    synthesis.require_images_for(processes)
-    try:
-        evolution.require_even_batches(processes)
-    except UserError as error:
-        even = -(-evolution.batch_size // processes) * processes
-        raise UserError(f'{error}; try --cfg-options evolution.batch_size={even}') from error
+def processes_of(launcher: str) -> int:
+    """How many processes a launcher started; :func:`require_launcher` comes first."""
+    return int(os.environ[WORLD_SIZES[launcher]]) if launcher != 'none' else 1
 
 
 def require_backend(backend: str, exported: Optional[str], threads: int, precision: str,

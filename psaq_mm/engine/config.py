@@ -1,22 +1,28 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""OpenMMLab configs, with our sections filled in from a preset and checked."""
+"""OpenMMLab configs, and the recipe that is in one."""
 import difflib
 import importlib.util
 import logging
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hooks import Hook
 
 from psaq_mm.errors import UserError
-from psaq_mm.recipe import CalibrationSettings, EvolutionSettings, SynthesisSettings
-from psaq_mm.presets import SECTIONS, apply_preset
-from psaq_mm.recipe.quantization import QuantizationSettings
+from psaq_mm.recipe import Recipe
+from psaq_mm.recipe.merging import DELETE
 from psaq_mm.registry import HOOKS
 from psaq_mm.sections import nearest
+
+SECTIONS = tuple(field.name for field in fields(Recipe))
+"""Keys of a config that are sections of the recipe: what they change of the shipped one."""
+
+KEYS = (*SECTIONS, 'recipe', 'preset')
+"""All keys of ours."""
 
 OPTIONAL_KEYS = ('work_dir', 'log_level', 'default_scope', 'default_hooks', 'custom_hooks',
                  'custom_imports', 'visualizer', 'experiment_name', 'env_cfg', 'randomness')
@@ -29,13 +35,41 @@ MODULE2PACKAGE['mmseg'] = 'mmseg'
 MODULE2PACKAGE['psaq_mm'] = 'psaq_mm'
 
 
-@dataclass(frozen=True)
-class Sections:
-    """The checked sections of a config."""
-    quantization: QuantizationSettings
-    synthesis: SynthesisSettings
-    evolution: EvolutionSettings
-    calibration: CalibrationSettings
+@contextmanager
+def _keeping_deletions() -> Iterator[None]:
+    """Within the block, merging configs keeps ``_delete_=True`` in our sections.
+
+    mmengine drops it once it has replaced what a base *file* says. The shipped recipe is
+    below all files: the mark must stay until the recipe is read.
+    """
+    original = Config._merge_a_into_b
+
+    def merge(a: Any, b: Any, allow_list_keys: bool = False) -> Any:
+        deletions = [path for section in SECTIONS if isinstance(a, Mapping)
+                     for path in _deletions(a.get(section), (section, ))]
+        result = original(a, b, allow_list_keys)
+        for path in deletions:
+            part = result
+            for key in path:
+                part = part[key]
+            part[DELETE] = True
+        return result
+
+    Config._merge_a_into_b = staticmethod(merge)
+    try:
+        yield
+    finally:
+        Config._merge_a_into_b = staticmethod(original)
+
+
+def _deletions(values: Any, path: Sequence[str]) -> List[Tuple[str, ...]]:
+    """Paths of dicts that replace the ones below them."""
+    if not isinstance(values, Mapping):
+        return []
+    found = [tuple(path)] if values.get(DELETE) else []
+    for key, value in values.items():
+        found += _deletions(value, (*path, key))
+    return found
 
 
 def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None) -> Config:
@@ -61,11 +95,11 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
         raise UserError(f'config {path} does not exist; expected a Python config file such as '
                         'configs/mask_rcnn_swin_t_w8a8.py')
     try:
-        config = Config.fromfile(str(path))
-        if options:
-            _reject_new_keys(config, options)
-            config.merge_from_dict(options)
-        apply_preset(config)
+        with _keeping_deletions():
+            config = Config.fromfile(str(path))
+            if options:
+                _reject_new_keys(config, options)
+                config.merge_from_dict(options)
     except UserError:
         raise
     except Exception as error:  # configs are programs: anything may be raised
@@ -74,8 +108,7 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
             reason += '. Is psaq_mm installed? Run make, or pip install it.'
         if 'Duplicate key is not allowed among bases' in reason:
             reason += ('. A config that sets one of them itself cannot have our base: inherit '
-                       "that one alone, and write preset = 'default' and quantization = "
-                       'dict(weight=dict(bits=8), activation=dict(bits=8)) (docs/configuration.md)')
+                       "that one alone, and write recipe = 'w8a8' (docs/configuration.md)")
         raise UserError(f'config {path} cannot be read ({type(error).__name__}): {reason}') \
             from error
     if config.get('model') is None:
@@ -137,7 +170,7 @@ def hook_class(hook: Any, scope: str) -> Optional[type]:
 
 def _reject_new_keys(config: Config, options: Dict[str, Any]) -> None:
     """An option may change a config's keys, or set one that mmengine knows."""
-    known = {*config, *SECTIONS, *OPTIONAL_KEYS, 'preset'}
+    known = {*config, *KEYS, *OPTIONAL_KEYS}
     for key in options:
         top = key.split('.')[0]
         if top not in known:
@@ -147,27 +180,36 @@ def _reject_new_keys(config: Config, options: Dict[str, Any]) -> None:
 
 def _reject_misspelt_sections(config: Config) -> None:
     for key in config:
-        if key in (*SECTIONS, 'preset'):
+        if key in KEYS:
             continue
-        near = difflib.get_close_matches(key, (*SECTIONS, 'preset'), n=1, cutoff=0.8)
+        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
         if near:
             raise UserError(f'unknown config key {key!r}. Did you mean {near[0]!r}?')
 
 
-def read_sections(config: Config) -> Sections:
-    """Check and read our sections.
+def has_recipe(config: Config) -> bool:
+    """Whether a config has any key of ours."""
+    return any(config.get(key) is not None for key in KEYS)
+
+
+def read_recipe(config: Config) -> Recipe:
+    """The recipe of a config: the shipped one that ``recipe`` and ``preset`` name, with what
+    the sections change. The config stays as it is.
 
     Raises:
-        UserError: If ``quantization`` is absent, a key is unknown or a value
+        UserError: If the config has none of these keys, a key is unknown or a value
             is out of range.
     """
-    if config.get('quantization') is None:
+    if not has_recipe(config):
         raise UserError(
-            f"config {config.filename} has no 'quantization' section; add ours to its bases, "
+            f'config {config.filename} has no recipe; add ours to its bases, '
             "e.g. _base_ = ['my_mask_rcnn_swin.py', 'psaq_mm::_base_/w8a8.py']")
     values = config.to_dict()
-    return Sections(
-        quantization=QuantizationSettings.from_dict(values.get('quantization')),
-        synthesis=SynthesisSettings.from_dict(values.get('synthesis')),
-        evolution=EvolutionSettings.from_dict(values.get('evolution')),
-        calibration=CalibrationSettings.from_dict(values.get('calibration')))
+    try:
+        shipped = Recipe.shipped(*(default if values.get(key) is None else values[key]
+                                   for key, default in (('recipe', 'w8a8'),
+                                                        ('preset', 'default'))))
+        return shipped.changed({section: values.get(section) for section in SECTIONS})
+    except UserError as error:
+        whose = f'config {config.filename}: ' if config.filename else ''
+        raise UserError(f'{whose}{error}') from error

@@ -1,33 +1,67 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""The runner of a quantization: mmengine's, with phases of our own."""
-import time
-from contextlib import contextmanager
+"""The runner of a quantization: mmengine's, around our pipeline."""
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union, cast
+from typing import Any, Dict, List, Mapping, Optional, Union, cast
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import barrier, is_distributed, is_main_process
+from mmengine.dist import barrier, get_rank, is_distributed, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import Tensor, nn
 
-from psaq_mm import api
 from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.tested_size import tested_size
 from psaq_mm.checkpoint import (
     fit_float_state,
     is_quantized,
     load_checkpoint_file,
     read_manifest,
+    save,
 )
 from psaq_mm.errors import UserError
-from psaq_mm.registry import LOOPS, RUNNERS
+from psaq_mm.pipeline import Pipeline
+from psaq_mm.recipe.merging import plain_copy
+from psaq_mm.registry import RUNNERS
+from psaq_mm.student import scope_of
 
-from .config import SECTIONS, Sections, custom_hooks, hook_class, read_sections
+from .config import custom_hooks, hook_class, read_recipe
 from .hooks import PSAQHook
-from psaq_mm.adapters.tested_size import test_size
+
+
+class RunnerPipeline(Pipeline):
+    """A pipeline whose points are those of the hooks of a runner.
+
+    Args:
+        runner (PSAQRunner): The runner.
+        **kwargs: As of :class:`psaq_mm.pipeline.Pipeline`.
+    """
+
+    def __init__(self, runner: 'PSAQRunner', **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.runner = runner
+
+    def notify(self, point: str, **arguments: Any) -> None:
+        self.runner.call_hook(point, **arguments)
+
+    def extra_state(self) -> Dict[str, Any]:
+        return {name: [hook.state_dict() for hook in hooks]
+                for name, hooks in self._hooks().items()}
+
+    def load_extra_state(self, state: Dict[str, Any]) -> None:
+        for name, hooks in self._hooks().items():
+            for hook, saved in zip(hooks, state.get(name, [])):
+                hook.load_state_dict(saved)
+
+    def _hooks(self) -> Dict[str, List[PSAQHook]]:
+        """Our hooks, by the name of their class."""
+        found: Dict[str, List[PSAQHook]] = {}
+        for hook in self.runner.hooks:
+            if isinstance(hook, PSAQHook):
+                found.setdefault(type(hook).__name__, []).append(hook)
+        return found
 
 
 @RUNNERS.register_module()
@@ -45,18 +79,17 @@ class PSAQRunner(Runner):
             are read; the config's ``trust_checkpoint`` does the same.
             Defaults to False.
         quantizing (bool): Whether :meth:`quantize` will be called: the model
-            is then not wrapped for distributed training, as the phases
+            is then not wrapped for distributed training, as the steps
             exchange what they need themselves. Defaults to False.
         **kwargs: As of :class:`mmengine.runner.Runner`.
     """
 
     model: nn.Module
 
-    phases = ('SynthesisLoop', 'CalibrationLoop', 'EvolutionLoop', 'FinalRangesLoop',
-              'RoundingLoop')
-    """Names in the LOOPS registry, in the order of :meth:`quantize`."""
+    pipeline: RunnerPipeline
+    """The quantization: its models, images, settings and seconds; from :meth:`quantize` on."""
 
-    default_psaq_hooks = ('ResumeHook', 'ProgressHook', 'ContactSheetHook', 'ReportHook')
+    default_psaq_hooks = ('ProgressHook', 'ContactSheetHook', 'ReportHook')
     """Hooks of :meth:`for_quantization`, besides those of the config."""
 
     def __init__(self, *args: Any, device: Union[str, torch.device, None] = None,
@@ -68,11 +101,6 @@ class PSAQRunner(Runner):
         self.device = None if device is None else torch.device(device)
         self.trust_checkpoint = trust_checkpoint or bool(cfg.get('trust_checkpoint'))
         super().__init__(*args, **kwargs)
-        self.images = torch.empty(0)
-        """Tensor: The synthesized images, normalized."""
-        self.seconds: Dict[str, float] = {}
-        """dict[str, float]: Wall seconds of each phase."""
-        self._running: Dict[str, float] = {}
 
     def setup_env(self, env_cfg: Dict[str, Any]) -> None:
         """As mmengine, but ``--launcher pytorch`` works without a GPU too, where
@@ -192,77 +220,41 @@ class PSAQRunner(Runner):
             super().dump_config()
 
     @property
-    def settings(self) -> Dict[str, Dict[str, Any]]:
-        """dict: Our sections of the config, as plain dicts."""
-        values = self.cfg.to_dict()
-        return {name: _without_scope(values.get(name) or {}) for name in SECTIONS}
+    def images(self) -> Tensor:
+        """Tensor: The synthesized images, normalized, shape (N, C, H, W)."""
+        return self.pipeline.images
 
     @property
-    def sections(self) -> Sections:
-        """Sections: The same, checked and with their defaults."""
-        return read_sections(self.cfg)
-
-    @property
-    def final_size(self) -> Tuple[int, int]:
-        """tuple[int, int]: Height and width that the student is finished at:
-        ``calibration.image_size``, or that of the images themselves."""
-        calibration = self.sections.calibration
-        size = test_size(self.cfg) if calibration.image_size == 'test' else calibration.size
-        return size or (self.images.shape[-2], self.images.shape[-1])
-
-    @property
-    def fingerprint(self) -> Dict[str, Any]:
-        """dict: What a resumed run must have in common with the first, as long
-        as images are made."""
-        return dict({'number of processes': self.world_size}, seed=self.run_seed,
-                    checkpoint=self.source['sha256'],
-                    model=_flat_text(_without_scope(self.cfg.model.to_dict())),
-                    synthesis=_flat_text(self.settings['synthesis']))
-
-    @property
-    def evolution_fingerprint(self) -> Dict[str, Any]:
-        """dict: The same, as soon as the student evolves. How weights are rounded is
-        not in it: that is the last phase, and is done anew."""
-        return {**self.fingerprint, **{name: _flat_text(self.settings[name]) for name in
-                                       ('quantization', 'calibration', 'evolution')}}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the wall time of a block to ``seconds[name]``."""
-        self._running[name] = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds = self.seconds_so_far()
-            del self._running[name]
-
-    def seconds_so_far(self) -> Dict[str, float]:
-        """dict[str, float]: ``seconds``, running phases included."""
-        now = time.perf_counter()
-        total = dict(self.seconds)
-        for name, start in self._running.items():
-            total[name] = total.get(name, 0.) + now - start
-        return total
+    def teacher(self) -> nn.Module:
+        """nn.Module: The float model."""
+        return self.pipeline.teacher
 
     def forward_student(self, images: Tensor) -> None:
         """Run the quantized part of the student on images."""
-        self.adapter.forward(self.model, images.to(self.device),
-                             api.scope_of(self.model, self.adapter))
+        student = self.pipeline.student
+        self.adapter.forward(student, images.to(self.device), scope_of(student, self.adapter))
 
     def quantize(self) -> nn.Module:
-        """Run all phases and write ``<work-dir>/quantized.pth``.
+        """Run the pipeline, with our hooks, and write ``<work-dir>/quantized.pth``.
 
         Returns:
-            nn.Module: The student, quantized and switched on.
+            nn.Module: The student.
         """
         self.adapter = find_adapter(self.model)
-        self.teacher = self.model  # stays float; the student will be a copy of it
-        for name in self.phases:
-            LOOPS.build(dict(type=f'psaq_mm.{name}', runner=self)).run()
+        rank = get_rank()
+        name = f'state_{rank}.pth' if rank else 'state.pth'
+        self.pipeline = RunnerPipeline(
+            self, teacher=self.model, recipe=read_recipe(self.cfg), seed=self.run_seed,
+            test_size=tested_size(self.cfg),
+            state_file=Path(self.work_dir) / name, resume=self.resume_run,
+            identity=dict(checkpoint=self.source['sha256'],
+                          model=repr(plain_copy(self.cfg.model.to_dict()))))
+        self.model = self.pipeline.run()
         if is_main_process():
             path = Path(self.work_dir) / 'quantized.pth'
-            api.save(self.model, path, meta=self.source_meta, seed=self.run_seed,
-                     source=self.source, settings=self.settings)
+            save(self.model, path, meta=self.source_meta,
+                 about=dict(seed=self.run_seed, source=self.source,
+                            settings=self.pipeline.recipe.to_dict()))
             self.logger.info(f'quantized checkpoint: {path}')
             self.call_hook('after_quantize')
         barrier()
@@ -288,25 +280,3 @@ def describe_checkpoint(path: str, trust: bool = False) -> str:
     parts = ', '.join(f'{k} in {v} modules' for k, v in
                       sorted(counts.items(), key=lambda item: -item[1]))
     return f'quantized ({parts})'
-
-
-def _without_scope(value: Any) -> Any:
-    """Drop the ``_scope_`` marks that mmengine leaves in inherited dicts."""
-    if isinstance(value, Mapping):
-        return {k: _without_scope(v) for k, v in value.items() if k != '_scope_'}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_without_scope(v) for v in value)
-    return value
-
-
-def _flat_text(section: Dict[str, Any]) -> str:
-    """A section as text that two equal ones share, without what no saved step depends on."""
-    return repr(sorted((key, value) for key, value in _flat(section).items()
-                       if not key.endswith(('save_interval.', '.rounding.'))))
-
-
-def _flat(value: Any, prefix: str = '') -> Dict[str, str]:
-    if isinstance(value, Mapping):
-        return {k: v for name, part in value.items()
-                for k, v in _flat(part, f'{prefix}{name}.').items()}
-    return {prefix: repr(list(value) if isinstance(value, tuple) else value)}

@@ -2,6 +2,7 @@
 """The game: images and student evolve against each other, under the teacher."""
 from .discrepancy import discrepancy
 from .evolver import Evolver
-from .learner import Student
+from .game import check_evolution, evolve, evolver
+from .learner import StudentLearner
 
-__all__ = ['Evolver', 'Student', 'discrepancy']
+__all__ = ['Evolver', 'StudentLearner', 'check_evolution', 'discrepancy', 'evolve', 'evolver']

@@ -14,16 +14,22 @@ from mmengine.dist import all_gather, broadcast, get_rank, get_world_size
 from torch import Tensor
 
 from psaq_mm.adapters import TapRecord
-from psaq_mm.prior import TeacherRecord
+from psaq_mm.prior import TeacherRecord, uniform
+from psaq_mm.processes import stopping_together
+from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
+from psaq_mm.synthesis.pixel_descent import PixelDescent
+from psaq_mm.synthesis.sample_step import (
+    AUGMENT_DRAWS,
+    augment,
+    gradient_of,
+    learning_rate_factor,
+    means,
+    prior_losses,
+)
 
 from .adversary import bounded_factor
-from psaq_mm.recipe import EvolutionSettings
-from psaq_mm.processes import failing_together
 from .image_buffer import ImageBuffer
-from psaq_mm.synthesis.pixel_descent import PixelDescent
-from psaq_mm.synthesis.sample_step import augment, gradient_of, learning_rate_factor, prior_losses
-from psaq_mm.recipe import SynthesisSettings
-from .learner import Student
+from .learner import StudentLearner
 from .views import random_blend, random_zoom
 
 Teacher = Callable[[Tensor], Tuple[TeacherRecord, TapRecord]]
@@ -39,9 +45,11 @@ class Evolver:
     early if it rises for ``patience`` rounds, and the student of the best
     round is kept, or the calibrated one if no round makes it better.
 
-    All randomness comes from one CPU generator, the same in each process, and
-    :meth:`state_dict` holds everything that the next step depends on. With
-    several processes each takes its part of every batch.
+    All randomness comes from one CPU generator, the same in each process, and the
+    images of a round draw from seeds of their own, which come from it: what is
+    drawn does not depend on the number of processes, each of which takes its part
+    of every batch. :meth:`state_dict` holds everything that the next step depends
+    on.
 
     Args:
         settings (EvolutionSettings): The ``evolution`` section.
@@ -49,7 +57,7 @@ class Evolver:
             and its augmentation.
         teacher (Callable): Runs the teacher on images of shape (B, C, H, W);
             gives what the prior needs, and its taps.
-        student (Student): The quantized side.
+        student (StudentLearner): The quantized side.
         images (Tensor): Of the warm start, shape (N, C, H, W).
         lower (Tensor): Smallest valid pixels, shape (1, C, 1, 1).
         upper (Tensor): Largest valid pixels, same shape.
@@ -62,7 +70,7 @@ class Evolver:
     """
 
     def __init__(self, settings: EvolutionSettings, synthesis: SynthesisSettings,
-                 teacher: Teacher, student: Student, images: Tensor, lower: Tensor,
+                 teacher: Teacher, student: StudentLearner, images: Tensor, lower: Tensor,
                  upper: Tensor, seed: int = 0, device: Any = 'cpu') -> None:
         self.settings, self.synthesis = settings, synthesis
         self.teacher, self.student = teacher, student
@@ -138,7 +146,7 @@ class Evolver:
             if not isinstance(error, FloatingPointError):
                 raise
             advice = ('lower evolution.weight_lr, range_lr or sample_lr' if self.step_index else
-                      'nothing was learnt yet: the weights or the range rule are the cause')
+                      'nothing was learned yet: the weights or the range rule are the cause')
             raise FloatingPointError(f'evolution, step {self.step_index} (round '
                                      f'{round_index + 1}): {error}; {advice}') from error
         for name, value in losses.items():
@@ -151,10 +159,10 @@ class Evolver:
         self.consistent = True
         return losses
 
-    def _local(self, images: Tensor) -> Tensor:
-        """This process's part of a batch."""
-        size = len(images) // self.world
-        return images[self.rank * size:(self.rank + 1) * size]
+    def _local(self, batch: Tensor) -> Tensor:
+        """This process's part of what a batch has for each image."""
+        size = len(batch) // self.world
+        return batch[self.rank * size:(self.rank + 1) * size]
 
     def _change(self) -> None:
         self.consistent = False
@@ -163,10 +171,11 @@ class Evolver:
         settings, synthesis = self.settings, self.synthesis
         if within == 0:
             start = self.buffer.draw(settings.batch_size, 0., self.generator)
-            self.pixels = PixelDescent(self._local(start), self.lower, self.upper,
-                                       synthesis.betas)
+            seeds = torch.randint(2**63 - 1, (settings.batch_size, ), generator=self.generator)
+            self.pixels = PixelDescent(self._local(start), self._local(seeds).tolist(),
+                                       self.lower, self.upper, synthesis.betas)
         assert self.pixels is not None
-        with failing_together():
+        with stopping_together():
             gradient, values = self._sample_gradient(self.pixels)
         self._change()
         self.pixels.step(gradient, settings.sample_lr * learning_rate_factor(
@@ -178,16 +187,17 @@ class Evolver:
         settings, synthesis = self.settings, self.synthesis
         self.student.require_grad(False)
         with torch.enable_grad():
+            generators = pixels.generators()
             images = augment(pixels.images, synthesis, synthesis.shifts[-1],
-                             self.generator)
+                             uniform(generators, AUGMENT_DRAWS))
             record, taps = self.teacher(images)
-            losses = prior_losses(self.terms, images, record, self.generator, self.step_index)
+            losses = prior_losses(self.terms, images, record, generators, self.step_index)
             gradient = gradient_of(losses['total'], pixels.images, self.step_index,
                                    keep_graph=settings.competes)
-            values = {name: float(value.detach()) for name, value in losses.items()}
+            values = means(losses)
             if settings.competes:
                 distance = self.student.discrepancy(taps, images)
-                term = -settings.adversarial_weight * torch.log1p(distance).mean()
+                term = -settings.adversarial_weight * torch.log1p(distance)
                 pull = gradient_of(term, pixels.images, self.step_index)
                 factor = bounded_factor(gradient, pull, settings.adversarial_fraction)
                 gradient = gradient + factor * pull
@@ -196,7 +206,7 @@ class Evolver:
         return gradient, values
 
     def _end_sampling(self) -> None:
-        """Take the images of the round into the buffer."""
+        """Add the images of the round to the buffer."""
         assert self.pixels is not None
         parts = all_gather(self.pixels.images.detach())
         self.buffer.add(torch.cat([part.cpu() for part in parts]))
@@ -207,8 +217,10 @@ class Evolver:
         batch = self.buffer.draw(settings.batch_size, settings.new_fraction, self.generator)
         views = random_zoom(batch.to(self.device), settings.zoom, self.generator)
         views = random_blend(views, settings.contrast, self.lower, self.upper, self.generator)
+        draws = torch.rand(len(views), AUGMENT_DRAWS, generator=self.generator,
+                           dtype=torch.float64)
         images = augment(self._local(views), self.synthesis, self.synthesis.shifts[-1],
-                         self.generator)
+                         self._local(draws))
         with torch.no_grad():
             _, taps = self.teacher(images)
         step = round_index * settings.student_steps + within - settings.sample_steps
@@ -238,7 +250,7 @@ class Evolver:
         values = self.losses.setdefault('round/discrepancy', [])
         values.append(value)
         if value <= min(values):
-            self.best = self.student.learnt()
+            self.best = self.student.learned()
         return value
 
     def _end_round(self) -> float:
@@ -255,9 +267,9 @@ class Evolver:
         return value
 
     def finish(self) -> None:
-        """Give the student what the best round had learnt."""
+        """Give the student what the best round had learned."""
         if self.best is not None:
-            self.student.take(self.best)
+            self.student.restore(self.best)
         self.student.require_grad(False)
 
     def state_dict(self) -> Dict[str, Any]:
@@ -278,6 +290,5 @@ class Evolver:
         self.student.load_state_dict(state['student'])
         self.pixels = None
         if state['pixels'] is not None:
-            self.pixels = PixelDescent(state['pixels']['images'], self.lower, self.upper,
-                                       self.synthesis.betas)
-            self.pixels.load_state_dict(state['pixels'])
+            self.pixels = PixelDescent.restored(state['pixels'], self.lower, self.upper,
+                                                self.synthesis.betas)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from psaq_mm.adapters import TapRecord
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, named_quant_ops
+from psaq_mm.processes import stopping_together
 from psaq_mm.quantization import Quantizer
+from psaq_mm.recipe import EvolutionSettings
 
 from .discrepancy import discrepancy
-from psaq_mm.recipe import EvolutionSettings
-from psaq_mm.processes import failing_together
 from .range_learner import RangeLearner
 
 Forward = Callable[[Tensor, Optional[List[Tensor]]], TapRecord]
@@ -40,10 +40,10 @@ def _by_layer(ops: Iterable[QuantOp]) -> Iterator[Tuple[List[nn.Parameter], floa
             yield own, float(quantizer.scale.detach().mean())
 
 
-class Student:
+class StudentLearner:
     """A calibrated model that learns to give its teacher's taps.
 
-    What may be learnt are the weights and biases of layers whose weight is
+    What may be learned are the weights and biases of layers whose weight is
     quantized, by the straight-through estimator, and all ranges. A layer's
     learning rate is relative to the step between two integers of its weight:
     one rate fits all widths, and a layer of 8 bits among others of 3 hardly
@@ -58,7 +58,7 @@ class Student:
         settings (EvolutionSettings): The rules.
 
     Raises:
-        UserError: If weights alone are to be learnt, and none is quantized.
+        UserError: If weights alone are to be learned, and none is quantized.
     """
 
     def __init__(self, model: nn.Module, forward: Forward,
@@ -71,14 +71,14 @@ class Student:
             for params, step in _by_layer(ops if learn != 'ranges' else [])]
         self.weights: List[nn.Parameter] = [p for group in groups for p in group['params']]
         settings.require_learnable(bool(self.weights))
-        quantizers = _unique(q for op in ops for q in op.quantizers.values()
-                             if isinstance(q, Quantizer))
-        self.ranges = RangeLearner(quantizers if learn != 'weights' else [])
+        self.quantizers: List[Quantizer] = _unique(
+            q for op in ops for q in op.quantizers.values()) if learn != 'weights' else []
+        self.ranges = RangeLearner(self.quantizers)
         groups.append(dict(params=[self.ranges.offsets], peak=settings.range_lr))
         self.optimizer = torch.optim.Adam(groups)
 
     def require_grad(self, enabled: bool) -> None:
-        """Let autograd reach what is learnt, or no longer: images alone are
+        """Let autograd reach what is learned, or no longer: images alone are
         differentiated faster without."""
         for weight in self.weights:
             weight.requires_grad_(enabled)
@@ -90,7 +90,7 @@ class Student:
             raise UserError('evolution.taps: the teacher proposes no regions on the images, and '
                             'only rois has a weight; give another group one')
         taps = self.forward(images, teacher.regions).taps
-        return discrepancy(teacher.taps, taps, self.settings.taps, self.settings.losses)
+        return discrepancy(teacher.taps, taps, self.settings.taps)
 
     def step(self, teacher: TapRecord, images: Tensor, factor: float,
              before_update: Callable[[], None]) -> float:
@@ -110,18 +110,18 @@ class Student:
             FloatingPointError: If D or a gradient is not finite; the student
                 is then as before.
         """
-        loss = self.discrepancy(teacher, images).mean()
-        value = float(loss.detach())
-        with failing_together():
+        with stopping_together():
+            loss = self.discrepancy(teacher, images).mean()
+            value = float(loss.detach())
             if not math.isfinite(value):
                 raise FloatingPointError(f'the discrepancy is {value:g}')
         loss.backward()
         self.ranges.collect_gradients()
-        learnt: List[Any] = [*self.weights, self.ranges.offsets]
-        for tensor in learnt:  # a head that saw no region has none
+        learned: List[Any] = [*self.weights, self.ranges.offsets]
+        for tensor in learned:  # a head that saw no region has none
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
-        gradients = [tensor.grad for tensor in learnt]
+        gradients = [tensor.grad for tensor in learned]
         all_reduce_params(gradients, op='mean')
         finite = torch.stack([torch.isfinite(g.sum()) for g in gradients if g.numel()])
         if not finite.all():
@@ -140,23 +140,23 @@ class Student:
         for tensor in (*self.weights, *self.ranges.tensors, self.ranges.offsets):
             tensor.grad = None
 
-    def learnt(self) -> Dict[str, Any]:
+    def learned(self) -> Dict[str, Any]:
         """A copy of weights and ranges, on the CPU."""
         return dict(weights=[w.detach().cpu().clone() for w in self.weights],
                     ranges=self.ranges.state_dict())
 
-    def take(self, learnt: Dict[str, Any]) -> None:
-        """Go back to what :meth:`learnt` gave."""
+    def restore(self, learned: Dict[str, Any]) -> None:
+        """Go back to what :meth:`learned` gave."""
         with torch.no_grad():
-            for weight, value in zip(self.weights, learnt['weights']):
+            for weight, value in zip(self.weights, learned['weights']):
                 weight.copy_(value)
-        self.ranges.load_state_dict(learnt['ranges'])
+        self.ranges.load_state_dict(learned['ranges'])
 
     def state_dict(self) -> Dict[str, Any]:
         """All that the next step depends on."""
-        return dict(learnt=self.learnt(), optimizer=self.optimizer.state_dict())
+        return dict(learned=self.learned(), optimizer=self.optimizer.state_dict())
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self.take(state['learnt'])
+        self.restore(state['learned'])
         self.optimizer.load_state_dict(state['optimizer'])

@@ -39,7 +39,7 @@ class RangeLearner:
         self._units = torch.cat(units).to(device)
         self._start = self._gather()
         self.offsets = torch.zeros_like(self._start).requires_grad_(True)
-        """Tensor: What was learnt: shape (all scales and zero points,)."""
+        """Tensor: What was learned: shape (all scales and zero points,)."""
 
     def _gather(self) -> Tensor:
         """Scales and zero points, one after the other."""
@@ -61,7 +61,7 @@ class RangeLearner:
         self.offsets.grad = torch.cat(parts) * self._units
 
     def apply(self) -> None:
-        """Write what was learnt back to the quantizers."""
+        """Write what was learned back to the quantizers."""
         offsets = self.offsets.detach()
         added, scaled = self._start + offsets * self._units, self._start * offsets.exp()
         start = 0
@@ -73,8 +73,13 @@ class RangeLearner:
                               else scaled[part]).view(tensor.shape))
                 start += tensor.numel()
 
+    @property
+    def moved(self) -> bool:
+        """bool: Whether any range is not where it started."""
+        return bool(self.offsets.detach().any())
+
     def state_dict(self) -> Dict[str, Any]:
-        """A copy of what was learnt, and what it is relative to."""
+        """A copy of what was learned, and what it is relative to."""
         return dict(start=self._start.cpu().clone(),
                     offsets=self.offsets.detach().cpu().clone())
 

@@ -19,19 +19,14 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[child] = new
 
 
-def apply_plan(model: nn.Module, plan: Plan, learnable: bool = False) -> None:
+def apply_plan(model: nn.Module, plan: Plan) -> None:
     """Replace the planned modules by their quantized ops, in place.
 
-    Quantization is off afterwards, and the model computes what it did.
+    The outputs of the model do not change until its quantizers have ranges.
 
     Args:
         model (nn.Module): The float model.
         plan (dict): From :func:`plan_quantization`.
-        learnable (bool): Whether ranges are parameters. Defaults to False.
-
-    Raises:
-        ValueError: If a weight holds NaN or infinite values; it names the
-            module. The model is then as it was.
     """
     # Parents first: an op copies its float module's table of children, so a
     # child replaced later is replaced in the op and not in the float parent,
@@ -41,11 +36,7 @@ def apply_plan(model: nn.Module, plan: Plan, learnable: bool = False) -> None:
         op = op_for(module)
         assert op is not None, f'{name}: no op for {type(module).__name__}'
         device = next((p.device for p in module.parameters()), None)
-        try:
-            _replace(model, module, op.from_float(module, plan[name], learnable).to(device))
-        except ValueError as error:
-            unwrap(model)
-            raise ValueError(f'{name}: {error}') from error
+        _replace(model, module, op.from_float(module, plan[name]).to(device))
 
 
 def named_quant_ops(model: nn.Module) -> Iterator[Tuple[str, QuantOp]]:
@@ -56,14 +47,14 @@ def named_quant_ops(model: nn.Module) -> Iterator[Tuple[str, QuantOp]]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Put the float modules back, in place.
+    """Put the float modules back in the place of quantized ops, in place.
 
     Args:
         model (nn.Module): A model with quantized ops, or without.
 
     Returns:
-        nn.Module: The same model. Its weights are what they were before
-        quantizing, unless they were trained or loaded since.
+        nn.Module: The same model, in float. Its weights are those of the student: what
+        equalization, the game, GPTQ or a quantized checkpoint made of them stays.
     """
     ops = dict(named_quant_ops(model))
     for name in sorted(ops, key=lambda n: n.count('.')):
@@ -77,7 +68,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def set_quantization(model: nn.Module, enabled: bool) -> None:
-    """Switch all quantizers of a model on or off."""
+    """Switch all quantizers of a model off, or on again. It is no part of the state dict:
+    prefer :func:`quantization_enabled`, which ends."""
     for module in model.modules():
         if isinstance(module, Quantizer):
             module.enabled = enabled

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.quantization import Quantizer, QuantSpec
+from psaq_mm.quantization.spec import GPTQ
 from psaq_mm.registry import QUANT_OPS
 
 _OP_OF_CLASS: Dict[type, Type['QuantOp']] = {}
@@ -25,21 +26,20 @@ class QuantOp(nn.Module):
 
     quantizers: nn.ModuleDict
     weight: Tensor
+    weight_settled: bool
+    """Whether the weight was learned or rounded by GPTQ: it then keeps its integers."""
 
     @classmethod
-    def from_float(cls, module: nn.Module, specs: Mapping[str, QuantSpec],
-                   learnable: bool = False) -> 'QuantOp':
+    def from_float(cls, module: nn.Module, specs: Mapping[str, QuantSpec]) -> 'QuantOp':
         """Make the quantized counterpart of a float module.
 
         Args:
             module (nn.Module): Instance of a class that the op replaces.
             specs (Mapping[str, QuantSpec]): Role name to spec.
-            learnable (bool): Whether ranges are parameters. Defaults to
-                False.
 
         Returns:
             QuantOp: Shares parameters, buffers and children with ``module``;
-            quantization is off, and the weight's range is set.
+            no quantizer has a range yet, so it computes what the module does.
         """
         op = cls.__new__(cls)
         op.__dict__.update({
@@ -50,15 +50,27 @@ class QuantOp(nn.Module):
         })
         op.__dict__['_origin'] = (module, )  # in a tuple: not a child module
         op.__dict__['_weight_cache'] = None
+        op.weight_settled = False
         op.quantizers = nn.ModuleDict()
         for role, spec in specs.items():
-            op.quantizers[role] = Quantizer(spec, cls.roles[role], learnable)
-        weight = op.weight_quantizer
-        if weight is not None:
-            weight.start_observing()
-            weight(op.weight)
-            weight.finish_observing()
+            op.quantizers[role] = Quantizer(spec, cls.roles[role])
         return op
+
+    def set_weight_range(self) -> None:
+        """Set the range of the weight's quantizer, if there is one, on the weight.
+
+        Raises:
+            ValueError: If the weight holds NaN or infinite values.
+        """
+        quantizer = self.weight_quantizer
+        if quantizer is not None:
+            quantizer.start_observing()
+            assert quantizer.observer is not None
+            try:
+                quantizer.observer.observe(self.weight, quantizer.axis)
+                quantizer.finish_observing()
+            finally:
+                quantizer.observer = None
 
     @property
     def float_module(self) -> nn.Module:
@@ -70,6 +82,13 @@ class QuantOp(nn.Module):
         """Quantizer, optional: That of the weight, if it is quantized."""
         quantizer = self.quantizers['weight'] if 'weight' in self.quantizers else None
         return quantizer if isinstance(quantizer, Quantizer) else None
+
+    @property
+    def awaits_gptq(self) -> bool:
+        """bool: Whether the weight is to be rounded by GPTQ and was not yet, or learned."""
+        quantizer = self.weight_quantizer
+        return quantizer is not None and quantizer.spec.rounding == GPTQ \
+            and not self.weight_settled
 
     def quantize(self, role: str, x: Tensor) -> Tensor:
         """Pass a tensor through the quantizer of a role, if it has one."""
@@ -99,7 +118,7 @@ class QuantOp(nn.Module):
         them: use ``torch.no_grad()`` and an in-place method.
         """
         weight, quantizer = self.weight, self.weight_quantizer
-        if quantizer is None or not quantizer.enabled:
+        if quantizer is None or not quantizer.active:
             return weight
         sources = (weight, quantizer.scale, quantizer.zero_point)
         if torch.is_grad_enabled() and any(s.requires_grad for s in sources) \

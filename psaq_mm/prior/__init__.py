@@ -10,6 +10,7 @@ from psaq_mm.prior.patch_similarity import (
     patch_similarity_entropy_v1,
 )
 from psaq_mm.prior.patch_similarity_term import PatchSimilarityPrior
+from psaq_mm.prior.randomness import derived_seed, uniform
 from psaq_mm.prior.term import (
     AttentionRecord,
     BatchNormRecord,
@@ -17,17 +18,13 @@ from psaq_mm.prior.term import (
     PriorTerm,
     TeacherRecord,
 )
-from psaq_mm.prior.total_variation import (
-    total_variation,
-    total_variation_loss,
-    total_variation_target,
-)
+from psaq_mm.prior.total_variation import total_variation, total_variation_loss
 from psaq_mm.prior.total_variation_term import TotalVariationPrior
 
 __all__ = [
     'AttentionRecord', 'BatchNormPrior', 'BatchNormRecord', 'PatchSimilarityPrior', 'PriorState',
     'PriorTerm', 'TeacherRecord', 'TotalVariationPrior', 'binned_density', 'channel_statistics',
-    'cosine_similarity_matrix', 'entropy', 'exact_density', 'gaussian_divergence',
-    'patch_similarity_entropy', 'patch_similarity_entropy_v1', 'random_flip', 'random_roll',
-    'total_variation', 'total_variation_loss', 'total_variation_target'
+    'cosine_similarity_matrix', 'derived_seed', 'entropy', 'exact_density',
+    'gaussian_divergence', 'patch_similarity_entropy', 'patch_similarity_entropy_v1',
+    'random_flip', 'random_roll', 'total_variation', 'total_variation_loss', 'uniform'
 ]

@@ -18,6 +18,9 @@ class BatchNormPrior(PriorTerm):
     the training set's, and need neither data nor labels. V2 does not mention
     them: this is off unless a config adds it [choice].
 
+    The statistics are the batch's: with this term an image depends on what
+    else is in its batch, and so on the number of processes.
+
     L_BN = mean over layers and channels of KL(N(m, v) || N(M, V)), with m, v
     of the batch and M, V as stored.
 
@@ -29,6 +32,7 @@ class BatchNormPrior(PriorTerm):
     """
 
     needs_batch_norm = True
+    couples_images = True
 
     def __call__(self, state: PriorState) -> Tensor:
         """Compute the term.
@@ -37,7 +41,7 @@ class BatchNormPrior(PriorTerm):
             state (PriorState): What the step's forward pass left behind.
 
         Returns:
-            Tensor: The weighted loss, a scalar.
+            Tensor: The weighted loss, a scalar for the whole batch.
 
         Raises:
             UserError: If the model has no BatchNorm statistics.

@@ -188,16 +188,16 @@ class _ExactDensity(torch.autograd.Function):
             ctx (Any): Autograd's context.
             values (Tensor): Values with shape of (B, M).
             weight (Tensor): Weight of each value, with shape of (B, M).
-            grid (Tensor): Points with shape of (points, ).
+            grid (Tensor): Points with shape of (points, ) or (B, points).
             bandwidth (float): Standard deviation h of the kernel.
             chunk (int): Number of values of a row taken at a time.
 
         Returns:
             Tensor: Density with shape of (B, points).
         """
-        density = values.new_zeros(values.shape[0], grid.numel())
+        density = values.new_zeros(values.shape[0], grid.shape[-1])
         for part, share in zip(values.split(chunk, 1), weight.split(chunk, 1)):
-            z = (grid[:, None] - part[:, None, :]).div_(bandwidth)
+            z = (grid[..., :, None] - part[:, None, :]).div_(bandwidth)
             z.square_().mul_(-0.5).exp_()
             density += z.mul_(share[:, None, :]).sum(-1)
         ctx.save_for_backward(values, weight, grid)
@@ -220,7 +220,7 @@ class _ExactDensity(torch.autograd.Function):
         values, weight, grid = ctx.saved_tensors
         parts = []
         for part, share in zip(values.split(ctx.chunk, 1), weight.split(ctx.chunk, 1)):
-            z = (grid[:, None] - part[:, None, :]).div_(ctx.bandwidth)
+            z = (grid[..., :, None] - part[:, None, :]).div_(ctx.bandwidth)
             slope = z.square().mul_(-0.5).exp_().mul_(z).mul_(grad[:, :, None]).sum(1)
             parts.append(slope.mul_(share))
         total = torch.cat(parts, 1).div_(ctx.bandwidth**2 * _SQRT_2PI)
@@ -241,7 +241,8 @@ def exact_density(values: Tensor,
     Args:
         values (Tensor): Values with shape of (B, ..., M): all entries of one
             index in the first dimension belong to one image.
-        grid (Tensor): Points x with shape of (points, ).
+        grid (Tensor): Points x with shape of (points, ), or (B, points) for
+            images with grids of their own.
         bandwidth (float): Standard deviation h of the kernel. Defaults to 0.01.
         valid (Tensor, optional): Boolean, broadcastable to ``values``: True for
             the values that count. Defaults to None, which counts them all.
@@ -258,7 +259,7 @@ def exact_density(values: Tensor,
     else:
         weight = valid.expand(values.shape).reshape(flat.shape).to(flat)
         weight = weight / weight.sum(1, keepdim=True).clamp_(min=1)
-    chunk = max(1, _EXACT_CHUNK // max(1, flat.shape[0] * grid.numel()))
+    chunk = max(1, _EXACT_CHUNK // max(1, flat.shape[0] * grid.shape[-1]))
     return _ExactDensity.apply(flat, weight, grid.detach().to(flat), bandwidth, chunk)
 
 
@@ -268,7 +269,7 @@ def entropy(density: Tensor, grid: Union[float, Tensor], eps: float = 1e-4) -> T
     Args:
         density (Tensor): Density p with shape of (B, points).
         grid (float | Tensor): Distance between the points of an even grid, or
-            the points with shape of (points, ).
+            the points with shape of (points, ) or (B, points).
         eps (float): What is added to p, so that its logarithm exists. Defaults
             to 1e-4, as V1.
 

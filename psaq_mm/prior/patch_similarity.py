@@ -128,8 +128,9 @@ def patch_similarity_entropy_v1(u: Tensor,
     """Patch similarity entropy of one block as V1 computes it [v1].
 
     An exact kernel density estimate on a few points from the smallest to the
-    largest similarity of the whole batch. V1 knows no padding: ``valid`` is
-    ours [choice].
+    largest similarity of the image; V1 takes the extremes of the whole batch, but
+    an image must not depend on its neighbours [choice]. V1 knows no padding:
+    ``valid`` is ours [choice].
 
     Args:
         u (Tensor): Mean over heads of attention @ value, with shape of
@@ -152,13 +153,12 @@ def patch_similarity_entropy_v1(u: Tensor,
     similarities = _similarities_by_image(u, batch_size)
     pairs = _valid_pairs(valid, similarities)
     seen = similarities.detach()
-    if pairs is None:
-        low, high = seen.min().item(), seen.max().item()
-    else:
-        low = seen.masked_fill(~pairs, float('inf')).min().item()
-        high = seen.masked_fill(~pairs, float('-inf')).max().item()
-        if low > high:  # no pair counts at all: a grid without width has the entropy 0
-            low = high = 0.
-    grid = torch.linspace(low, high, points, dtype=seen.dtype, device=seen.device)
+    inf = float('inf')
+    low = (seen if pairs is None else seen.masked_fill(~pairs, inf)).amin((1, 2))
+    high = (seen if pairs is None else seen.masked_fill(~pairs, -inf)).amax((1, 2))
+    none = low > high  # no pair counts at all: a grid without width has the entropy 0
+    low, high = low.masked_fill(none, 0), high.masked_fill(none, 0)
+    unit = torch.linspace(0, 1, points, dtype=seen.dtype, device=seen.device)
+    grid = torch.lerp(low[:, None], high[:, None], unit)
     density = exact_density(similarities, grid, bandwidth=bandwidth, valid=pairs)
     return entropy(density, grid)

@@ -14,7 +14,7 @@ from psaq_mm.sections import is_integer, is_number
 class PatchSimilarityPrior(PriorTerm):
     """Negative patch similarity entropy, summed over the attention blocks [v1].
 
-    L_PSE = - sum over blocks l of the mean over images of H_l.
+    L_PSE = - sum over blocks l of H_l, of each image.
 
     Args:
         weight (float): Factor of the term. Defaults to 1.0 [v1].
@@ -76,7 +76,7 @@ class PatchSimilarityPrior(PriorTerm):
             state (PriorState): What the step's forward pass left behind.
 
         Returns:
-            Tensor: The weighted loss, a scalar.
+            Tensor: The weighted loss of each image, with shape of (B, ).
 
         Raises:
             UserError: If no attention block was recorded.
@@ -86,5 +86,5 @@ class PatchSimilarityPrior(PriorTerm):
                 'synthesis.priors: PatchSimilarityPrior found no attention block in this model; '
                 'remove it from the priors or choose a model with window attention')
         batch_size = state.images.shape[0]
-        entropies = [self._block_entropy(record, batch_size).mean() for record in state.attention]
-        return -self.weight * torch.stack(entropies).sum()
+        entropies = [self._block_entropy(record, batch_size) for record in state.attention]
+        return -self.weight * torch.stack(entropies).sum(0)

@@ -2,7 +2,7 @@
 """What a term of the synthesis loss is, and what it may look at."""
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -87,14 +87,15 @@ class PriorState:
             model, with shape of (B, 3, H, W).
         attention (list[AttentionRecord]): One record for each attention block,
             in the order of the forward pass. Empty unless a term needs it.
-        generator (torch.Generator): Source of all draws, on the CPU.
+        generators (Sequence[torch.Generator]): Source of each image's draws, on
+            the CPU, fresh in each step (:func:`psaq_mm.prior.uniform`).
         batch_norms (list[BatchNormRecord]): One record for each BatchNorm
             layer. Empty unless a term needs it.
     """
 
     images: Tensor
     attention: List[AttentionRecord]
-    generator: torch.Generator
+    generators: Sequence[torch.Generator]
     batch_norms: List[BatchNormRecord] = field(default_factory=list)
 
 
@@ -106,6 +107,9 @@ class PriorTerm(ABC):
             so that a run without such a term need not record it.
         needs_batch_norm (bool): Whether it reads ``PriorState.batch_norms``;
             the heads then run in each step, too.
+        couples_images (bool): Whether an image's value depends on what else is
+            in the batch. Images then depend on the size of a batch and on the
+            number of processes.
 
     Args:
         weight (float): Factor of the term. Defaults to 1.0.
@@ -116,6 +120,7 @@ class PriorTerm(ABC):
 
     needs_attention: bool = False
     needs_batch_norm: bool = False
+    couples_images: bool = False
 
     def __init__(self, weight: float = 1.0) -> None:
         require(is_number(weight) and weight >= 0, 'weight', 'a number of at least 0', weight)
@@ -129,5 +134,7 @@ class PriorTerm(ABC):
             state (PriorState): What the step's forward pass left behind.
 
         Returns:
-            Tensor: The weighted loss, a scalar.
+            Tensor: The weighted loss of each image, with shape of (B, ). A
+            scalar is taken as the loss of each: it should then be a mean over
+            the images, and the term couples them.
         """

@@ -14,26 +14,28 @@ from .spec import PER_CHANNEL, QuantSpec
 class Quantizer(nn.Module):
     """Simulates the quantization of one tensor.
 
-    It passes its input through unchanged while :attr:`enabled` is False, and
-    feeds :attr:`observer` while there is one.
+    It quantizes as soon as it has a range, that is scale and zero point, which are
+    buffers and so in the state dict: a model with the same ops that loads the state
+    dict of a calibrated one quantizes too. Without a range, or while :attr:`enabled`
+    is False, it passes its input through unchanged. It feeds :attr:`observer` while
+    there is one.
 
     Args:
         spec (QuantSpec): Bits, symmetry, granularity and range rule.
         channel_axis (int, optional): The axis that per-channel scales run
             along; unused for ``per_tensor``. Defaults to None.
-        learnable (bool): If True, scale and zero point are parameters, else
-            buffers. Defaults to False.
     """
 
-    def __init__(self, spec: QuantSpec, channel_axis: Optional[int] = None,
-                 learnable: bool = False) -> None:
+    def __init__(self, spec: QuantSpec, channel_axis: Optional[int] = None) -> None:
         super().__init__()
         if spec.granularity == PER_CHANNEL and channel_axis is None:
             raise ValueError('a per-channel quantizer needs its channel axis')
         self.spec = spec
         self.axis = channel_axis if spec.granularity == PER_CHANNEL else None
-        self.learnable = learnable
-        self.enabled = False
+        self.enabled = True
+        """bool: False while quantization is off for a moment, such as to observe."""
+        self.learned = False
+        """bool: Whether the range was learned, and not set by the range rule."""
         self.observer: Optional[Observer] = None
         self.scale: Tensor
         self.zero_point: Tensor
@@ -41,21 +43,23 @@ class Quantizer(nn.Module):
         self._store('zero_point', torch.empty(0))
 
     def _store(self, name: str, value: Tensor) -> None:
-        """Keep a tensor as a parameter or a buffer of any shape."""
-        # The zero point of a symmetric range is 0 by definition: nothing to
-        # learn, and nothing to store.
-        fixed = name == 'zero_point' and self.spec.symmetric
-        if self.learnable and not fixed:
-            setattr(self, name, nn.Parameter(value))
-        elif name in self._buffers:
+        """Keep a tensor as a buffer of any shape."""
+        if name in self._buffers:
             self._buffers[name] = value
         else:
-            self.register_buffer(name, value, persistent=not fixed)
+            # The zero point of a symmetric range is 0 by definition: nothing to store.
+            self.register_buffer(name, value,
+                                 persistent=name == 'scale' or not self.spec.symmetric)
 
     @property
     def calibrated(self) -> bool:
         """bool: Whether the range has been set."""
         return self.scale.numel() > 0
+
+    @property
+    def active(self) -> bool:
+        """bool: Whether it quantizes: it has a range, and is not switched off."""
+        return self.enabled and self.calibrated
 
     def start_observing(self) -> None:
         """Watch what passes, with a fresh observer of the spec's rule."""
@@ -71,6 +75,7 @@ class Quantizer(nn.Module):
             raise ValueError(NOTHING_OBSERVED)
         lower, upper = self.spec.widen(*self.observer.range())
         self.observer = None
+        self.learned = False
         self.set_range(lower, upper)
 
     def set_range(self, lower: Tensor, upper: Tensor) -> None:
@@ -88,6 +93,12 @@ class Quantizer(nn.Module):
         self._store('scale', scale)
         self._store('zero_point', zero_point)
 
+    def restore_range(self, scale: Tensor, zero_point: Tensor, learned: bool) -> None:
+        """Go back to a range that the quantizer had."""
+        self._store('scale', scale)
+        self._store('zero_point', zero_point)
+        self.learned = learned
+
     def range(self) -> Tuple[Tensor, Tensor]:
         """tuple[Tensor, Tensor]: The real values of the smallest and the
         largest integer, shape () or (C,)."""
@@ -102,11 +113,8 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer.observe(x, self.axis)
-        if not self.enabled:
+        if not self.active:
             return x
-        if not self.calibrated:
-            raise RuntimeError('a quantizer is enabled but has no range: calibrate the model '
-                               'or load a quantized checkpoint first')
         return fake_quantize(x, self.scale, self.zero_point, self.spec.integer_range, self.axis)
 
     def extra_repr(self) -> str:

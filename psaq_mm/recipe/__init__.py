@@ -1,7 +1,10 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What is to be done: typed settings, and the shipped ones by name."""
+from .calibration import CalibrationSettings
 from .evolution import EvolutionSettings
 from .quantization import QuantizationSettings
-from .synthesis import CalibrationSettings, SynthesisSettings
+from .recipe import Recipe
+from .synthesis import SynthesisSettings
 
-__all__ = ['CalibrationSettings', 'EvolutionSettings', 'QuantizationSettings', 'SynthesisSettings']
+__all__ = ['CalibrationSettings', 'EvolutionSettings', 'QuantizationSettings', 'Recipe',
+           'SynthesisSettings']

@@ -1,21 +1,22 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""The ``quantization`` section of a config."""
+"""What is quantized, and how: the ``quantization`` section of a recipe."""
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Collection, Dict, Mapping, Optional, Sequence, Union
+from typing import Any, Collection, Dict, FrozenSet, Mapping, Optional, Sequence, Union
 
 from psaq_mm.errors import UserError
+from psaq_mm.quantization.placement import ROLES, resolve_placement
+from psaq_mm.quantization.spec import GPTQ, NEAREST, PER_CHANNEL, QuantSpec
 from psaq_mm.sections import build_section, is_number, nearest
 
-from psaq_mm.quantization.placement import ROLES, resolve_placement
-from psaq_mm.quantization.spec import NEAREST, QuantSpec
+from .merging import merged, plain_copy
 
 SCOPES = ('backbone', 'model')
 
-KINDS = ('patch_embed', 'predictor', 'roi_head')
+KINDS = ('patch_embed', 'predictor', 'roi_head', 'segmentor')
 """Layers that ``overrides`` may name as ``@patch_embed`` and so on, whatever they
-are called in a model: the first, the last ones, and those that run on proposed
-regions."""
+are called in a model: the first, the last ones, those that run on proposed
+regions, and all layers of a segmentor."""
 
 
 def _patterns(value: Any, key: str) -> Sequence[str]:
@@ -26,15 +27,45 @@ def _patterns(value: Any, key: str) -> Sequence[str]:
     return tuple(value)
 
 
-@dataclass
+def _weight() -> QuantSpec:
+    return QuantSpec(bits=8, symmetric=True, granularity=PER_CHANNEL, rounding=GPTQ)
+
+
+def _activation() -> QuantSpec:
+    return QuantSpec(bits=8, symmetric=False, margin=2.)
+
+
+def _roles() -> Dict[str, Any]:
+    return dict(
+        # Softmax output: most of it is near 0, and it cannot leave [0, 1].
+        attention=dict(observer=dict(type='MSEObserver', min_factor=0.02, candidates=100),
+                       margin=4., bounds=(0., 1.)),
+        # After LayerNorm and GELU, where a few channels are far out.
+        input=dict(observer=dict(type='PercentileObserver', percentile=0.999)))
+
+
+def _overrides() -> Dict[str, Any]:
+    everything = dict(observer=dict(type='MinMaxObserver'))
+    return {
+        # Averages over tokens, images, and inputs of layers that keep 8 bits: nothing to clip.
+        '*attn*.proj': dict(input=everything),
+        '@patch_embed': dict(input=everything),
+        # Few regions hold objects, and synthetic images fewer than photographs: the range
+        # needs a margin, and a margin needs bits. Weights have as many as the rest.
+        '@roi_head': dict(input=dict(
+            bits=8, margin=2., observer=dict(type='PercentileObserver', percentile=0.9995))),
+        '@predictor': dict(input=everything)}
+
+
+@dataclass(frozen=True)
 class QuantizationSettings:
-    """What is quantized, and how.
+    """What is quantized, and how. The defaults are those of the preset ``default``.
 
     Args:
-        weight (dict): Arguments of :class:`QuantSpec` for weights. Defaults
-            to 8 bits, symmetric, per channel, min-max.
-        activation (dict): Arguments of :class:`QuantSpec` for activations.
-            Defaults to 8 bits, asymmetric, per tensor, min-max.
+        weight (QuantSpec): How weights are quantized. Defaults to 8 bits, symmetric,
+            per channel, min-max, rounded by GPTQ.
+        activation (QuantSpec): How activations are. Defaults to 8 bits, asymmetric,
+            per tensor, min-max, margin 2.
         placement (str or list[str]): ``operands`` (inputs of Linear, Conv2d
             and both attention matmuls), ``v1`` (as PSAQ-ViT V1), or a list
             of roles. Defaults to ``operands``.
@@ -51,52 +82,58 @@ class QuantizationSettings:
             model's: box and class predictors, mask logits, classifiers; only
             scope ``model`` has them. None for those of the rest. Defaults to
             8: at 4 bits the box regressor alone costs two points [measured].
-        roles (dict): Role name to arguments that differ from ``activation``
-            (or ``weight``), e.g. ``dict(attention=dict(bits=8))``.
+        roles (dict): Role name to arguments of :class:`QuantSpec` that differ from
+            ``activation`` (or ``weight``), e.g. ``dict(attention=dict(bits=8))``.
+            Defaults to range rules for softmax outputs and layer inputs.
         overrides (dict): Wildcard, or ``@`` and one of :data:`KINDS`, to a
             dict with ``weight``, ``activation`` or role keys, applied last
-            and in order. A wildcard must match a module, a kind need not.
+            and in order. A wildcard other than the defaults' must match a
+            module, a kind need not.
+            Defaults to rules for a few kinds of layers.
         channel_limit (float, optional): How many times the width of the median
             channel a channel after a LayerNorm may have, at least 1; what is
             beyond moves into weights, by :func:`psaq_mm.equalize`. None for no
-            limit. Defaults to None.
-        learnable_ranges (bool): If True scales and zero points are
-            parameters. Defaults to False.
+            limit. Defaults to 1.5.
+
+    Raises:
+        UserError: If a value is outside of what is described here.
     """
-    weight: Mapping[str, Any] = field(default_factory=dict)
-    activation: Mapping[str, Any] = field(default_factory=dict)
+    weight: QuantSpec = field(default_factory=_weight)
+    activation: QuantSpec = field(default_factory=_activation)
     placement: Union[str, Sequence[str]] = 'operands'
     scope: str = 'backbone'
     include: Union[str, Sequence[str]] = ('*', )
     exclude: Union[str, Sequence[str]] = ()
     patch_embed_bits: Optional[int] = 8
     predictor_bits: Optional[int] = 8
-    roles: Mapping[str, Any] = field(default_factory=dict)
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    channel_limit: Optional[float] = None
-    learnable_ranges: bool = False
+    roles: Mapping[str, Any] = field(default_factory=_roles)
+    overrides: Mapping[str, Any] = field(default_factory=_overrides)
+    channel_limit: Optional[float] = 1.5
 
     def __post_init__(self) -> None:
-        self.include = _patterns(self.include, 'include')
-        self.exclude = _patterns(self.exclude, 'exclude')
+        def store(key: str, value: Any) -> None:
+            object.__setattr__(self, key, value)
+
+        store('include', _patterns(self.include, 'include'))
+        store('exclude', _patterns(self.exclude, 'exclude'))
         if self.scope not in SCOPES:
             raise UserError(f'scope must be one of {", ".join(SCOPES)}, got {self.scope!r}')
-        if not isinstance(self.learnable_ranges, bool):
-            raise UserError('learnable_ranges must be True or False, '
-                            f'got {self.learnable_ranges!r}')
         limit = self.channel_limit
         if limit is not None and not (is_number(limit) and limit >= 1):
             raise UserError(f'channel_limit must be None or a number from 1 on, got {limit!r}')
-        self.placed_roles = resolve_placement(self.placement)
-        for name, values in (('weight', self.weight), ('activation', self.activation),
-                             ('roles', self.roles), ('overrides', self.overrides)):
-            if not isinstance(values, Mapping):
-                raise UserError(f'{name} must be a dict, got {values!r}')
+        resolve_placement(self.placement)
+        if not isinstance(self.placement, str):
+            store('placement', tuple(self.placement))
+        for name in ('weight', 'activation'):
+            if not isinstance(getattr(self, name), QuantSpec):
+                raise UserError(f'{name} must be a QuantSpec, got {getattr(self, name)!r}')
+        for name in ('roles', 'overrides'):
+            if not isinstance(getattr(self, name), Mapping):
+                raise UserError(f'{name} must be a dict, got {getattr(self, name)!r}')
+            store(name, plain_copy(getattr(self, name)))
         for role in self.roles:
             self._check_target(role, self.roles[role], f'roles.{role}', ROLES)
         for pattern, changes in self.overrides.items():
-            if pattern == '_scope_':
-                continue
             if pattern.startswith('@') and pattern[1:] not in KINDS:
                 raise UserError(f'unknown kind of layers overrides[{pattern!r}]; known: '
                                 + ', '.join(f'@{kind}' for kind in KINDS))
@@ -105,10 +142,7 @@ class QuantizationSettings:
             for target in changes:
                 self._check_target(target, changes[target], f'overrides[{pattern!r}].{target}',
                                    ('activation', *ROLES))
-        # Build every spec once, so that a bad value fails before heavy work; the groups'
-        # first, so that the message names the key that holds it.
-        for group in ('weight', 'activation'):
-            QuantSpec.from_dict(self._of_group(group), group)
+        # Build every spec once, so that a bad value fails before heavy work.
         for role in sorted(self.placed_roles):
             for kinds in ((), *((kind, ) for kind in KINDS)):
                 self.spec_for('', role, kinds)
@@ -116,22 +150,18 @@ class QuantizationSettings:
             for role in sorted(self.placed_roles):
                 self.spec_for(pattern, role)
 
+    @property
+    def placed_roles(self) -> FrozenSet[str]:
+        """frozenset[str]: The roles behind :attr:`placement`."""
+        return resolve_placement(self.placement)
+
     @staticmethod
     def _check_target(name: str, values: Any, where: str, known: Sequence[str]) -> None:
-        if name == '_scope_':
-            return
         if name not in known:
             raise UserError(f'unknown key {where}.{nearest(name, known)} '
                             f'Known keys: {", ".join(known)}')
         if not isinstance(values, Mapping):
             raise UserError(f'{where} must be a dict, got {values!r}')
-
-    def _of_group(self, group: str) -> Dict[str, Any]:
-        """What holds for all weights, or all activations."""
-        weight = group == 'weight'
-        return dict(dict(bits=8, symmetric=weight,
-                         granularity='per_channel' if weight else 'per_tensor'),
-                    **getattr(self, group))
 
     def spec_for(self, module_name: str, role: str,
                  kinds: Collection[str] = ()) -> QuantSpec:
@@ -153,7 +183,7 @@ class QuantizationSettings:
             UserError: If a value is out of range.
         """
         group = 'weight' if role == 'weight' else 'activation'
-        values, where = self._of_group(group), group
+        values, where = getattr(self, group).to_dict(), group
         for kind in ('patch_embed', 'predictor'):
             key = f'{kind}_bits'
             if kind in kinds and getattr(self, key) is not None:
@@ -177,5 +207,14 @@ class QuantizationSettings:
 
     @classmethod
     def from_dict(cls, values: Optional[Mapping[str, Any]]) -> 'QuantizationSettings':
-        """Build from the ``quantization`` section of a config."""
-        return build_section(cls, values, 'quantization')
+        """Build from the ``quantization`` section of a config. Of ``weight`` and
+        ``activation`` only what differs from their defaults need be there."""
+        given = dict(values) if isinstance(values, Mapping) else values
+        for name, default in (('weight', _weight), ('activation', _activation)):
+            if isinstance(given, dict) and name in given \
+                    and not isinstance(given[name], QuantSpec):
+                if not isinstance(given[name], Mapping):
+                    raise UserError(f'quantization.{name} must be a dict, got {given[name]!r}')
+                given[name] = QuantSpec.from_dict(merged(default().to_dict(), given[name]),
+                                                  f'quantization.{name}')
+        return build_section(cls, given, 'quantization')

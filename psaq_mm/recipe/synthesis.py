@@ -1,59 +1,37 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""The ``synthesis`` and ``calibration`` sections of a config."""
+"""How images are made from the float model: the ``synthesis`` section of a recipe."""
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from psaq_mm.errors import UserError
 from psaq_mm.prior import PriorTerm
 from psaq_mm.registry import PRIORS
-from psaq_mm.sections import build_section, is_integer, nearest
+from psaq_mm.sections import build_section, nearest
 
-
-def check_positive_int(value: Any, key: str) -> int:
-    """Raise a :class:`UserError` unless a value is an integer of at least 1."""
-    if not is_integer(value) or value < 1:
-        raise UserError(f'{key} must be a positive integer, got {value!r}')
-    return value
-
-
-def check_number(value: Any, key: str, low: float, high: float) -> float:
-    """Raise a :class:`UserError` unless a value is a number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) \
-            or not low <= value <= high:
-        raise UserError(f'{key} must be a number from {low:g} to {high:g}, got {value!r}')
-    return float(value)
-
-
-def _sides(size: Any, expected: str = 'a positive integer or (height, width)') \
-        -> Tuple[int, int]:
-    """Height and width of an ``image_size``.
-
-    Raises:
-        UserError: If it is not as expected.
-    """
-    sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
-    if len(sides) != 2 or not all(is_integer(side) and side > 0 for side in sides):
-        raise UserError(f'image_size must be {expected}, got {size!r}')
-    return sides[0], sides[1]
+from .checks import check_number, check_positive_int, sides
+from .merging import plain_copy
 
 
 def _default_priors() -> Dict[str, Any]:
-    return dict(patch_similarity=dict(type='PatchSimilarityPrior'),
-                total_variation=dict(type='TotalVariationPrior'))
+    return dict(
+        patch_similarity=dict(type='PatchSimilarityPrior', weight=1., form='binned', bins=256),
+        total_variation=dict(type='TotalVariationPrior', weight=0.025))
 
 
-@dataclass
+@dataclass(frozen=True)
 class SynthesisSettings:
-    """How images are made from the float model.
+    """How images are made from the float model. The defaults are those of the preset
+    ``default``.
 
     Args:
         num_images (int): Number of images. Defaults to 8.
         batch_size (int): Images made at a time. Defaults to 8.
-        image_size (int or tuple[int, int]): Side, or (height, width), in
-            pixels. Multiples of 224 leave Swin's windows without padding.
-            Defaults to 224.
-        steps (int): Adam steps in each phase. Defaults to 100 [choice; V1
-            takes 500].
+        image_size (int or tuple[int, int], optional): Side, or (height, width),
+            in pixels. Defaults to None: the smallest size that leaves the windows
+            of the model's Swin without padding, such as 224 for windows of 7 and
+            384 for windows of 12, or the one size that a classifier takes.
+        steps (int): Adam steps in each phase. Defaults to 50: twice as many
+            earned no accuracy [measured; V1 takes 500].
         shifts (tuple[int]): One phase for each entry: the largest random
             roll, in pixels for a side of 224. Defaults to (15, 30) [v1].
         lr (float): Peak learning rate of the pixels. Defaults to 0.25 [v1].
@@ -69,8 +47,8 @@ class SynthesisSettings:
     """
     num_images: int = 8
     batch_size: int = 8
-    image_size: Union[int, Sequence[int]] = 224
-    steps: int = 100
+    image_size: Union[None, int, Sequence[int]] = None
+    steps: int = 50
     shifts: Sequence[int] = (15, 30)
     lr: float = 0.25
     betas: Sequence[float] = (0.5, 0.9)
@@ -80,26 +58,43 @@ class SynthesisSettings:
     save_interval: int = 50
 
     def __post_init__(self) -> None:
+        def store(key: str, value: Any) -> None:
+            object.__setattr__(self, key, value)
+
         for key in ('num_images', 'batch_size', 'steps', 'save_interval'):
             check_positive_int(getattr(self, key), key)
-        _sides(self.image_size)
+        if self.image_size is not None:
+            store('image_size', sides(self.image_size,
+                                      'None, a positive integer or (height, width)'))
         if not isinstance(self.shifts, (list, tuple)) or not self.shifts:
             raise UserError(f'shifts must be a non-empty list of pixels, got {self.shifts!r}')
         for shift in self.shifts:
             check_number(shift, 'shifts', 0, 224)
+        store('shifts', tuple(self.shifts))
         if not isinstance(self.betas, (list, tuple)) or len(self.betas) != 2:
             raise UserError(f'betas must be two numbers, got {self.betas!r}')
         for beta in self.betas:
             check_number(beta, 'betas', 0, 0.99999)
+        store('betas', tuple(self.betas))
         check_number(self.lr, 'lr', 1e-8, 1e3)
         check_number(self.warmup, 'warmup', 0, 1)
         check_number(self.flip, 'flip', 0, 1)
+        if not isinstance(self.priors, Mapping):
+            raise UserError(f'priors must be a dict of named terms, got {self.priors!r}')
+        store('priors', plain_copy(self.priors))
         self.build_priors()
 
     @property
     def size(self) -> Tuple[int, int]:
-        """tuple[int, int]: Height and width of the images."""
-        return _sides(self.image_size)
+        """tuple[int, int]: Height and width of the images.
+
+        Raises:
+            ValueError: If they follow the model: :func:`psaq_mm.synthesis.sized_for`
+                gives settings with the size of one.
+        """
+        if self.image_size is None:
+            raise ValueError('the size of the images follows a model that is not known here')
+        return sides(self.image_size, '')
 
     def batches(self) -> List[int]:
         """Sizes of the batches that make ``num_images``."""
@@ -126,11 +121,9 @@ class SynthesisSettings:
 
     def build_priors(self) -> Dict[str, PriorTerm]:
         """Fresh loss terms, by their name in the config."""
-        if not isinstance(self.priors, Mapping):
-            raise UserError(f'priors must be a dict of named terms, got {self.priors!r}')
         terms: Dict[str, PriorTerm] = {}
         for name, config in self.priors.items():
-            if config is None or name == '_scope_':
+            if config is None:
                 continue
             where = f'priors.{name}'
             if not isinstance(config, Mapping) or 'type' not in config:
@@ -141,7 +134,7 @@ class SynthesisSettings:
             if not isinstance(config['type'], str):
                 raise UserError(f'{where}.type must be the name of a term, '
                                 f'got {config["type"]!r}')
-            arguments = {k: v for k, v in config.items() if k not in ('type', '_scope_')}
+            arguments = {k: v for k, v in config.items() if k != 'type'}
             cls = PRIORS.get(config['type'])
             if cls is None:
                 known = sorted(PRIORS.module_dict)
@@ -160,37 +153,3 @@ class SynthesisSettings:
     def from_dict(cls, values: Optional[Mapping[str, Any]]) -> 'SynthesisSettings':
         """Build from the ``synthesis`` section of a config."""
         return build_section(cls, values, 'synthesis')
-
-
-@dataclass
-class CalibrationSettings:
-    """How the student's ranges are set.
-
-    Args:
-        batch_size (int): Images of the synthesis' size in a forward pass;
-            fewer if they are larger. Defaults to 8.
-        image_size (str or int or tuple[int, int], optional): Size at which
-            the last ranges are set: ``test`` for that of the config's test
-            pipeline, or side or (height, width) in pixels. Images of
-            another size become mosaics of it. None for their own size.
-            Defaults to None.
-    """
-    batch_size: int = 8
-    image_size: Union[None, str, int, Sequence[int]] = None
-
-    def __post_init__(self) -> None:
-        check_positive_int(self.batch_size, 'batch_size')
-        if self.image_size is not None and self.image_size != 'test':
-            _sides(self.image_size, "'test', None, a positive integer or (height, width)")
-
-    @property
-    def size(self) -> Optional[Tuple[int, int]]:
-        """tuple[int, int], optional: Height and width, if given in pixels."""
-        if self.image_size is None or isinstance(self.image_size, str):
-            return None
-        return _sides(self.image_size)
-
-    @classmethod
-    def from_dict(cls, values: Optional[Mapping[str, Any]]) -> 'CalibrationSettings':
-        """Build from the ``calibration`` section of a config."""
-        return build_section(cls, values, 'calibration')

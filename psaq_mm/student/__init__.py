@@ -1,10 +1,18 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The quantized model: wide channels, ranges, and rounded weights."""
-from .calibration import calibrate_ranges
-from .equalization import equalize_channels
-from .final_ranges import as_many_pixels, carry_ranges_over
+from .calibration import calibrate, calibrate_ranges, scope_of
+from .equalization import equalize, equalize_channels
+from .final_ranges import (
+    has_learned_ranges,
+    recalibrate,
+    recalibration_count,
+    transfer_learned_ranges,
+)
 from .measurement import measure_sqnr
-from .rounding import ops_left_to_nearest, ops_to_round, round_by_gptq
+from .preparation import prepare
+from .rounding import ops_to_round, round_by_gptq, round_weights
 
-__all__ = ['as_many_pixels', 'calibrate_ranges', 'carry_ranges_over', 'equalize_channels',
-           'measure_sqnr', 'ops_left_to_nearest', 'ops_to_round', 'round_by_gptq']
+__all__ = ['calibrate', 'calibrate_ranges', 'equalize', 'equalize_channels',
+           'has_learned_ranges', 'measure_sqnr', 'ops_to_round', 'prepare', 'recalibrate',
+           'recalibration_count', 'round_by_gptq', 'round_weights', 'scope_of',
+           'transfer_learned_ranges']

@@ -1,23 +1,85 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Set the ranges of a student on images."""
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
-from mmengine.dist import all_gather_object, get_rank, get_world_size
+from mmengine.dist import all_gather_object, get_world_size
 from torch import Tensor, nn
 
-from psaq_mm.ops import named_quant_ops, set_quantization
+from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.adapter import Adapter, module_device
+from psaq_mm.errors import UserError
+from psaq_mm.ops import QuantOp, named_quant_ops, quantization_enabled
+from psaq_mm.processes import images_of_this_process, stopping_together
 from psaq_mm.quantization import Quantizer
+from psaq_mm.recipe.checks import check_positive_int
+from psaq_mm.synthesis.teacher import frozen
+
+from .history import note, require_images, require_student
+
+Progress = Optional[Callable[[int], None]]
+
+
+def calibrate(student: nn.Module, images: Tensor, batch_size: int = 8,
+              progress: Progress = None) -> nn.Module:
+    """Set the ranges of a student on images; from then on it quantizes.
+
+    Args:
+        student (nn.Module): From :func:`psaq_mm.prepare`; changed in place. Ranges that it
+            has are set anew, those of weights excepted.
+        images (Tensor): Normalized images of shape (N, C, H, W).
+        batch_size (int): Images in a forward pass. Defaults to 8.
+        progress (Callable, optional): Called with the number of images of
+            each finished batch. Defaults to None.
+
+    Returns:
+        nn.Module: The student.
+
+    Raises:
+        UserError: If nothing is quantized, there are no images, or a
+            quantizer saw no values or values that are not finite.
+    """
+    require_student(student, 'calibrate')
+    require_images(images, 'calibrate')
+    check_positive_int(batch_size, 'batch_size')
+    with forward_of_scope(student, 'calibration') as forward:
+        calibrate_ranges(student, images, forward, batch_size, progress)
+    note(student, image_size=(images.shape[-2], images.shape[-1]))
+    return student
+
+
+def scope_of(model: nn.Module, adapter: Adapter) -> str:
+    """``model`` if a quantized op lies outside of the backbone, else ``backbone``."""
+    inside = all(adapter.in_scope(model, name, 'backbone') for name, _ in named_quant_ops(model))
+    return 'backbone' if inside else 'model'
+
+
+@contextmanager
+def forward_of_scope(model: nn.Module,
+                     what: str) -> Iterator[Callable[[Tensor], None]]:
+    """Within the block, a function that runs the quantized part of a frozen model.
+
+    Args:
+        model (nn.Module): With quantized ops.
+        what (str): What is done, for the message of an error.
+    """
+    adapter = find_adapter(model)
+    scope, device = scope_of(model, adapter), module_device(model)
+    try:
+        with frozen(model):
+            yield lambda batch: adapter.forward(model, batch.to(device), scope)
+    except ValueError as error:
+        raise UserError(f'{what} failed: {error}') from error
 
 
 def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor], None],
                      batch_size: int = 8,
                      progress: Optional[Callable[[int], None]] = None) -> None:
-    """Observe the float activations on images, set the ranges, switch on.
+    """Observe the float activations on images, and set the ranges.
 
-    With several processes each runs its part of the images, and all set the
-    same ranges.
+    Ranges of weights that have none yet are set too. With several processes each
+    runs its part of the images, and all set the same ranges.
 
     Args:
         model (nn.Module): A model with quantized ops.
@@ -29,39 +91,41 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
 
     Raises:
         ValueError: If a quantizer saw no values, or values that are not
-            finite; it names the module and role. Quantization is then off.
+            finite; it names the module and role. No range has changed then.
     """
     observed: Dict[Quantizer, str] = {}
+    weights: Dict[Quantizer, Tuple[str, QuantOp]] = {}
     for name, op in named_quant_ops(model):
         for role, quantizer in op.quantizers.items():
             assert isinstance(quantizer, Quantizer)
             if role != 'weight':
                 observed[quantizer] = f'{name} ({role})'
-    set_quantization(model, False)
+            elif not quantizer.calibrated:
+                weights[quantizer] = f'{name} (weight)', op
+    before = {q: (q.scale, q.zero_point, q.learned) for q in (*observed, *weights)}
     for quantizer in observed:
         quantizer.start_observing()
     try:
-        with torch.no_grad(), _errors_named(observed):
-            for batch in own_part(images).split(batch_size):
+        with quantization_enabled(model, False), torch.no_grad(), _errors_named(observed), \
+                stopping_together():
+            for batch in images_of_this_process(images).split(batch_size):
                 forward(batch)
                 if progress is not None:
                     progress(len(batch))
         _merge_processes(list(observed))
-        for quantizer, name in observed.items():
+        steps = [(name, quantizer.finish_observing) for quantizer, name in observed.items()]
+        for name, set_range in (*steps, *((n, op.set_weight_range) for n, op in weights.values())):
             try:
-                quantizer.finish_observing()
+                set_range()
             except ValueError as error:
                 raise ValueError(f'{name}: {error}') from error
+    except BaseException:
+        for quantizer, (scale, zero_point, learned) in before.items():
+            quantizer.restore_range(scale, zero_point, learned)
+        raise
     finally:
         for quantizer in observed:
             quantizer.observer = None
-    set_quantization(model, True)
-
-
-def own_part(images: Tensor) -> Tensor:
-    """The images of this process; all of them if there are too few to split."""
-    world = get_world_size()
-    return images[get_rank()::world] if len(images) >= world else images
 
 
 def _merge_processes(quantizers: List[Quantizer]) -> None:

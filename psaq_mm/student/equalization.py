@@ -1,18 +1,83 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Move the scale of wide channels from a norm into the weight of the layer that reads it."""
-from typing import Any, Callable, Dict, Sequence
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 from mmengine.dist import all_reduce
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.adapter import module_device
+from psaq_mm.checkpoint import require_finite
+from psaq_mm.errors import UserError
+from psaq_mm.ops import plan_quantization
+from psaq_mm.processes import images_of_this_process, stopping_together
 from psaq_mm.quantization import excess_width
+from psaq_mm.recipe import QuantizationSettings
+from psaq_mm.recipe.checks import check_positive_int
+from psaq_mm.synthesis.teacher import frozen
 
-from .calibration import own_part
+from .history import note, require_float, require_images
 
 TOLERANCE = 5e-3
-"""Relative error from which a model no longer computes what it did [choice]: rounding in
+"""Largest relative change of feature maps that counts as none [choice]: rounding in
 float32 leaves 1e-6, with the shortened products of some GPUs 1e-3."""
+
+
+def equalize(model: nn.Module, images: Tensor, settings: Optional[QuantizationSettings] = None,
+             batch_size: int = 8) -> nn.Module:
+    """Rescale wide LayerNorm channels of a float model, in place; its outputs do not change.
+
+    A channel after a LayerNorm that is more than ``channel_limit`` times as wide as the
+    median one is divided, and the weight that reads it multiplied. Call it before
+    :func:`psaq_mm.prepare`; the model stays the student's teacher.
+
+    Args:
+        model (nn.Module): The float model.
+        images (Tensor): Normalized images of shape (N, C, H, W).
+        settings (QuantizationSettings, optional): What will be quantized: norms are
+            rescaled where the input of their reader will be. Defaults to None: the defaults.
+        batch_size (int): Images in a batch. Defaults to 8.
+
+    Returns:
+        nn.Module: The same model.
+
+    Raises:
+        UserError: If ``channel_limit`` is None, the model is quantized already or cannot be,
+            there are no images, a weight or what a norm gives is not finite, or the outputs
+            change; the model is then as it was.
+    """
+    settings = settings or QuantizationSettings()
+    require_float(model, 'equalize')
+    require_images(images, 'equalize')
+    check_positive_int(batch_size, 'batch_size')
+    if settings.channel_limit is None:
+        raise UserError('psaq_mm.equalize: quantization.channel_limit is None, so there is '
+                        'nothing to do; give it a limit such as 1.5, or leave this step out')
+    adapter = find_adapter(model)
+    plan = plan_quantization(model, settings, adapter)
+    readers = {norm: reader for norm, reader in adapter.norm_readers(model).items()
+               if 'input' in plan.get(reader, {})}
+    require_finite({f'{name}.weight': model.get_submodule(name).get_parameter('weight')
+                    for pair in readers.items() for name in pair}, 'the model')
+    device = module_device(model)
+
+    def feature_maps(batch: Tensor) -> Tuple[Tensor, ...]:
+        return adapter.forward_backbone(model, batch.to(device))
+
+    try:
+        with frozen(model):
+            found = equalize_channels(model, readers, images, feature_maps,
+                                      settings.channel_limit, batch_size)
+    except ValueError as error:
+        raise UserError(f'equalization failed: {error}') from error
+    note(model, channel_limit=settings.channel_limit)
+    print_log(f'equalization: {sum(found.values())} channels of {sum(map(bool, found.values()))} '
+              f'of {len(found)} LayerNorms were more than {settings.channel_limit:g} times as '
+              'wide as the median one; what is beyond has moved into the weights',
+              logger='current')
+    return model
 
 
 def equalize_channels(model: nn.Module, readers: Dict[str, str], images: Tensor,
@@ -22,8 +87,9 @@ def equalize_channels(model: nn.Module, readers: Dict[str, str], images: Tensor,
 
     RepQ-ViT's scale reparameterization (arXiv 2212.08254, section 3.2), of wide channels
     alone, as equal ones make weights harder to quantize, and without its shift: Swin
-    pads windows with zeros, and these must stay zeros [choice]. The model computes what it
-    did. With several processes each runs its part of the images, and all move alike.
+    pads windows with zeros, and these must stay zeros [choice]. The outputs of the model
+    do not change. With several processes each runs its part of the images, and all
+    rescale alike.
 
     Args:
         model (nn.Module): A float model; changed in place.
@@ -39,7 +105,7 @@ def equalize_channels(model: nn.Module, readers: Dict[str, str], images: Tensor,
 
     Raises:
         ValueError: If outputs of a norm are not finite; it names the norm. Or if the
-            model computes something else afterwards, as more than its reader reads a norm.
+            outputs of the model change, as more than its reader reads a norm.
             The model is then as it was.
     """
     norms: Dict[str, Any] = {name: model.get_submodule(name) for name in readers}
@@ -53,8 +119,8 @@ def equalize_channels(model: nn.Module, readers: Dict[str, str], images: Tensor,
 
     handles = [norm.register_forward_hook(note) for norm in norms.values()]
     try:
-        with torch.no_grad():
-            for batch in own_part(images).split(batch_size):
+        with torch.no_grad(), stopping_together():
+            for batch in images_of_this_process(images).split(batch_size):
                 forward(batch)
     finally:
         for handle in handles:
@@ -68,23 +134,32 @@ def equalize_channels(model: nn.Module, readers: Dict[str, str], images: Tensor,
         factors[name] = excess_width(sums[norm] / counts[norm].clamp_min(1), limit)
     with torch.no_grad():
         expected = forward(images[:1])
-        before = _move(model, readers, factors)
-        found = forward(images[:1])
-        error = max(float((a.float() - b).norm() / a.float().norm().clamp_min(1e-12))
-                    for a, b in zip(expected, found))
-        if error > max(TOLERANCE, torch.finfo(expected[0].dtype).eps ** 0.5):
+        before: Dict[nn.Parameter, Tensor] = {}
+        try:
+            _move(model, readers, factors, before)
+            error = relative_change(expected, forward(images[:1]))
+            # Not `error > limit`, which is False of NaN.
+            if not error <= max(TOLERANCE, torch.finfo(expected[0].dtype).eps ** 0.5):
+                raise ValueError(f'feature maps changed by {100 * error:.3g} % as the scale of '
+                                 'wide channels was moved: something else reads a LayerNorm too; '
+                                 'set quantization.channel_limit=None')
+        except BaseException:
             for parameter, value in before.items():
                 parameter.copy_(value)
-            raise ValueError(f'feature maps changed by {100 * error:.3g} % as the scale of wide '
-                             'channels was moved: something else reads a LayerNorm too; set '
-                             'quantization.channel_limit=None')
+            raise
     return {name: int((factor > 1).sum()) for name, factor in factors.items()}
 
 
-def _move(model: nn.Module, readers: Dict[str, str],
-          factors: Dict[str, Tensor]) -> Dict[nn.Parameter, Tensor]:
-    """Move the factors of each norm; gives what parameters were."""
-    before = {}
+def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest ``|b - a| / |b|`` of feature maps, by their L2 norms; NaN if one is."""
+    changes = [(b.float() - a.float()).norm() / b.float().norm().clamp_min(1e-12)
+               for b, a in zip(before, after)]
+    return float(torch.stack(changes).max())  # unlike Python's, torch's max keeps NaN
+
+
+def _move(model: nn.Module, readers: Dict[str, str], factors: Dict[str, Tensor],
+          before: Dict[nn.Parameter, Tensor]) -> None:
+    """Move the factors of each norm; ``before`` gets what parameters were."""
     for name, factor in factors.items():
         norm = model.get_submodule(name)
         weight = model.get_submodule(readers[name]).get_parameter('weight')
@@ -93,4 +168,3 @@ def _move(model: nn.Module, readers: Dict[str, str],
         for parameter in own:
             parameter.div_(factor)
         weight.mul_(factor)
-    return before

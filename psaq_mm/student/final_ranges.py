@@ -3,12 +3,71 @@
 from typing import Callable, Dict, Optional, Tuple
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.quantization import Quantizer
+from psaq_mm.recipe.checks import check_positive_int, sides
+from psaq_mm.synthesis import mosaic_count, mosaics
 
-from .calibration import calibrate_ranges
+from .calibration import Progress, calibrate_ranges, forward_of_scope
+from .history import note, require_calibrated, require_images
+
+
+def recalibrate(student: nn.Module, images: Tensor, size: Tuple[int, int], batch_size: int = 8,
+                progress: Progress = None) -> nn.Module:
+    """Set the ranges of activations once more, for images of another size.
+
+    Ranges that were learned are not replaced: each end moves as the range rule's end does
+    from the one size to the other.
+
+    Args:
+        student (nn.Module): A calibrated student; changed in place.
+        images (Tensor): Those that it was calibrated on, shape (N, C, H, W). They become
+            mosaics of the other size.
+        size (tuple[int, int]): Height and width in pixels.
+        batch_size (int): Images of the size of ``images`` in a forward pass; fewer if they
+            are larger. Defaults to 8.
+        progress (Callable, optional): Called with the number of images of
+            each finished batch. Defaults to None.
+
+    Returns:
+        nn.Module: The student.
+
+    Raises:
+        UserError: As of :func:`psaq_mm.calibrate`.
+    """
+    require_calibrated(student, 'recalibrate')
+    require_images(images, 'recalibrate')
+    check_positive_int(batch_size, 'batch_size')
+    size = sides(size, '(height, width)')
+    others = mosaics(images, size)
+    learned = has_learned_ranges(student)
+    if learned and others is images:
+        print_log(f'psaq_mm.recalibrate: ranges were learned at {size[0]}x{size[1]} already, and '
+                  'stay as they are', logger='current')
+        return student
+    with forward_of_scope(student, 'calibration') as forward:
+        if learned:
+            transfer_learned_ranges(student, images, others, forward, batch_size, progress)
+        else:
+            calibrate_ranges(student, others, forward,
+                             equal_pixel_batch(batch_size, images, others), progress)
+    note(student, image_size=size)
+    return student
+
+
+def recalibration_count(student: nn.Module, images: Tensor, size: Tuple[int, int]) -> int:
+    """How many images :func:`recalibrate` runs."""
+    return mosaic_count(images, size) + has_learned_ranges(student) * len(images)
+
+
+def has_learned_ranges(student: nn.Module) -> bool:
+    """Whether a range of an activation was learned."""
+    return any(quantizer.learned for _, op in named_quant_ops(student)
+               for role, quantizer in op.quantizers.items() if role != 'weight')
+
 
 Range = Tuple[Tensor, Tensor]
 
@@ -20,58 +79,59 @@ def activation_ranges(model: nn.Module) -> Dict[Quantizer, Range]:
             if role != 'weight' and isinstance(quantizer, Quantizer)}
 
 
-def carry_over(learnt: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """Scale the end of a learnt range as the rule's end was scaled.
+def transferred_end(learned: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """Scale the end of a learned range as the rule's end was scaled.
 
     Args:
-        learnt (Tensor): What was learnt at one size.
+        learned (Tensor): What was learned at one size.
         before (Tensor): What the rule says at that size, same shape.
         after (Tensor): What the rule says at another size, same shape.
 
     Returns:
-        Tensor: ``learnt * after / before``; where the rule's end is 0 at
-        either size or changes its sign, the one farther from 0 of ``learnt``
+        Tensor: ``learned * after / before``; where the rule's end is 0 at
+        either size or changes its sign, the one farther from 0 of ``learned``
         and ``after``.
     """
     usable = before * after > 0
-    scaled = learnt * after / torch.where(usable, before, torch.ones_like(before))
-    farther = torch.where(after.abs() > learnt.abs(), after, learnt)
+    scaled = learned * after / torch.where(usable, before, torch.ones_like(before))
+    farther = torch.where(after.abs() > learned.abs(), after, learned)
     return torch.where(usable, scaled, farther)
 
 
-def as_many_pixels(batch_size: int, images: Tensor, others: Tensor) -> int:
+def equal_pixel_batch(batch_size: int, images: Tensor, others: Tensor) -> int:
     """How many of ``others``, of another size, make a batch of as many pixels as
     ``batch_size`` of ``images`` do; at least 1."""
     share = others.shape[-2] * others.shape[-1] / (images.shape[-2] * images.shape[-1])
     return max(1, int(batch_size / share))
 
 
-def carry_ranges_over(model: nn.Module, images: Tensor, others: Tensor,
+def transfer_learned_ranges(model: nn.Module, images: Tensor, others: Tensor,
                       forward: Callable[[Tensor], None], batch_size: int,
                       progress: Optional[Callable[[int], None]] = None) -> None:
-    """Bring learnt ranges of activations from one image size to another.
+    """Bring learned ranges of activations from one image size to another.
 
     At another size feature maps are padded otherwise, and padded tokens have
-    activations of their own. What was learnt is kept relative to the range
+    activations of their own. What was learned is kept relative to the range
     rule: each end moves by as much as the rule's end moves from ``images`` to
     ``others`` [choice].
 
     Args:
-        model (nn.Module): A student with learnt ranges.
-        images (Tensor): Shape (N, C, H, W), of the size that it learnt at.
+        model (nn.Module): A student with learned ranges.
+        images (Tensor): Shape (N, C, H, W), of the size that it learned at.
         others (Tensor): Shape (M, C, H', W'), of the other size.
         forward (Callable): Runs the model on a batch.
         batch_size (int): Images in a batch.
         progress (Callable, optional): Called with the number of images of
             each finished batch, of either size. Defaults to None.
     """
-    learnt = activation_ranges(model)
+    learned = activation_ranges(model)
     calibrate_ranges(model, images, forward, batch_size, progress)
     before = activation_ranges(model)
-    calibrate_ranges(model, others, forward, as_many_pixels(batch_size, images, others),
+    calibrate_ranges(model, others, forward, equal_pixel_batch(batch_size, images, others),
                      progress)
     after = activation_ranges(model)
-    for quantizer, ends in learnt.items():
-        lower, upper = (carry_over(*triple) for triple in
+    for quantizer, ends in learned.items():
+        lower, upper = (transferred_end(*triple) for triple in
                         zip(ends, before[quantizer], after[quantizer]))
         quantizer.set_range(lower.reshape(-1), upper.reshape(-1))
+        quantizer.learned = True

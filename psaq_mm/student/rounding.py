@@ -1,58 +1,90 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Round weights by what their layers are given on images."""
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from mmengine.dist import all_reduce
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, named_quant_ops
+from psaq_mm.processes import images_of_this_process, stopping_together
 from psaq_mm.quantization import gptq_round
 from psaq_mm.quantization.gptq import parts_of, second_moments
-from psaq_mm.quantization.spec import GPTQ
+from psaq_mm.recipe.checks import check_positive_int
+from psaq_mm.synthesis import mosaics
 
-from .calibration import own_part
+from .calibration import Progress, forward_of_scope
+from .final_ranges import equal_pixel_batch
+from .history import history_of, require_calibrated, require_images
 
 MAX_ELEMENTS = 2**24
 """Of inputs that are rows at a time, unless one item of a batch has more: 64 MiB."""
 
 
-def ops_to_round(model: nn.Module, teacher: Optional[nn.Module] = None) -> Dict[str, QuantOp]:
-    """Ops whose weight is to be rounded by GPTQ, by name.
+def round_weights(student: nn.Module, images: Tensor, batch_size: int = 8,
+                  progress: Progress = None) -> nn.Module:
+    """Round the weights that ask for GPTQ (``weight.rounding='gptq'``), in place.
+
+    The last step: ranges must be final. Weights that were learned in the game keep their
+    values, as they were learned under rounding to nearest.
+
+    Args:
+        student (nn.Module): A calibrated student.
+        images (Tensor): Those that it was calibrated on, shape (N, C, H, W). They become
+            mosaics of the size that its ranges were last set at.
+        batch_size (int): Images of the size of ``images`` in a forward pass; fewer if they
+            are larger. Defaults to 8.
+        progress (Callable, optional): Called with the number of images of
+            each finished batch. Defaults to None.
+
+    Returns:
+        nn.Module: The student.
+
+    Raises:
+        UserError: If the student is not calibrated, there are no images, no weight asks for
+            it, or a layer was given values that are not finite.
+    """
+    require_calibrated(student, 'round_weights')
+    require_images(images, 'round_weights')
+    check_positive_int(batch_size, 'batch_size')
+    ops, others_left = ops_to_round(student), ops_without_rows(student)
+    if others_left:
+        print_log('weights that GPTQ cannot round (no product of a matrix) are rounded to '
+                  f'nearest: {", ".join(others_left)}', logger='current')
+    if not ops:
+        raise UserError('psaq_mm.round_weights: no weight is left to round by GPTQ: all were '
+                        "learned or rounded before, or have rounding='nearest'; leave this step "
+                        "out, or set quantization.weight.rounding='gptq'")
+    size = history_of(student).image_size or (images.shape[-2], images.shape[-1])
+    mosaic = mosaics(images, size)
+    with forward_of_scope(student, 'rounding') as forward:
+        round_by_gptq(ops, mosaic, forward, equal_pixel_batch(batch_size, images, mosaic),
+                      progress)
+    print_log(f'weights of {len(ops)} modules are rounded by GPTQ', logger='current')
+    return student
+
+
+def ops_to_round(model: nn.Module) -> Dict[str, QuantOp]:
+    """Ops whose weight GPTQ is to round and can, by name.
 
     Args:
         model (nn.Module): A student.
-        teacher (nn.Module, optional): Its float model. Weights that differ from
-            its are left out: what they learnt, they learnt as they are rounded
-            to nearest. Defaults to None: all.
-
-    Returns:
-        dict[str, QuantOp]: They; none that is no product of a matrix.
     """
-    return {name: op for name, op in _asking(model, teacher)
-            if op.weight_rows(op.weight) is not None}
+    return {name: op for name, op in named_quant_ops(model)
+            if op.awaits_gptq and op.weight_rows(op.weight) is not None}
 
 
-def ops_left_to_nearest(model: nn.Module, teacher: Optional[nn.Module] = None) -> List[str]:
+def ops_without_rows(model: nn.Module) -> List[str]:
     """Names of ops that GPTQ was asked for and cannot round, as they are no product of a
     matrix: convolutions with groups, transposed ones whose outputs overlap.
 
     Args:
         model (nn.Module): A student.
-        teacher (nn.Module, optional): As of :func:`ops_to_round`.
     """
-    return [name for name, op in _asking(model, teacher) if op.weight_rows(op.weight) is None]
-
-
-def _asking(model: nn.Module, teacher: Optional[nn.Module]) -> Iterator[Tuple[str, QuantOp]]:
-    """Ops that GPTQ is asked for and whose weight has not learnt."""
-    for name, op in named_quant_ops(model):
-        quantizer = op.weight_quantizer
-        if quantizer is None or quantizer.spec.rounding != GPTQ:
-            continue
-        before = None if teacher is None else teacher.get_submodule(name).get_parameter('weight')
-        if before is None or torch.equal(before, op.weight):
-            yield name, op
+    return [name for name, op in named_quant_ops(model)
+            if op.awaits_gptq and op.weight_rows(op.weight) is None]
 
 
 def round_by_gptq(ops: Dict[str, QuantOp], images: Tensor, forward: Callable[[Tensor], None],
@@ -91,8 +123,8 @@ def round_by_gptq(ops: Dict[str, QuantOp], images: Tensor, forward: Callable[[Te
 
     handles = [op.register_forward_pre_hook(note) for op in moments]
     try:
-        with torch.no_grad():
-            for batch in own_part(images).split(batch_size):
+        with torch.no_grad(), stopping_together():
+            for batch in images_of_this_process(images).split(batch_size):
                 forward(batch)
                 if progress is not None:
                     progress(len(batch))
@@ -110,6 +142,7 @@ def round_by_gptq(ops: Dict[str, QuantOp], images: Tensor, forward: Callable[[Te
     with torch.no_grad():
         for op, weight in rounded.items():
             op.weight.copy_(weight)
+            op.weight_settled = True
 
 
 def _items_at_once(x: Tensor, growth: int) -> int:

@@ -6,8 +6,8 @@ from typing import Callable, Iterator, Tuple
 from torch import Tensor, nn
 
 from psaq_mm.adapters import TapRecord, find_adapter
-from psaq_mm.recipe import SynthesisSettings
 from psaq_mm.prior import TeacherRecord
+from psaq_mm.recipe import SynthesisSettings
 
 
 @contextmanager

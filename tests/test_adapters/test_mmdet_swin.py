@@ -508,13 +508,13 @@ def test_backbone_name_and_scope():
         assert ADAPTER.in_scope(detector.backbone, name, 'backbone')
 
 
-def test_follows_proposals():
+def test_runs_on_proposals():
     detector = Detector()
     for name in ('roi_head.bbox_head.fc_cls', 'roi_head.mask_head.convs.0.conv'):
-        assert ADAPTER.follows_proposals(detector, name)
+        assert ADAPTER.runs_on_proposals(detector, name)
     for name in ('backbone.stages.0', 'neck.fpn_convs.0.conv', 'rpn_head.rpn_conv', 'roi_head_b.c',
                  'backbone.roi_head.fc', ''):
-        assert not ADAPTER.follows_proposals(detector, name)
+        assert not ADAPTER.runs_on_proposals(detector, name)
 
 
 def test_norm_readers():
@@ -566,18 +566,6 @@ def test_output_points_and_patch_embedding():
     assert ADAPTER.is_output_point(detector.backbone, 'patch_embed')
     assert ADAPTER.is_patch_embed(detector.backbone, 'patch_embed.projection')
     assert not ADAPTER.is_patch_embed(detector.backbone, 'backbone.patch_embed.projection')
-
-
-def test_predictors():
-    detector = Detector()
-    for name in ('roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.2.fc_reg', 'rpn_head.rpn_cls',
-                 'roi_head.mask_head.conv_logits', 'bbox_head.retina_reg', 'bbox_head.conv_cls',
-                 'bbox_head.atss_centerness', 'decode_head.conv_seg'):
-        assert ADAPTER.is_predictor(detector, name)
-    for name in ('roi_head.bbox_head.shared_fcs.0', 'bbox_head.cls_convs.0.conv', 'neck.conv',
-                 'rpn_head.rpn_conv', 'backbone.fc_cls', 'bbox_head.regress', ''):
-        assert not ADAPTER.is_predictor(detector, name)
-    assert not ADAPTER.is_predictor(detector.backbone, 'fc_cls')  # a backbone alone has none
 
 
 def test_valid_range():

@@ -125,7 +125,7 @@ def test_overrides_of_a_kind():
                                       (('roi_head', 'predictor'), 6, 7)):
         assert chosen.spec_for('fc', 'weight', kinds).bits == weight
         assert chosen.spec_for('fc', 'input', kinds).bits == activation
-    with pytest.raises(UserError, match=r"'@predictors'.*@patch_embed, @predictor, @roi_head"):
+    with pytest.raises(UserError, match=r"'@predictors'.*@patch_embed, @predictor, @roi_head, @segmentor"):
         settings(overrides={'@predictors': {}})
     with pytest.raises(UserError, match='bits'):
         settings(overrides={'@predictor': dict(input=dict(bits=11))})

@@ -6,9 +6,8 @@ from .progress_hook import ProgressHook
 from .psaq_hook import PSAQHook
 from .quantized_checkpoint_hook import QuantizedCheckpointHook
 from .report_hook import ReportHook
-from .resume_hook import ResumeHook
 
 __all__ = [
     'BackendHook', 'ContactSheetHook', 'PSAQHook', 'ProgressHook', 'QuantizedCheckpointHook',
-    'ReportHook', 'ResumeHook', 'describe_backend'
+    'ReportHook', 'describe_backend'
 ]

@@ -12,8 +12,8 @@ from torchvision.utils import make_grid
 
 from psaq_mm.checkpoint import save_bytes
 from psaq_mm.evolution import Evolver
-from psaq_mm.synthesis import Synthesizer
 from psaq_mm.registry import HOOKS
+from psaq_mm.synthesis import Synthesizer
 
 from .psaq_hook import PSAQHook
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Dict
 from mmengine.hooks import Hook
 
 from psaq_mm.evolution import Evolver
+from psaq_mm.pipeline import Progress
 from psaq_mm.synthesis import Synthesizer
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ class PSAQHook(Hook):
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`, just before :meth:`before_evolution`."""
 
-    def restore_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
-        """Before :meth:`before_synthesis`: the synthesizer may be given a saved state."""
-
     def before_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
         """Before the first step, or the first one that is not done yet."""
 
@@ -47,17 +45,14 @@ class PSAQHook(Hook):
     def after_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
         """After the last step; ``runner.images`` holds the images."""
 
-    def before_calibration(self, runner: 'PSAQRunner') -> None:
-        """Before the first batch."""
+    def before_calibration(self, runner: 'PSAQRunner', total: int) -> None:
+        """Before the first batch of ``total`` images."""
 
     def after_calibration_batch(self, runner: 'PSAQRunner', count: int) -> None:
         """After each batch of ``count`` images."""
 
     def after_calibration(self, runner: 'PSAQRunner') -> None:
-        """When ``runner.model`` is quantized and its ranges are set."""
-
-    def restore_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
-        """Before :meth:`before_evolution`: the evolver may be given a saved state."""
+        """When ``runner.pipeline.student`` is quantized and its ranges are set."""
 
     def before_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
         """Before the first step, or the first one that is not done yet."""
@@ -77,7 +72,7 @@ class PSAQHook(Hook):
         """When an exception, such as Ctrl-C, ends the phase early."""
 
     def after_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
-        """When ``runner.model`` is the student of the best round."""
+        """When the student is the student of the best round."""
 
     def before_final_ranges(self, runner: 'PSAQRunner', total: int) -> None:
         """Before the ranges are set once more; ``total`` images will be run."""
@@ -86,7 +81,7 @@ class PSAQHook(Hook):
         """After each batch of ``count`` of them."""
 
     def after_final_ranges(self, runner: 'PSAQRunner') -> None:
-        """When the ranges of ``runner.model`` are its last ones."""
+        """When the ranges of the student are its last ones."""
 
     def before_rounding(self, runner: 'PSAQRunner', total: int) -> None:
         """Before weights are rounded by what ``total`` images give their layers."""
@@ -95,7 +90,10 @@ class PSAQHook(Hook):
         """After each batch of ``count`` of them."""
 
     def after_rounding(self, runner: 'PSAQRunner') -> None:
-        """When the weights of ``runner.model`` are their last ones."""
+        """When the weights of the student are their last ones."""
+
+    def after_progress(self, runner: 'PSAQRunner', progress: Progress) -> None:
+        """After each step or batch of every phase: how far it is, and its losses."""
 
     def after_quantize(self, runner: 'PSAQRunner') -> None:
         """When ``quantized.pth`` is written; in the main process alone."""

@@ -3,6 +3,7 @@
 import math
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List
 
@@ -10,11 +11,11 @@ import torch
 
 from psaq_mm.checkpoint import save_json, size_of_quantized
 from psaq_mm.evolution import Evolver
-from psaq_mm.student import measure_sqnr
-from psaq_mm.synthesis import Synthesizer
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.quantization import Quantizer
 from psaq_mm.registry import HOOKS
+from psaq_mm.student import measure_sqnr
+from psaq_mm.synthesis import Synthesizer
 from psaq_mm.version import __version__
 
 from .psaq_hook import PSAQHook
@@ -81,22 +82,23 @@ class ReportHook(PSAQHook):
         self._losses = {**self._losses, **evolver.losses}
 
     def after_quantize(self, runner: 'PSAQRunner') -> None:
-        with runner.phase('report'):
-            sqnr = measure_sqnr(runner.model, runner.images[:self.sqnr_images],
-                                runner.forward_student)
-            # What follows region proposals gets other inputs once quantized.
-            sqnr = {k: v for k, v in sqnr.items()
-                    if not runner.adapter.follows_proposals(runner.model, k)}
-            size = size_of_quantized(runner.model)
+        start = time.perf_counter()
+        sqnr = measure_sqnr(runner.model, runner.images[:self.sqnr_images],
+                            runner.forward_student)
+        # What follows region proposals gets other inputs once quantized.
+        sqnr = {k: v for k, v in sqnr.items()
+                if not runner.adapter.runs_on_proposals(runner.model, k)}
+        size = size_of_quantized(runner.model)
+        seconds = dict(runner.pipeline.seconds, report=time.perf_counter() - start)
         report = dict(
             modules=describe_modules(runner.model, sqnr),
             losses={k: [round(v, 6) for v in values] for k, values in self._losses.items()},
-            seconds={k: round(v, 3) for k, v in runner.seconds.items()},
+            seconds={k: round(v, 3) for k, v in seconds.items()},
             size=size,
             images=dict(count=len(runner.images), shape=list(runner.images.shape[1:])),
             seed=runner.run_seed,
             config=runner.cfg.filename,
-            settings=runner.settings,
+            settings=runner.pipeline.recipe.to_dict(),
             checkpoint=runner.source,
             device=str(runner.device),
             versions=loaded_versions())

@@ -1,0 +1,163 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Play the teacher-student game on models."""
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterator, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from psaq_mm.adapters import TapRecord, find_adapter
+from psaq_mm.adapters.adapter import module_device
+from psaq_mm.errors import UserError
+from psaq_mm.ops import named_quant_ops
+from psaq_mm.ops.plan import Plan
+from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
+from psaq_mm.student.history import require_calibrated, require_float, require_images
+from psaq_mm.synthesis.from_model import sized_for
+from psaq_mm.synthesis.teacher import float_teacher, frozen
+
+from .evolver import Evolver
+from .learner import StudentLearner
+
+
+def check_evolution(model: nn.Module, settings: EvolutionSettings, plan: Plan) -> None:
+    """Raise if teacher and student cannot be compared so, or the student has nothing
+    to learn, before any step.
+
+    Args:
+        model (nn.Module): The float model.
+        settings (EvolutionSettings): The ``evolution`` section.
+        plan (dict): What will be quantized.
+
+    Raises:
+        UserError: If the model has none of the taps, or only weights are to be
+            learned and none is quantized.
+    """
+    if settings.rounds:
+        settings.chosen_groups(find_adapter(model).tap_groups(model))
+        settings.require_learnable(any('weight' in roles for roles in plan.values()))
+
+
+@contextmanager
+def evolver(student: nn.Module, teacher: nn.Module, images: Tensor, settings: EvolutionSettings,
+            synthesis: Optional[SynthesisSettings] = None, seed: int = 0) -> Iterator[Evolver]:
+    """An :class:`Evolver`, to be stepped within the block.
+
+    Both models are in evaluation mode inside, and as before after it. What the student
+    has learned is noted on its ops and quantizers at the end of the block.
+
+    Args:
+        student (nn.Module): From :func:`psaq_mm.calibrate`.
+        teacher (nn.Module): The float model that it is a copy of.
+        images (Tensor): From :func:`psaq_mm.synthesize`, shape (N, C, H, W).
+        settings (EvolutionSettings): The rules.
+        synthesis (SynthesisSettings, optional): The prior of the images. Defaults to
+            None: the defaults.
+        seed (int): Seed of all randomness. Defaults to 0.
+
+    Raises:
+        UserError: If there are no rounds, the student is not calibrated, or the teacher is
+            not its float model.
+    """
+    if not settings.rounds:
+        raise UserError('psaq_mm.evolve: evolution.rounds is 0, so there is nothing to do; give '
+                        "it rounds such as 5 (preset 'evolve'), or leave this step out")
+    require_calibrated(student, 'evolve')
+    require_float(teacher, 'evolve (as teacher)')
+    require_images(images, 'evolve')
+    if module_device(student) != module_device(teacher):
+        raise UserError(f'the student is on {module_device(student)} and the teacher on '
+                        f'{module_device(teacher)}: move them to one device first')
+    require_teacher_of(student, teacher)
+    adapter = find_adapter(student)
+    groups = settings.chosen_groups(adapter.tap_groups(student))
+    lower, upper = adapter.valid_range(teacher)
+    prior = sized_for(teacher, synthesis or SynthesisSettings())
+
+    def forward(batch: Tensor, regions: Optional[List[Tensor]]) -> TapRecord:
+        return adapter.forward_taps(student, batch, groups, regions)
+
+    with frozen(teacher, student), float_teacher(teacher, prior, groups) as run:
+        learner = StudentLearner(student, forward, settings)
+        game = Evolver(settings, prior, run, learner, images, lower, upper, seed,
+                       module_device(teacher))
+        try:
+            yield game
+        finally:
+            learner.require_grad(False)
+            _note_what_was_learned(student, teacher, learner)
+
+
+def evolve(student: nn.Module, teacher: nn.Module, images: Tensor,
+           settings: Optional[EvolutionSettings] = None,
+           synthesis: Optional[SynthesisSettings] = None, seed: int = 0,
+           progress: Optional[Callable[[Dict[str, float]], None]] = None) -> nn.Module:
+    """Let images and student evolve against each other, in place.
+
+    Args:
+        student (nn.Module): From :func:`psaq_mm.calibrate`.
+        teacher (nn.Module): The float model that it is a copy of.
+        images (Tensor): From :func:`psaq_mm.synthesize`, shape (N, C, H, W).
+        settings (EvolutionSettings, optional): The rules. Defaults to None: the defaults
+            with 5 rounds, as of the preset ``evolve``.
+        synthesis (SynthesisSettings, optional): The prior of the images. Defaults to
+            None: the defaults.
+        seed (int): Seed of all randomness. Defaults to 0.
+        progress (Callable, optional): Called with the losses of each step.
+            Defaults to None.
+
+    Returns:
+        nn.Module: The student.
+
+    Raises:
+        UserError: If there are no rounds, the student is not calibrated, or the teacher is
+            not its float model.
+        FloatingPointError: If a loss is not finite; the student is then that
+            of the step before, or of the best round (:meth:`Evolver.step`).
+    """
+    settings = settings or EvolutionSettings(rounds=5)
+    with evolver(student, teacher, images, settings, synthesis, seed) as game:
+        while not game.done:
+            losses = game.step()
+            if progress is not None:
+                progress(losses)
+        game.finish()
+    return student
+
+
+def require_teacher_of(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise if a student is no copy of a float model.
+
+    Raises:
+        UserError: If a weight is missing or differs that the student cannot have learned;
+            one is named.
+    """
+    weights = dict(teacher.named_parameters(remove_duplicate=False))
+    own = dict(student.named_parameters(remove_duplicate=False))
+    settled = {id(p) for _, op in named_quant_ops(student) if op.weight_settled
+               for p in op.parameters(recurse=False)}
+    for name, weight in own.items():
+        other = weights.get(name)
+        if other is None or other.shape != weight.shape \
+                or id(weight) not in settled and not _alike(weight, other):
+            found = 'is missing' if other is None else 'differs'
+            raise UserError(f'the teacher is not the float model of the student: {name} {found}; '
+                            'psaq_mm.equalize comes before psaq_mm.prepare, which copies the '
+                            'teacher')
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one.detach().float().cpu(), other.detach().float().cpu(),
+                          rtol=1e-3, atol=1e-6)
+
+
+def _note_what_was_learned(student: nn.Module, teacher: nn.Module,
+                           learner: StudentLearner) -> None:
+    """A weight that differs from the teacher's was learned; ranges, if they have moved."""
+    weights = dict(teacher.named_parameters(remove_duplicate=False))
+    for name, op in named_quant_ops(student):
+        if op.weight_quantizer is not None and not torch.equal(weights[f'{name}.weight'],
+                                                               op.weight):
+            op.weight_settled = True
+    for quantizer in learner.quantizers if learner.ranges.moved else ():
+        quantizer.learned = True

@@ -1,0 +1,363 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The order of the steps, and the state between them.
+
+    float model -> images -> equalized teacher -> calibrated student -> game (if there are
+    rounds) -> ranges at the size of test images -> rounded weights
+
+:func:`quantize` does it from Python; ``PSAQRunner`` does the same with mmengine's work
+directory, logger, hooks and launcher. Nothing else knows the order.
+"""
+import copy
+import logging
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
+
+import torch
+from mmengine.dist import all_gather_object, get_rank, get_world_size
+from mmengine.logging import print_log
+from torch import nn
+
+from .adapters import find_adapter
+from .adapters.tested_size import SizeFound, tested_size
+from .errors import UserError
+from .evolution import Evolver, check_evolution, evolver
+from .ops import named_quant_ops, plan_quantization
+from .processes import stopping_together
+from .recipe import Recipe
+from .recipe.checks import sides
+from .saved_run import SavedRun, hash_of_weights
+from .student import (
+    calibrate,
+    equalize,
+    has_learned_ranges,
+    ops_to_round,
+    prepare,
+    recalibrate,
+    recalibration_count,
+    round_weights,
+)
+from .student.history import require_float
+from .synthesis import (
+    Synthesizer,
+    check_synthesis,
+    mosaic_count,
+    share_of,
+    sized_for,
+    synthesizer,
+)
+
+Size = Tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a quantization is.
+
+    Args:
+        phase (str): ``synthesis``, ``calibration``, ``evolution``, ``final_ranges`` or
+            ``rounding``.
+        done (int): Steps or images that are done.
+        total (int): Of how many.
+        losses (dict[str, float]): Those of the last step, by name; empty where there are
+            none. Defaults to none.
+    """
+    phase: str
+    done: int
+    total: int
+    losses: Mapping[str, float] = field(default_factory=dict)
+
+
+def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
+             test_size: Optional[Size] = None,
+             progress: Optional[Callable[[Progress], None]] = None,
+             state_file: Union[None, str, Path] = None, resume: bool = False) -> nn.Module:
+    """Quantize a float model without data: all that ``tools/quantize.py`` does.
+
+        student = psaq_mm.quantize(model, psaq_mm.Recipe.shipped('w4a4'))
+        psaq_mm.save(student, 'quantized.pth')
+
+    Args:
+        model (nn.Module): A detector or segmentor with a Swin backbone, a Swin or DeiT
+            of timm, or the backbone alone, with its weights. It stays as it is.
+        recipe (Recipe, optional): What is done. Defaults to None: the defaults, which
+            are the preset ``default`` at W8A8.
+        seed (int): Seed of all randomness, from 0. Defaults to 0.
+        test_size (tuple[int, int], optional): Height and width in pixels of what the model
+            sees of a test image, for ``calibration.image_size='test'``. Defaults to None:
+            what the test pipeline of ``model.cfg`` says, if the model has one.
+        progress (Callable, optional): Called as a phase begins, and after each of its steps or
+            batches. Defaults to None.
+        state_file (str or Path, optional): File that the state is saved to now and then.
+            Defaults to None: it is not.
+        resume (bool): Whether to go on from ``state_file``; an interrupted run then ends
+            with the same bits on the CPU. Defaults to False.
+
+    Returns:
+        nn.Module: The student: another model, quantized, in evaluation mode.
+
+    Raises:
+        UserError: If the model cannot be quantized so, or a file is of another run.
+        FloatingPointError: If a loss is not finite.
+    """
+    if test_size is not None:
+        found = SizeFound(sides(test_size, '(height, width)'), 'test_size')
+    elif getattr(model, 'cfg', None) is not None:
+        found = tested_size(model.cfg)
+    else:
+        found = SizeFound(None, 'the model has no config')
+    return Pipeline(copy.deepcopy(model), recipe or Recipe(), seed, found, progress,
+                    state_file, resume).run()
+
+
+def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
+    """Raise for what is wrong with a model or recipe, before any heavy work.
+
+    Args:
+        model (nn.Module): The float model; its weights play no part.
+        recipe (Recipe): What is to be done.
+        processes (int): How many share the work. Defaults to 1.
+
+    Raises:
+        UserError: If the model cannot be quantized so, or the processes cannot share the
+            images evenly.
+    """
+    require_float(model, 'quantize')
+    check_synthesis(model, recipe.synthesis)
+    plan = plan_quantization(model, recipe.quantization, find_adapter(model))
+    check_evolution(model, recipe.evolution, plan)
+    size = recipe.calibration.size
+    if size is not None:
+        try:
+            find_adapter(model).check_image_size(model, size)
+        except UserError as error:
+            raise UserError(str(error).replace('synthesis.', 'calibration.')) from error
+    recipe.synthesis.require_images_for(processes)
+    recipe.evolution.require_even_batches(processes)
+
+
+class Pipeline:
+    """One quantization: its models, its images, and which step comes next.
+
+    Args:
+        teacher (nn.Module): The float model; equalization changes it in place.
+        recipe (Recipe): What is done.
+        seed (int): Seed of all randomness. Defaults to 0.
+        test_size (SizeFound, optional): Of test images, for
+            ``calibration.image_size='test'``. Defaults to None: not known.
+        progress (Callable, optional): As of :func:`quantize`. Defaults to None.
+        state_file (str or Path, optional): As of :func:`quantize`; of several processes
+            each has its own. Defaults to None.
+        resume (bool): As of :func:`quantize`. Defaults to False.
+        identity (Mapping, optional): What a resumed run must have in common with the first,
+            beside seed and settings, by name. Defaults to None: a hash of the weights.
+    """
+
+    def __init__(self, teacher: nn.Module, recipe: Recipe, seed: int = 0,
+                 test_size: Optional[SizeFound] = None,
+                 progress: Optional[Callable[[Progress], None]] = None,
+                 state_file: Union[None, str, Path] = None, resume: bool = False,
+                 identity: Optional[Mapping[str, Any]] = None) -> None:
+        self.teacher, self.recipe, self.seed = teacher, recipe, seed
+        self.test_size = test_size or SizeFound(None, 'no config')
+        self.progress = progress
+        if resume and state_file is None:
+            raise UserError('resume=True needs the state_file to go on from')
+        self.saved: Optional[SavedRun] = None
+        self._saving = None if state_file is None else (state_file, resume, identity)
+        self.student: nn.Module = teacher
+        """nn.Module: The teacher itself until the student is made of a copy of it."""
+        self.images = torch.empty(0)
+        """Tensor: The images, normalized, on the CPU; of all processes."""
+        self.seconds: Dict[str, float] = {}
+        """dict[str, float]: Wall seconds of each phase."""
+        self._running: Dict[str, float] = {}
+
+    def notify(self, point: str, **arguments: Any) -> None:
+        """Called at each point of a run; for subclasses."""
+
+    def extra_state(self) -> Dict[str, Any]:
+        """What is saved beside the state, in plain values and tensors; for subclasses."""
+        return {}
+
+    def load_extra_state(self, state: Dict[str, Any]) -> None:
+        """Continue from :meth:`extra_state`."""
+
+    def run(self) -> nn.Module:
+        """Take all steps.
+
+        Returns:
+            nn.Module: The student.
+        """
+        with stopping_together():
+            check(self.teacher, self.recipe, get_world_size())
+        self.recipe = replace(self.recipe,
+                              synthesis=sized_for(self.teacher, self.recipe.synthesis))
+        if self._saving is not None:
+            path, resume, identity = self._saving
+            self.saved = SavedRun(path, resume, self.recipe, self.seed,
+                                  identity or dict(weights=hash_of_weights(self.teacher)))
+        self._make_images()
+        self._calibrate()
+        self._evolve()
+        self._set_final_ranges()
+        self._round_weights()
+        return self.student
+
+    @property
+    def final_size(self) -> Size:
+        """tuple[int, int]: Height and width that the last ranges are set at."""
+        calibration = self.recipe.calibration
+        size = self.test_size.size if calibration.image_size == 'test' else calibration.size
+        return size or (self.images.shape[-2], self.images.shape[-1])
+
+    def _make_images(self) -> None:
+        processes, settings = get_world_size(), self.recipe.synthesis
+        indices = share_of(settings.num_images, get_rank(), processes)
+        settings = replace(settings, batch_size=-(-settings.batch_size // processes))
+        with self._phase('synthesis'), \
+                synthesizer(self.teacher, settings, self.seed, indices) as images:
+            if self.saved is not None:
+                self.seconds.update(self.saved.restore_images(images))
+            self.notify('before_synthesis', synthesizer=images)
+            self._report('synthesis', images.step_index, images.total_steps)
+            with stopping_together():
+                try:
+                    while not images.done:
+                        losses = images.step()
+                        self.notify('after_synthesis_step', synthesizer=images, losses=losses)
+                        self._report('synthesis', images.step_index, images.total_steps, losses)
+                        if images.step_index % settings.save_interval == 0 or images.done:
+                            self._save_images(images)
+                except BaseException:  # Ctrl-C too: keep what is done
+                    self.notify('interrupt_synthesis', synthesizer=images)
+                    if images.step_index:
+                        self._save_images(images, stopped=True)
+                    raise
+            self.images = torch.cat(all_gather_object(images.images))
+            self.notify('after_synthesis', synthesizer=images)
+
+    def _calibrate(self) -> None:
+        quantization, batch_size = self.recipe.quantization, self.recipe.calibration.batch_size
+        with self._phase('calibration'):
+            if quantization.channel_limit is not None:
+                equalize(self.teacher, self.images, quantization, batch_size)
+            self.student = prepare(self.teacher, quantization)
+            with self._batches('calibration', len(self.images)) as progress:
+                calibrate(self.student, self.images, batch_size, progress)
+
+    def _evolve(self) -> None:
+        settings = self.recipe.evolution
+        if not settings.rounds:
+            return
+        with self._phase('evolution'), evolver(
+                self.student, self.teacher, self.images, settings, self.recipe.synthesis,
+                self.seed) as game:
+            extra = None if self.saved is None else self.saved.restore_game(game)
+            if extra is not None:
+                self.load_extra_state(extra)
+            self.notify('before_evolution', evolver=game)
+            self._report('evolution', game.step_index, game.total_steps)
+            try:
+                while not game.done:
+                    losses = game.step()
+                    self.notify('after_evolution_step', evolver=game, losses=losses)
+                    self._report('evolution', game.step_index, game.total_steps, losses)
+                    if game.step_index % settings.save_interval == 0 or game.done:
+                        self._save_game(game)
+            except BaseException:
+                self.notify('interrupt_evolution', evolver=game)
+                if game.step_index:
+                    self._save_game(game, stopped=True)
+                raise
+            game.finish()
+            self.notify('after_evolution', evolver=game)
+
+    def _set_final_ranges(self) -> None:
+        own, size = (self.images.shape[-2], self.images.shape[-1]), self.final_size
+        if self.recipe.calibration.image_size == 'test':
+            if self.test_size.size is None:
+                print_log(f'{self.test_size}: ranges stay those of images of '
+                          f'{size[0]}x{size[1]}', logger='current', level=logging.WARNING)
+            else:
+                print_log(f'size of test images: {self.test_size}', logger='current')
+        # New weights need new ranges too, unless these were learned with them.
+        stale = not has_learned_ranges(self.student) and any(
+            op.weight_settled for _, op in named_quant_ops(self.student))
+        if size == own and not stale:
+            return
+        with self._phase('final_ranges'):
+            total = recalibration_count(self.student, self.images, size)
+            with self._batches('final_ranges', total) as progress:
+                recalibrate(self.student, self.images, size, self.recipe.calibration.batch_size,
+                            progress)
+        print_log(f'the last ranges are set for images of {size[0]}x{size[1]}', logger='current')
+
+    def _round_weights(self) -> None:
+        if not ops_to_round(self.student):
+            return
+        with self._phase('rounding'), \
+                self._batches('rounding', mosaic_count(self.images, self.final_size)) as progress:
+            round_weights(self.student, self.images, self.recipe.calibration.batch_size, progress)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Add the wall time of a block to ``seconds[name]``."""
+        self._running[name] = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds = self.seconds_so_far()
+            del self._running[name]
+
+    def seconds_so_far(self) -> Dict[str, float]:
+        """dict[str, float]: ``seconds``, running phases included."""
+        now = time.perf_counter()
+        total = dict(self.seconds)
+        for name, start in self._running.items():
+            total[name] = total.get(name, 0.) + now - start
+        return total
+
+    @contextmanager
+    def _batches(self, phase: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Within the block, a function to be called with the images of each batch."""
+        done = 0
+
+        def count_up(count: int) -> None:
+            nonlocal done
+            done += count
+            self.notify(f'after_{phase}_batch', count=count)
+            self._report(phase, done, total)
+
+        self.notify(f'before_{phase}', total=total)
+        self._report(phase, 0, total)
+        yield count_up
+        self.notify(f'after_{phase}')
+
+    def _report(self, phase: str, done: int, total: int,
+                losses: Optional[Mapping[str, float]] = None) -> None:
+        progress = Progress(phase, done, total, dict(losses or {}))
+        self.notify('after_progress', progress=progress)
+        if self.progress is not None:
+            self.progress(progress)
+
+    def _save_images(self, images: Synthesizer, stopped: bool = False) -> None:
+        if self.saved is not None:
+            self.saved.save_images(images, self.seconds_so_far())
+            if stopped:
+                print_log(f'stopped at step {images.step_index} of {images.total_steps}; '
+                          '--resume continues from here', logger='current')
+
+    def _save_game(self, game: Evolver, stopped: bool = False) -> None:
+        if self.saved is None:
+            return
+        if not game.consistent:  # stopped within an update: the file holds an older step
+            print_log('stopped within a step; --resume continues from the last saved one, if '
+                      f'there is a {self.saved.path}', logger='current')
+            return
+        self.saved.save_game(game, self.seconds_so_far(), self.extra_state())
+        if stopped:
+            print_log(f'stopped at step {game.step_index} of {game.total_steps} of the '
+                      'evolution; --resume continues from here', logger='current')

@@ -1,0 +1,33 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Checks of single values, with the message that a user gets."""
+from typing import Any, Tuple
+
+from psaq_mm.errors import UserError
+from psaq_mm.sections import is_integer
+
+
+def check_positive_int(value: Any, key: str) -> int:
+    """Raise a :class:`UserError` unless a value is an integer of at least 1."""
+    if not is_integer(value) or value < 1:
+        raise UserError(f'{key} must be a positive integer, got {value!r}')
+    return value
+
+
+def check_number(value: Any, key: str, low: float, high: float) -> float:
+    """Raise a :class:`UserError` unless a value is a number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) \
+            or not low <= value <= high:
+        raise UserError(f'{key} must be a number from {low:g} to {high:g}, got {value!r}')
+    return float(value)
+
+
+def sides(size: Any, expected: str) -> Tuple[int, int]:
+    """Height and width of an ``image_size``, in pixels.
+
+    Raises:
+        UserError: If it is not as expected.
+    """
+    values = list(size) if isinstance(size, (list, tuple)) else [size, size]
+    if len(values) != 2 or not all(is_integer(side) and side > 0 for side in values):
+        raise UserError(f'image_size must be {expected}, got {size!r}')
+    return values[0], values[1]

@@ -1,0 +1,102 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""All settings of a quantization, as one value."""
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Dict, Mapping
+
+from psaq_mm.errors import UserError
+from psaq_mm.sections import nearest
+
+from .calibration import CalibrationSettings
+from .evolution import EvolutionSettings
+from .merging import merged, plain_copy
+from .quantization import QuantizationSettings
+from .shipped import BASES, PRESETS
+from .synthesis import SynthesisSettings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to a float model. The defaults are the preset ``default`` at W8A8.
+
+        recipe = Recipe.shipped('w4a4')
+        recipe = recipe.changed(dict(quantization=dict(scope='model')))
+
+    Args:
+        quantization (QuantizationSettings): What is quantized, and how.
+        synthesis (SynthesisSettings): How images are made.
+        calibration (CalibrationSettings): How ranges are set.
+        evolution (EvolutionSettings): How student and images evolve.
+    """
+    quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
+    synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
+
+    @classmethod
+    def shipped(cls, base: str = 'w8a8', preset: str = 'default') -> 'Recipe':
+        """A recipe that is shipped.
+
+        Args:
+            base (str): Bits of weights and activations: ``w8a8``, ``w6a6``, ``w4a8``,
+                ``w4a4`` or ``w3a3``. Defaults to ``w8a8``.
+            preset (str): ``default``, ``fast``, ``evolve`` or ``paper``. Defaults to
+                ``default``.
+
+        Returns:
+            Recipe: The recipe.
+
+        Raises:
+            UserError: If there is no such base or preset.
+        """
+        _require_known('preset', preset, PRESETS)
+        _require_known('recipe', base, BASES)
+        return cls().changed(PRESETS[preset]).changed(BASES[base])
+
+    def changed(self, changes: Mapping[str, Any]) -> 'Recipe':
+        """A recipe with other values, merged by the rule of configs
+        (:func:`psaq_mm.recipe.merging.merged`).
+
+        Args:
+            changes (Mapping): Section to what differs, in nested dicts. None for a
+                section changes nothing; ``_delete_=True`` in a dict replaces it.
+
+        Raises:
+            UserError: If a section or key is unknown, or a value is out of range.
+        """
+        if not isinstance(changes, Mapping):
+            raise UserError(f'the changes of a recipe must be a dict, got {changes!r}')
+        known = [f.name for f in fields(self)]
+        for section, values in changes.items():
+            if section not in known:
+                raise UserError(f'unknown section {section!r}.{nearest(str(section), known)} '
+                                f'Known sections: {", ".join(known)}')
+            if values is not None and not isinstance(values, Mapping):
+                raise UserError(f'{section} must be a dict, got {values!r}')
+        given = {section: values for section, values in changes.items() if values is not None}
+        return self.from_dict(merged(self.to_dict(), given))
+
+    def to_dict(self) -> Dict[str, Dict[str, Any]]:
+        """The recipe in plain dicts, lists, strings and numbers: a copy."""
+        return plain_copy(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> 'Recipe':
+        """Build from :meth:`to_dict`. What is not there has its default.
+
+        Raises:
+            UserError: If a key is unknown or a value is out of range.
+        """
+        known = dict(quantization=QuantizationSettings, synthesis=SynthesisSettings,
+                     calibration=CalibrationSettings, evolution=EvolutionSettings)
+        for section in values:
+            if section not in known:
+                raise UserError(f'unknown section {section!r}.{nearest(str(section), known)} '
+                                f'Known sections: {", ".join(known)}')
+        return cls(**{section: kind.from_dict(values.get(section))  # type: ignore[attr-defined]
+                      for section, kind in known.items()})
+
+
+def _require_known(what: str, name: Any, known: Mapping[str, Any]) -> None:
+    if name not in known:
+        raise UserError(f'{what} must be one of {", ".join(sorted(known))}, '
+                        f'got {name!r}.{nearest(str(name), known)}')

@@ -1,0 +1,54 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The recipes that are shipped, as what they change of the defaults.
+
+A *preset* says how much is done (images, steps, the game), a *base* how many bits
+there are. The preset comes first, then the base, then a config's own values.
+"""
+from typing import Any, Dict, Mapping
+
+_EVEN_ATTENTION = dict(type='MAEObserver', min_factor=0.02, candidates=100)
+"""Range rule of softmax outputs that shows even attention too, not large weights alone."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = dict(
+    # Images by the prior, ranges set on them, weights rounded by GPTQ.
+    default={},
+    # As the default, and the student learns from views of the images. Feature maps come
+    # closer to the float model's; accuracy gained on none of our models.
+    evolve=dict(evolution=dict(rounds=5)),
+    # Half of the prior's steps.
+    fast=dict(synthesis=dict(steps=25)),
+    # As PSAQ-ViT V1's released code places quantizers and makes images, with V2's changes:
+    # no labels, and the teacher-student game, whose rules V2's abstract does not give
+    # (docs/method.md). Naive ranges.
+    paper=dict(
+        quantization=dict(
+            placement='v1', channel_limit=None, patch_embed_bits=None, predictor_bits=None,
+            weight=dict(rounding='nearest'), activation=dict(margin=0.),
+            roles=dict(_delete_=True), overrides=dict(_delete_=True)),
+        synthesis=dict(
+            num_images=32, batch_size=32, steps=500,
+            priors=dict(patch_similarity=dict(form='v1', points=10),
+                        total_variation=dict(weight=0.05))),
+        evolution=dict(rounds=10, sample_steps=50, student_steps=100, batch_size=32,
+                       zoom=1., contrast=1.)))
+
+
+def _width(weight: int, activation: int) -> Dict[str, Any]:
+    return dict(weight=dict(bits=weight), activation=dict(bits=activation))
+
+
+BASES: Mapping[str, Mapping[str, Any]] = dict(
+    w3a3=dict(quantization=dict(
+        weight=dict(bits=3), activation=dict(bits=3, margin=0.),
+        # With 8 integers a range that holds all but 0.1 % of the inputs is still too wide.
+        roles=dict(attention=dict(margin=0., observer=_EVEN_ATTENTION),
+                   input=dict(observer=dict(type='PercentileObserver', percentile=0.99))))),
+    # Steps of 4 bits are too coarse to give some away: no margin. Of segmentors softmax
+    # outputs are to show even attention too; detectors lose a little by that (docs/results.md).
+    w4a4=dict(quantization=dict(
+        weight=dict(bits=4), activation=dict(bits=4, margin=0.),
+        roles=dict(attention=dict(margin=0.)),
+        overrides={'@segmentor': dict(attention=dict(observer=_EVEN_ATTENTION))})),
+    w4a8=dict(quantization=_width(4, 8)),
+    w6a6=dict(quantization=_width(6, 6)),
+    w8a8=dict(quantization=_width(8, 8)))

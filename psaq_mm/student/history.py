@@ -1,0 +1,98 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What was done to a model: the state that one step leaves to the next."""
+from dataclasses import dataclass, replace
+from typing import Any, Optional, Tuple
+
+from torch import Tensor, nn
+
+from psaq_mm.errors import UserError
+from psaq_mm.ops import named_quant_ops
+
+ATTRIBUTE = 'psaq_mm_history'
+"""Name of the attribute of a model that holds it; a copy of the model has it too."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What the steps have done to a model so far.
+
+    What was learned and rounded is noted on the quantizers and ops themselves.
+
+    Args:
+        channel_limit (float, optional): Limit that :func:`psaq_mm.equalize` kept to; None
+            if it was not called. Defaults to None.
+        image_size (tuple[int, int], optional): Height and width of the images that the
+            ranges were set on; None before, or if that is not known. Defaults to None.
+    """
+    channel_limit: Optional[float] = None
+    image_size: Optional[Tuple[int, int]] = None
+
+
+def history_of(model: nn.Module) -> History:
+    """The history of a model; an empty one if nothing was noted."""
+    history: History = model.__dict__.get(ATTRIBUTE, History())
+    return history
+
+
+def note(model: nn.Module, **changes: Any) -> None:
+    """Note in the history of a model what a step has done to it."""
+    setattr(model, ATTRIBUTE, replace(history_of(model), **changes))
+
+
+def require_float(model: nn.Module, step: str) -> None:
+    """Raise if a model is quantized already.
+
+    Raises:
+        UserError: If so.
+    """
+    name = next((name for name, _ in named_quant_ops(model)), None)
+    if name is not None:
+        raise UserError(f'psaq_mm.{step} needs the float model, and this one is quantized '
+                        f'(module {name!r}): pass the float model, or psaq_mm.unwrap it first')
+
+
+def require_student(model: nn.Module, step: str) -> None:
+    """Raise if a model has no quantized ops.
+
+    Raises:
+        UserError: If so.
+    """
+    if next(named_quant_ops(model), None) is None:
+        raise UserError(f'psaq_mm.{step} needs a student, and this model has no quantized '
+                        'modules: call psaq_mm.prepare first')
+
+
+def require_calibrated(model: nn.Module, step: str) -> None:
+    """Raise if a model is not quantized, or a range of it is not set.
+
+    Raises:
+        UserError: If so.
+    """
+    require_student(model, step)
+    for name, op in named_quant_ops(model):
+        for role, quantizer in op.quantizers.items():
+            if not quantizer.calibrated:
+                raise UserError(f'psaq_mm.{step} needs a calibrated student, and {name} ({role}) '
+                                'has no range: call psaq_mm.calibrate first')
+
+
+def require_images(images: object, step: str) -> Tensor:
+    """Raise if these are no images.
+
+    Args:
+        images (Tensor): Should be normalized images of shape (N, C, H, W).
+        step (str): What needs them, for the message.
+
+    Returns:
+        Tensor: The images.
+
+    Raises:
+        UserError: If they are not.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point() \
+            or images.dim() != 4 or len(images) == 0:
+        got = f'{images.dtype} {tuple(images.shape)}' if isinstance(images, Tensor) \
+            else type(images).__name__
+        raise UserError(f'psaq_mm.{step} needs float images of shape (N, C, H, W) with N of at '
+                        f'least 1, got {got}')
+    return images

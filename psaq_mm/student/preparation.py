@@ -1,0 +1,58 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The student: a copy of the float model with quantized ops."""
+import copy
+from typing import Optional
+
+from mmengine.logging import print_log
+from torch import nn
+
+from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.adapter import require_float32
+from psaq_mm.checkpoint import require_finite
+from psaq_mm.errors import UserError
+from psaq_mm.ops import apply_plan, plan_quantization, unquantized_weights
+from psaq_mm.recipe import QuantizationSettings
+
+from .history import history_of, require_float
+
+
+def prepare(model: nn.Module, settings: Optional[QuantizationSettings] = None) -> nn.Module:
+    """Make the student: a copy of a float model with quantized ops.
+
+    It computes what the float model does until :func:`psaq_mm.calibrate` has set ranges.
+
+    Args:
+        model (nn.Module): A detector or segmentor with a Swin backbone, a
+            Swin or ViT of timm, or the backbone alone. It stays as it is.
+        settings (QuantizationSettings, optional): What is quantized, and how.
+            Defaults to None: the defaults.
+
+    Returns:
+        nn.Module: The student, in evaluation mode.
+
+    Raises:
+        UserError: If a weight is not finite or not in float32, the model cannot be quantized
+            so, or ``channel_limit`` is set and :func:`psaq_mm.equalize` was not called.
+    """
+    settings = settings or QuantizationSettings()
+    require_float(model, 'prepare')
+    adapter = find_adapter(model)
+    require_float32(model)
+    plan = plan_quantization(model, settings, adapter)
+    done = history_of(model).channel_limit
+    if settings.channel_limit != done:
+        if settings.channel_limit is None:
+            raise UserError(f'the model was equalized for channel_limit={done:g}; set '
+                            'quantization.channel_limit to that')
+        raise UserError('psaq_mm.prepare: call psaq_mm.equalize first, with the same '
+                        f'quantization.channel_limit={settings.channel_limit:g}, or set it to '
+                        'None for none')
+    remaining = unquantized_weights(model, plan, adapter, settings.scope)
+    print_log(f'quantizing {len(plan)} modules in scope {settings.scope!r}; weights left float: '
+              f'{", ".join(remaining) or "none"}', logger='current')
+    require_finite({f'{name}.weight': model.get_submodule(name).get_parameter('weight')
+                    for name, specs in plan.items() if 'weight' in specs}, 'the model')
+    student = copy.deepcopy(model)
+    apply_plan(student, plan)
+    student.eval()
+    return student
