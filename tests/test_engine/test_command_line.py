@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
 from mmengine.visualization import LocalVisBackend
 
+from psaq_mm.engine import load_config, read_recipe
 from psaq_mm.engine.command_line import (
     choose_seed,
     hooks_for_test,
@@ -16,6 +18,7 @@ from psaq_mm.engine.command_line import (
     run_tool,
 )
 from psaq_mm.errors import UserError
+from psaq_mm.recipe import Recipe
 
 
 @pytest.mark.parametrize('given, config, expected', [
@@ -127,3 +130,30 @@ def test_only_local_backends(given, kept, capsys):
              if entry not in (kept or [])]
     assert all(name in printed for name in names) and bool(printed) == bool(names)
     keep_local(Config(dict()))
+
+
+def test_shipped_config_by_name():
+    name = 'mask_rcnn_swin_t_w8a8.py'
+    found, expected = load_config(f'psaq_mm::{name}'), load_config(ROOT / 'configs' / name)
+    assert found.to_dict() == expected.to_dict()
+    assert load_config('mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py').model.type == 'RTMDet'
+
+
+@pytest.mark.parametrize('name, message', [
+    ('psaq_mm::nowhere.py', 'nowhere.py does not exist'),
+    ('no_such_package::x.py', "no package 'no_such_package' is installed"),
+    ('a/b::x.py', "no package 'a/b' is installed"), ('sys::x.py', "no package 'sys'")])
+def test_no_such_shipped_config(name, message):
+    with pytest.raises(UserError, match=message):
+        load_config(name)
+
+
+def test_two_bases_with_hooks(tmp_path):
+    """mmengine refuses them; the message says what to write, and that works."""
+    rtmdet = "'mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py'"
+    (tmp_path / 'two.py').write_text(f"_base_ = [{rtmdet}, '{ROOT}/configs/_base_/w8a8.py']\n")
+    with pytest.raises(UserError, match='Duplicate keys: .*custom_hooks') as error:
+        load_config(tmp_path / 'two.py')
+    assert "write recipe = 'w8a8' " in str(error.value)
+    (tmp_path / 'one.py').write_text(f"_base_ = {rtmdet}\nrecipe = 'w8a8'\n")
+    assert read_recipe(load_config(tmp_path / 'one.py')) == Recipe.shipped('w8a8')

@@ -128,35 +128,3 @@ def test_priors_can_be_dropped(quantization_config):
 def test_unknown_keys_name_the_nearest(key, hint, quantization_config):
     with pytest.raises(UserError, match=hint.replace('?', r'\?')):
         read_sections(load_config(quantization_config, {key: 4}))
-
-
-def test_shipped_config_by_name():
-    name = 'mask_rcnn_swin_t_w8a8.py'
-    found, expected = load_config(f'psaq_mm::{name}'), load_config(ROOT / 'configs' / name)
-    assert found.to_dict() == expected.to_dict()
-    assert load_config('mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py').model.type == 'RTMDet'
-
-
-@pytest.mark.parametrize('name, message', [
-    ('psaq_mm::nowhere.py', 'nowhere.py does not exist'),
-    ('no_such_package::x.py', "no package 'no_such_package' is installed"),
-    ('a/b::x.py', "no package 'a/b' is installed"), ('sys::x.py', "no package 'sys'")])
-def test_no_such_shipped_config(name, message):
-    with pytest.raises(UserError, match=message):
-        load_config(name)
-
-
-def test_two_bases_with_hooks(tmp_path):
-    """mmengine refuses them; the message says what to write, and that works."""
-    rtmdet = "'mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py'"
-    (tmp_path / 'two.py').write_text(f"_base_ = [{rtmdet}, '{ROOT}/configs/_base_/w8a8.py']\n")
-    with pytest.raises(UserError, match='Duplicate keys: .*custom_hooks') as error:
-        load_config(tmp_path / 'two.py')
-    preset, quantization = "preset = 'default'", \
-        'quantization = dict(weight=dict(bits=8), activation=dict(bits=8))'
-    assert f'{preset} and {quantization} ' in str(error.value)
-    (tmp_path / 'one.py').write_text(f'_base_ = {rtmdet}\n{preset}\n{quantization}\n')
-    (tmp_path / 'plain.py').write_text(f"_base_ = ['{DEMO}/mask_rcnn_swin_demo.py', "
-                                       f"'{ROOT}/configs/_base_/w8a8.py']\n")
-    assert read_sections(load_config(tmp_path / 'one.py')) == \
-        read_sections(load_config(tmp_path / 'plain.py'))

@@ -115,8 +115,7 @@ def training_config(configs, data):
         # mmengine would hand out the visualizer of the test before, if this had its name.
         f"visualizer = dict(name='{uuid.uuid4().hex}', vis_backends=["
         "dict(type='LocalVisBackend'), dict(type='SpyVisBackend')])\n"
-        "preset = 'default'\n"
-        'quantization = dict(weight=dict(bits=8), activation=dict(bits=8))\n')
+        "recipe = 'w8a8'\n")
     return config
 
 
