@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 OTHER = torch.device('meta')
 aten = torch.ops.aten
@@ -61,7 +60,7 @@ def other_device(monkeypatch):
         yield OTHER
 
 
-def _require_one_device(func, args, kwargs, others, plain):
+def _require_one_device(func, args, others, plain):
     """Raise as a GPU does."""
     packet = func.overloadpacket
     if packet in COPIES or not others or not plain:
@@ -78,31 +77,45 @@ def _require_one_device(func, args, kwargs, others, plain):
 
 
 def _run(func, args, kwargs):
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
-    others = [x for x in tensors if isinstance(x, OtherTensor)]
-    plain = [x for x in tensors if not isinstance(x, OtherTensor)]
-    assert not any(x.device == OTHER for x in plain), f'{func}: a tensor without values'
-    _require_one_device(func, args, kwargs, others, plain)
+    others, plain = [], []
+
+    def unwrap(x):
+        if isinstance(x, OtherTensor):
+            others.append(x)
+            return x.inner
+        if isinstance(x, torch.Tensor):
+            assert x.device != OTHER, f'{func}: a tensor without values'
+            plain.append(x)
+        return x
+
+    inner_args = _mapped(unwrap, args)
+    inner_kwargs = {key: _mapped(unwrap, value) for key, value in kwargs.items()}
+    _require_one_device(func, args, others, plain)
     device = kwargs.get('device')
-    target = func.overloadpacket is aten.copy_ and isinstance(args[0], OtherTensor)
-    elsewhere = target or (torch.device(device) == OTHER if device is not None else
-                           bool(others) and func.overloadpacket is not aten.copy_)
+    if func.overloadpacket is aten.copy_:
+        elsewhere = isinstance(args[0], OtherTensor)
+    else:
+        elsewhere = torch.device(device) == OTHER if device is not None else bool(others)
     if elsewhere and kwargs.get('generator') is not None:
         raise RuntimeError(f'{func}: expected a generator of the device, found one of the CPU')
-    if device is not None:
-        kwargs = dict(kwargs, device=torch.device('cpu') if elsewhere else device)
+    if device is not None and elsewhere:
+        inner_kwargs['device'] = torch.device('cpu')
+    result = func(*inner_args, **inner_kwargs)
+    if not elsewhere:
+        return result
     wrapper_of = {id(x.inner): x for x in others}
-    result = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
 
     def wrap(x):
-        if not isinstance(x, torch.Tensor) or not elsewhere:
+        if not isinstance(x, torch.Tensor):
             return x
         known = wrapper_of.get(id(x))  # changed in place
         assert known is None or known.shape == x.shape, f'{func}: the shape changed in place'
         return OtherTensor(x) if known is None else known
 
-    return tree_map(wrap, result)
+    return _mapped(wrap, result)
 
 
-def _inner(x):
-    return x.inner if isinstance(x, OtherTensor) else x
+def _mapped(change, value):
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(change, one) for one in value])
+    return change(value)
