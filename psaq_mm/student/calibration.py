@@ -16,7 +16,7 @@ from psaq_mm.quantization import Quantizer
 from psaq_mm.recipe.checks import check_positive_int
 from psaq_mm.synthesis.teacher import frozen
 
-from .history import history_of, require_images, require_student
+from .history import note, require_images, require_student
 
 Progress = Optional[Callable[[int], None]]
 
@@ -45,7 +45,7 @@ def calibrate(student: nn.Module, images: Tensor, batch_size: int = 8,
     check_positive_int(batch_size, 'batch_size')
     with forward_of_scope(student, 'calibration') as forward:
         calibrate_ranges(student, images, forward, batch_size, progress)
-    history_of(student).image_size = images.shape[-2], images.shape[-1]
+    note(student, image_size=(images.shape[-2], images.shape[-1]))
     return student
 
 

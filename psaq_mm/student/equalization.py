@@ -18,7 +18,7 @@ from psaq_mm.recipe import QuantizationSettings
 from psaq_mm.recipe.checks import check_positive_int
 from psaq_mm.synthesis.teacher import frozen
 
-from .history import history_of, require_float, require_images
+from .history import note, require_float, require_images
 
 TOLERANCE = 5e-3
 """Largest relative change of feature maps that counts as none [choice]: rounding in
@@ -72,7 +72,7 @@ def equalize(model: nn.Module, images: Tensor, settings: Optional[QuantizationSe
                                       settings.channel_limit, batch_size)
     except ValueError as error:
         raise UserError(f'equalization failed: {error}') from error
-    history_of(model).channel_limit = settings.channel_limit
+    note(model, channel_limit=settings.channel_limit)
     print_log(f'equalization: {sum(found.values())} channels of {sum(map(bool, found.values()))} '
               f'of {len(found)} LayerNorms were more than {settings.channel_limit:g} times as '
               'wide as the median one; what is beyond has moved into the weights',

@@ -12,7 +12,7 @@ from psaq_mm.recipe.checks import check_positive_int, sides
 from psaq_mm.synthesis import mosaic_count, mosaics
 
 from .calibration import Progress, calibrate_ranges, forward_of_scope
-from .history import history_of, require_calibrated, require_images
+from .history import note, require_calibrated, require_images
 
 
 def recalibrate(student: nn.Module, images: Tensor, size: Tuple[int, int], batch_size: int = 8,
@@ -54,7 +54,7 @@ def recalibrate(student: nn.Module, images: Tensor, size: Tuple[int, int], batch
         else:
             calibrate_ranges(student, others, forward,
                              equal_pixel_batch(batch_size, images, others), progress)
-    history_of(student).image_size = size
+    note(student, image_size=size)
     return student
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What was done to a model: the state that one step leaves to the next."""
-from dataclasses import dataclass
-from typing import Optional, Tuple
+from dataclasses import dataclass, replace
+from typing import Any, Optional, Tuple
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ ATTRIBUTE = 'psaq_mm_history'
 """Name of the attribute of a model that holds it; a copy of the model has it too."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class History:
     """What the steps have done to a model so far.
 
@@ -29,12 +29,14 @@ class History:
 
 
 def history_of(model: nn.Module) -> History:
-    """The history of a model; an empty one is begun if it has none."""
-    history = model.__dict__.get(ATTRIBUTE)
-    if history is None:
-        history = History()
-        setattr(model, ATTRIBUTE, history)
+    """The history of a model; an empty one if nothing was noted."""
+    history: History = model.__dict__.get(ATTRIBUTE, History())
     return history
+
+
+def note(model: nn.Module, **changes: Any) -> None:
+    """Note in the history of a model what a step has done to it."""
+    setattr(model, ATTRIBUTE, replace(history_of(model), **changes))
 
 
 def require_float(model: nn.Module, step: str) -> None:

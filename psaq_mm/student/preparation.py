@@ -53,6 +53,6 @@ def prepare(model: nn.Module, settings: Optional[QuantizationSettings] = None) -
     require_finite({f'{name}.weight': model.get_submodule(name).get_parameter('weight')
                     for name, specs in plan.items() if 'weight' in specs}, 'the model')
     student = copy.deepcopy(model)
-    student.eval()
     apply_plan(student, plan)
+    student.eval()
     return student
