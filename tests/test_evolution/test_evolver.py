@@ -29,7 +29,7 @@ PRIORS = dict(patch_similarity=dict(type='PatchSimilarityPrior'),
 SYNTHESIS = dict(image_size=28, shifts=(15, 30), warmup=0.5, priors=PRIORS)
 # Two rounds of two steps of the images and three of the student.
 SMALL = dict(rounds=2, sample_steps=2, student_steps=3, batch_size=2, weight_lr=0.01,
-             range_lr=1e-2, buffer_size=2, patience=5)
+             range_lr=1e-2, buffer_size=2, patience=5, zoom=1., contrast=1.)
 TOTAL = 10
 
 
@@ -577,7 +577,7 @@ def test_state_is_a_copy(steps, uninterrupted):
 
 PRIOR_56 = SynthesisSettings(image_size=56, priors=PRIORS)
 RULES = EvolutionSettings(rounds=2, sample_steps=2, student_steps=4, batch_size=2,
-                          weight_lr=0.01, range_lr=1e-2)
+                          weight_lr=0.01, range_lr=1e-2, zoom=1., contrast=1.)
 
 
 def swin():
@@ -604,8 +604,8 @@ def pair(swin_images):
 def swin_pair(images):
     teacher = swin()
     settings = QuantizationSettings.from_dict(dict(
-        weight=dict(bits=4), activation=dict(bits=4, margin=0.), roles={}, overrides={},
-        channel_limit=None))
+        weight=dict(bits=4, rounding='nearest'), activation=dict(bits=4, margin=0.), roles={},
+        overrides={}, channel_limit=None))
     return psaq_mm.calibrate(psaq_mm.prepare(teacher, settings), images), teacher
 
 
@@ -703,7 +703,8 @@ def test_models_are_as_before(pair, swin_images):
 def test_game_that_fails(pair, swin_images):
     """The student is unchanged, and the models are as before."""
     student, teacher = pair
-    teacher.stages[1].blocks[0].norm2.weight.data[3] = math.inf
+    for model in pair:
+        model.stages[1].blocks[0].norm2.weight.data[3] = math.inf
     teacher.train()
     before, ranges_before = tensors(student), ranges(student)
     with pytest.raises(FloatingPointError, match=r'^evolution, step 0 \(round 1\): '):
