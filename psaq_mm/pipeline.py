@@ -27,7 +27,7 @@ from .checkpoint import load_checkpoint_file, save_torch
 from .errors import UserError
 from .evolution import Evolver, check_evolution, evolver
 from .ops import named_quant_ops, plan_quantization
-from .processes import stopping_together
+from .processes import count_of_this_process, stopping_together
 from .recipe import Recipe
 from .recipe.checks import sides
 from .student import (
@@ -180,6 +180,11 @@ class Pipeline:
     def notify(self, point: str, **arguments: Any) -> None:
         """Called at each point of a run; for subclasses."""
 
+    def _notify_all(self, point: str, **arguments: Any) -> None:
+        """:meth:`notify` where nothing else lets all processes stop together."""
+        with stopping_together():
+            self.notify(point, **arguments)
+
     def extra_state(self) -> Dict[str, Any]:
         """What is saved beside the state, in plain values and tensors; for subclasses."""
         return {}
@@ -218,7 +223,7 @@ class Pipeline:
         with self._phase('synthesis'), \
                 synthesizer(self.teacher, settings, self.seed, indices) as images:
             self._restore_synthesis(images)
-            self.notify('before_synthesis', synthesizer=images)
+            self._notify_all('before_synthesis', synthesizer=images)
             with stopping_together():
                 try:
                     while not images.done:
@@ -232,7 +237,7 @@ class Pipeline:
                     raise
             self._synthesis = images.state_dict()
             self.images = torch.cat(all_gather_object(images.images))
-            self.notify('after_synthesis', synthesizer=images)
+            self._notify_all('after_synthesis', synthesizer=images)
 
     def _calibrate(self) -> None:
         quantization, batch_size = self.recipe.quantization, self.recipe.calibration.batch_size
@@ -240,7 +245,8 @@ class Pipeline:
             if quantization.channel_limit is not None:
                 equalize(self.teacher, self.images, quantization, batch_size)
             self.student = prepare(self.teacher, quantization)
-            with self._batches('calibration', len(self.images)) as progress:
+            with self._batches('calibration',
+                               count_of_this_process(len(self.images))) as progress:
                 calibrate(self.student, self.images, batch_size, progress)
 
     def _evolve(self) -> None:
@@ -251,19 +257,20 @@ class Pipeline:
                 self.student, self.teacher, self.images, settings, self.recipe.synthesis,
                 self.seed) as game:
             self._restore_evolution(game)
-            self.notify('before_evolution', evolver=game)
+            self._notify_all('before_evolution', evolver=game)
             try:
                 while not game.done:
                     losses = game.step()
-                    self.notify('after_evolution_step', evolver=game, losses=losses)
-                    self._report('evolution', game.step_index, game.total_steps, losses)
-                    if game.step_index % settings.save_interval == 0 or game.done:
-                        self._save_evolution(game)
+                    with stopping_together():
+                        self.notify('after_evolution_step', evolver=game, losses=losses)
+                        self._report('evolution', game.step_index, game.total_steps, losses)
+                        if game.step_index % settings.save_interval == 0 or game.done:
+                            self._save_evolution(game)
             except BaseException:
                 self._interrupt_evolution(game)
                 raise
             game.finish()
-            self.notify('after_evolution', evolver=game)
+            self._notify_all('after_evolution', evolver=game)
 
     def _set_final_ranges(self) -> None:
         own, size = (self.images.shape[-2], self.images.shape[-1]), self.final_size
@@ -288,8 +295,8 @@ class Pipeline:
     def _round_weights(self) -> None:
         if not ops_to_round(self.student):
             return
-        with self._phase('rounding'), \
-                self._batches('rounding', mosaic_count(self.images, self.final_size)) as progress:
+        total = count_of_this_process(mosaic_count(self.images, self.final_size))
+        with self._phase('rounding'), self._batches('rounding', total) as progress:
             round_weights(self.student, self.images, self.recipe.calibration.batch_size, progress)
 
     @contextmanager
@@ -321,9 +328,9 @@ class Pipeline:
             self.notify(f'after_{phase}_batch', count=count)
             self._report(phase, done, total, {})
 
-        self.notify(f'before_{phase}', total=total)
+        self._notify_all(f'before_{phase}', total=total)
         yield count_up
-        self.notify(f'after_{phase}')
+        self._notify_all(f'after_{phase}')
 
     def _report(self, phase: str, done: int, total: int, losses: Mapping[str, float]) -> None:
         if self.progress is not None:
@@ -378,14 +385,15 @@ class Pipeline:
     def _restore_synthesis(self, images: Synthesizer) -> None:
         if not self.resume or self.state_file is None:
             return
-        path = self.state_file
-        if not path.exists():
+        path, state = self.state_file, None
+        with stopping_together():
+            if path.exists():
+                state = load_checkpoint_file(str(path))
+                _require_same_run(path, state, self._fingerprint)
+        if state is None:
             print_log(f'--resume: there is no {path}; starting from the first step',
                       logger='current', level=logging.WARNING)
             return
-        with stopping_together():
-            state = load_checkpoint_file(str(path))
-            _require_same_run(path, state, self._fingerprint)
         images.load_state_dict(state['synthesizer'])
         seconds = dict(state['seconds'])
         print_log(f'resumed {path} at step {images.step_index} of {images.total_steps}',
