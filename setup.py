@@ -1,8 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Packaging of psaq_mm: the metadata, and the configs that travel with it."""
+"""Packaging of psaq_mm: the metadata, and the configs and tools that travel with it."""
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,26 +9,24 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 
 
-def place_configs(copy: bool) -> None:
-    """Put ``configs/`` where mmengine looks up ``psaq_mm::...`` configs.
+def link_mim() -> None:
+    """Put configs and tools where mmengine and ``mim run`` look for them.
 
-    mmengine resolves ``pkg::path`` in ``<package>/.mim/configs/path``. As in
-    OpenMMLab's own packages it is a link in a checkout and a copy in a wheel.
+    mmengine resolves ``pkg::path`` in ``<package>/.mim/configs/path``, and ``mim run pkg tool``
+    runs ``<package>/.mim/tools/tool.py``. They are links, in a checkout and while a wheel is
+    built from it: setuptools packs the files that they lead to.
     """
     mim = ROOT / 'psaq_mm' / '.mim'
     mim.mkdir(exist_ok=True)
-    for source, target in ((ROOT / 'configs', mim / 'configs'),
-                           (ROOT / 'configs' / 'model-index.yml', mim / 'model-index.yml')):
+    for source in (ROOT / 'configs', ROOT / 'tools', ROOT / 'configs' / 'model-index.yml'):
+        target, link = mim / source.name, os.path.relpath(source, mim)
+        if target.is_symlink() and os.readlink(target) == link:
+            continue  # others may be reading through it
         if target.is_symlink() or target.is_file():
             target.unlink()
-        elif target.is_dir():
+        elif target.is_dir():  # of an unpacked source distribution
             shutil.rmtree(target)
-        if not copy:
-            os.symlink(os.path.relpath(source, mim), target)
-        elif source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            shutil.copyfile(source, target)
+        os.symlink(link, target)
 
 
 def requirements() -> list:
@@ -58,7 +55,8 @@ def main() -> None:
         packages=find_packages(include=['psaq_mm', 'psaq_mm.*']),
         package_data={'psaq_mm': [
             '.mim/*.yml', '.mim/configs/*.py', '.mim/configs/*/*.py',
-            '.mim/configs/*/*/*.py', 'py.typed']},
+            '.mim/configs/*/*/*.py', '.mim/tools/*.py', 'py.typed']},
+        entry_points={'console_scripts': ['psaq_mm = psaq_mm.__main__:main']},
         # The host libraries exist under two families of names (onedl-* and
         # upstream) with the same import names. Naming one here would pull it
         # over the other, so the user installs the hosts first: see README.md.
@@ -73,8 +71,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    place_configs(copy=bool({'bdist_wheel', 'sdist'} & set(sys.argv)))
-    try:
-        main()
-    finally:
-        place_configs(copy=False)  # a checkout keeps links, whatever was built from it
+    link_mim()
+    main()

@@ -34,11 +34,11 @@ from timing import interleave, median_ratio
 from torch import nn
 
 import psaq_mm
-from psaq_mm.deploy.adaptive_pool import use_pool_forms
+from psaq_mm.deploy.adaptive_pool import replace_adaptive_pools
 from psaq_mm.deploy.export import export_graphs
-from psaq_mm.deploy.export_forms import ATTENTION_ROLES
+from psaq_mm.deploy.exportable_ops import ATTENTION_ROLES
 from psaq_mm.deploy.graphs import Graphs
-from psaq_mm.deploy.hosts import graph_part
+from psaq_mm.deploy.hosts import find_subgraph
 
 Side = Callable[[], Any]
 
@@ -79,13 +79,13 @@ class Plain(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         model = copy.deepcopy(model)
-        use_pool_forms(model)  # torch.onnx has nothing for UperNet's pooling
+        replace_adaptive_pools(model)  # torch.onnx has nothing for UperNet's pooling
         self.model = model
 
     def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         if hasattr(self.model, 'decode_head'):  # called, so that its nodes bear its name
             return (self.model.decode_head(self.model.extract_feat(images)), )
-        return graph_part(self.model).run(images)
+        return find_subgraph(self.model).run(images)
 
 
 def plain_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> None:
@@ -111,7 +111,7 @@ def variants(model: nn.Module, images: torch.Tensor) -> Dict[str, Tuple[nn.Modul
 
     backbone = quantized('backbone')
     found = {'ours': (backbone, ()), 'ours, float attention': (backbone, ATTENTION_ROLES)}
-    if graph_part(model).name != 'backbone':
+    if find_subgraph(model).modules != 'backbone':
         found['ours, heads too'] = (quantized('model'), ())
     return {**found, 'ours, not quantized': (model, ())}
 
@@ -253,11 +253,11 @@ def _size(path: Path) -> int:
 
 def torch_sides(model: nn.Module, images: torch.Tensor) -> Dict[str, Side]:
     """Torch in fp32, and in bf16 by autocast."""
-    part = graph_part(model)
+    subgraph = find_subgraph(model)
 
     def run(enabled: bool) -> None:
         with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=enabled):
-            part.run(images)
+            subgraph.run(images)
 
     return {'torch fp32': lambda: run(False), 'torch bf16': lambda: run(True)}
 

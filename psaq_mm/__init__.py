@@ -10,6 +10,8 @@ The steps of :func:`quantize`, for those who compose them: :func:`synthesize`,
 :func:`equalize`, :func:`prepare`, :func:`calibrate`, :func:`evolve`, :func:`recalibrate`,
 :func:`round_weights`. ``psaq_mm/pipeline.py`` has them in order.
 """
+from typing import TYPE_CHECKING, Any
+
 from .checkpoint import load, save
 from .errors import UserError
 from .evolution import evolve
@@ -26,8 +28,20 @@ from .student import calibrate, equalize, prepare, recalibrate, round_weights
 from .synthesis import synthesize
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .engine import init_model
+
 __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Progress', 'QuantizationSettings', 'Recipe',
-    'SynthesisSettings', 'UserError', '__version__', 'calibrate', 'equalize', 'evolve', 'load',
-    'prepare', 'quantize', 'recalibrate', 'round_weights', 'save', 'synthesize', 'unwrap'
+    'SynthesisSettings', 'UserError', '__version__', 'calibrate', 'equalize', 'evolve',
+    'init_model', 'load', 'prepare', 'quantize', 'recalibrate', 'round_weights', 'save',
+    'synthesize', 'unwrap'
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``init_model`` when it is asked for: it imports the runner, which the rest needs not."""
+    if name == 'init_model':
+        from .engine import init_model
+        return init_model
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

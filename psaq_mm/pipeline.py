@@ -8,13 +8,12 @@
 directory, logger, hooks and launcher. Nothing else knows the order.
 """
 import copy
-import hashlib
 import logging
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple, Union
 
 import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size
@@ -23,13 +22,13 @@ from torch import nn
 
 from .adapters import find_adapter
 from .adapters.tested_size import SizeFound, tested_size
-from .checkpoint import load_checkpoint_file, save_torch
 from .errors import UserError
 from .evolution import Evolver, check_evolution, evolver
 from .ops import named_quant_ops, plan_quantization
 from .processes import count_of_this_process, stopping_together
 from .recipe import Recipe
 from .recipe.checks import sides
+from .saved_run import SavedRun, hash_of_weights
 from .student import (
     calibrate,
     equalize,
@@ -89,7 +88,8 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
         test_size (tuple[int, int], optional): Height and width in pixels of what the model
             sees of a test image, for ``calibration.image_size='test'``. Defaults to None:
             what the test pipeline of ``model.cfg`` says, if the model has one.
-        progress (Callable, optional): Called after each step or batch. Defaults to None.
+        progress (Callable, optional): Called as a phase begins, and after each of its steps or
+            batches. Defaults to None.
         state_file (str or Path, optional): File that the state is saved to now and then.
             Defaults to None: it is not.
         resume (bool): Whether to go on from ``state_file``; an interrupted run then ends
@@ -163,10 +163,10 @@ class Pipeline:
         self.teacher, self.recipe, self.seed = teacher, recipe, seed
         self.test_size = test_size or SizeFound(None, 'no config')
         self.progress = progress
-        self.state_file = None if state_file is None else Path(state_file)
-        self.resume, self.identity = resume, identity
         if resume and state_file is None:
             raise UserError('resume=True needs the state_file to go on from')
+        self.saved: Optional[SavedRun] = None
+        self._saving = None if state_file is None else (state_file, resume, identity)
         self.student: nn.Module = teacher
         """nn.Module: The teacher itself until the student is made of a copy of it."""
         self.images = torch.empty(0)
@@ -174,16 +174,18 @@ class Pipeline:
         self.seconds: Dict[str, float] = {}
         """dict[str, float]: Wall seconds of each phase."""
         self._running: Dict[str, float] = {}
-        self._saved: Dict[str, Any] = {}  # what a resumed run continues from
-        self._synthesis: Dict[str, Any] = {}  # the finished synthesis, to be saved again
 
     def notify(self, point: str, **arguments: Any) -> None:
         """Called at each point of a run; for subclasses."""
 
-    def _notify_all(self, point: str, **arguments: Any) -> None:
-        """:meth:`notify` where nothing else lets all processes stop together."""
+    def _begin(self, phase: str, done: int, of: int, **arguments: Any) -> None:
         with stopping_together():
-            self.notify(point, **arguments)
+            self.notify(f'before_{phase}', **arguments)
+            self._report(phase, done, of)
+
+    def _end(self, phase: str, **arguments: Any) -> None:
+        with stopping_together():
+            self.notify(f'after_{phase}', **arguments)
 
     def extra_state(self) -> Dict[str, Any]:
         """What is saved beside the state, in plain values and tensors; for subclasses."""
@@ -202,6 +204,10 @@ class Pipeline:
             check(self.teacher, self.recipe, get_world_size())
         self.recipe = replace(self.recipe,
                               synthesis=sized_for(self.teacher, self.recipe.synthesis))
+        if self._saving is not None:
+            path, resume, identity = self._saving
+            self.saved = SavedRun(path, resume, self.recipe, self.seed,
+                                  identity or dict(weights=hash_of_weights(self.teacher)))
         self._make_images()
         self._calibrate()
         self._evolve()
@@ -222,22 +228,24 @@ class Pipeline:
         settings = replace(settings, batch_size=-(-settings.batch_size // processes))
         with self._phase('synthesis'), \
                 synthesizer(self.teacher, settings, self.seed, indices) as images:
-            self._restore_synthesis(images)
-            self._notify_all('before_synthesis', synthesizer=images)
+            if self.saved is not None:
+                self.seconds.update(self.saved.restore_images(images))
+            self._begin('synthesis', images.step_index, images.total_steps, synthesizer=images)
             with stopping_together():
                 try:
                     while not images.done:
                         losses = images.step()
                         self.notify('after_synthesis_step', synthesizer=images, losses=losses)
                         self._report('synthesis', images.step_index, images.total_steps, losses)
-                        if images.step_index % images.settings.save_interval == 0 or images.done:
-                            self._save(synthesizer=images.state_dict())
+                        if images.step_index % settings.save_interval == 0 or images.done:
+                            self._save_images(images)
                 except BaseException:  # Ctrl-C too: keep what is done
-                    self._interrupt_synthesis(images)
+                    self.notify('interrupt_synthesis', synthesizer=images)
+                    if images.step_index:
+                        self._save_images(images, stopped=True)
                     raise
-            self._synthesis = images.state_dict()
             self.images = torch.cat(all_gather_object(images.images))
-            self._notify_all('after_synthesis', synthesizer=images)
+            self._end('synthesis', synthesizer=images)
 
     def _calibrate(self) -> None:
         quantization, batch_size = self.recipe.quantization, self.recipe.calibration.batch_size
@@ -256,8 +264,10 @@ class Pipeline:
         with self._phase('evolution'), evolver(
                 self.student, self.teacher, self.images, settings, self.recipe.synthesis,
                 self.seed) as game:
-            self._restore_evolution(game)
-            self._notify_all('before_evolution', evolver=game)
+            extra = None if self.saved is None else self.saved.restore_game(game)
+            if extra is not None:
+                self.load_extra_state(extra)
+            self._begin('evolution', game.step_index, game.total_steps, evolver=game)
             try:
                 while not game.done:
                     losses = game.step()
@@ -265,12 +275,14 @@ class Pipeline:
                         self.notify('after_evolution_step', evolver=game, losses=losses)
                         self._report('evolution', game.step_index, game.total_steps, losses)
                         if game.step_index % settings.save_interval == 0 or game.done:
-                            self._save_evolution(game)
+                            self._save_game(game)
             except BaseException:
-                self._interrupt_evolution(game)
+                self.notify('interrupt_evolution', evolver=game)
+                if game.step_index:
+                    self._save_game(game, stopped=True)
                 raise
             game.finish()
-            self._notify_all('after_evolution', evolver=game)
+            self._end('evolution', evolver=game)
 
     def _set_final_ranges(self) -> None:
         own, size = (self.images.shape[-2], self.images.shape[-1]), self.final_size
@@ -326,135 +338,34 @@ class Pipeline:
             nonlocal done
             done += count
             self.notify(f'after_{phase}_batch', count=count)
-            self._report(phase, done, total, {})
+            self._report(phase, done, total)
 
-        self._notify_all(f'before_{phase}', total=total)
+        self._begin(phase, 0, total, total=total)
         yield count_up
-        self._notify_all(f'after_{phase}')
+        self._end(phase)
 
-    def _report(self, phase: str, done: int, total: int, losses: Mapping[str, float]) -> None:
+    def _report(self, phase: str, done: int, total: int,
+                losses: Optional[Mapping[str, float]] = None) -> None:
+        progress = Progress(phase, done, total, dict(losses or {}))
+        self.notify('after_progress', progress=progress)
         if self.progress is not None:
-            self.progress(Progress(phase, done, total, dict(losses)))
+            self.progress(progress)
 
-    # Saved states
+    def _save_images(self, images: Synthesizer, stopped: bool = False) -> None:
+        if self.saved is not None:
+            self.saved.save_images(images, self.seconds_so_far())
+            if stopped:
+                print_log(f'stopped at step {images.step_index} of {images.total_steps}; '
+                          '--resume continues from here', logger='current')
 
-    @property
-    def _fingerprint(self) -> Dict[str, Any]:
-        """What a resumed run must have in common with the first, by name."""
-        if self.identity is None:
-            self.identity = dict(weights=_hash_of_weights(self.teacher))
-        return dict({'number of processes': get_world_size()}, seed=self.seed, **self.identity,
-                    synthesis=_comparable(self.recipe.to_dict()['synthesis']))
-
-    @property
-    def _evolution_fingerprint(self) -> Dict[str, Any]:
-        """What the game depends on beside that. How weights are rounded is not in it: that is
-        the last phase, and is done anew."""
-        sections = self.recipe.to_dict()
-        return {name: _comparable(sections[name])
-                for name in ('quantization', 'calibration', 'evolution')}
-
-    def _save(self, **state: Any) -> None:
-        if self.state_file is not None:
-            save_torch(dict(fingerprint=self._fingerprint, seconds=self.seconds_so_far(),
-                            **state), self.state_file)
-
-    def _save_evolution(self, game: Evolver) -> None:
-        self._save(synthesizer=self._synthesis, evolver=game.state_dict(),
-                   evolution_fingerprint=self._evolution_fingerprint, extra=self.extra_state())
-
-    def _interrupt_synthesis(self, images: Synthesizer) -> None:
-        self.notify('interrupt_synthesis', synthesizer=images)
-        if images.step_index and self.state_file is not None:
-            self._save(synthesizer=images.state_dict())
-            print_log(f'stopped at step {images.step_index} of {images.total_steps}; --resume '
-                      'continues from here', logger='current')
-
-    def _interrupt_evolution(self, game: Evolver) -> None:
-        self.notify('interrupt_evolution', evolver=game)
-        if self.state_file is None:
+    def _save_game(self, game: Evolver, stopped: bool = False) -> None:
+        if self.saved is None:
             return
         if not game.consistent:  # stopped within an update: the file holds an older step
             print_log('stopped within a step; --resume continues from the last saved one, if '
-                      f'there is a {self.state_file}', logger='current')
-        elif game.step_index:
-            self._save_evolution(game)
+                      f'there is a {self.saved.path}', logger='current')
+            return
+        self.saved.save_game(game, self.seconds_so_far(), self.extra_state())
+        if stopped:
             print_log(f'stopped at step {game.step_index} of {game.total_steps} of the '
                       'evolution; --resume continues from here', logger='current')
-
-    def _restore_synthesis(self, images: Synthesizer) -> None:
-        if not self.resume or self.state_file is None:
-            return
-        path, state = self.state_file, None
-        with stopping_together():
-            if path.exists():
-                state = load_checkpoint_file(str(path))
-                _require_same_run(path, state, self._fingerprint)
-        if state is None:
-            print_log(f'--resume: there is no {path}; starting from the first step',
-                      logger='current', level=logging.WARNING)
-            return
-        images.load_state_dict(state['synthesizer'])
-        seconds = dict(state['seconds'])
-        print_log(f'resumed {path} at step {images.step_index} of {images.total_steps}',
-                  logger='current')
-        if 'evolver' in state:
-            others = _differing(state['evolution_fingerprint'], self._evolution_fingerprint)
-            if others:
-                print_log(f'{path} is of a run with another {", ".join(others)}: its images are '
-                          'used, the evolution starts again', logger='current',
-                          level=logging.WARNING)
-                seconds.pop('evolution', None)
-            else:
-                self._saved = state
-        self.seconds.update(seconds)
-
-    def _restore_evolution(self, game: Evolver) -> None:
-        saved, self._saved = self._saved, {}
-        # The processes save each for itself; one that was stopped earlier, or whose file is
-        # missing, would go on with another student than the rest.
-        steps = all_gather_object(saved['evolver']['step_index'] if saved else 0)
-        if len(set(steps)) > 1:
-            print_log('the saved states of the processes are of different steps of the '
-                      f'evolution ({", ".join(map(str, steps))}): it starts again',
-                      logger='current', level=logging.WARNING)
-        elif saved:
-            game.load_state_dict(saved['evolver'])
-            self.load_extra_state(saved['extra'])
-            print_log(f'resumed the evolution at step {game.step_index} of {game.total_steps}',
-                      logger='current')
-
-
-def _comparable(section: Mapping[str, Any]) -> Any:
-    """A section without what no saved step depends on."""
-    return {key: _comparable(value) if isinstance(value, Mapping) else value
-            for key, value in section.items() if key not in ('save_interval', 'rounding')}
-
-
-def _hash_of_weights(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-                      if value.numel() else b'')
-    return digest.hexdigest()
-
-
-def _differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> List[str]:
-    """Names of what a run has not in common with that of a saved state."""
-    return [name for name, value in own.items() if saved.get(name) != value]
-
-
-def _require_same_run(path: Path, state: Any, fingerprint: Mapping[str, Any]) -> None:
-    """Raise unless a state belongs to a run with the same inputs.
-
-    Raises:
-        UserError: Naming what differs.
-    """
-    if not isinstance(state, dict) or not {'fingerprint', 'synthesizer', 'seconds'} <= {*state}:
-        raise UserError(f'{path} is not the state of a quantization run; remove it, or run '
-                        'without --resume')
-    others = _differing(state['fingerprint'], fingerprint)
-    if others:
-        raise UserError(f'--resume: {path} was written by a run with another '
-                        f'{", ".join(others)}; use the same, or run without --resume')

@@ -27,8 +27,9 @@ RUNNERS = Registry(
 """Runners that drive the phases."""
 
 MODELS = Registry(
-    'model', parent=MMENGINE_MODELS, scope='psaq_mm', locations=['psaq_mm.classification'])
-"""Models of libraries that do not know mmengine."""
+    'model', parent=MMENGINE_MODELS, scope='psaq_mm',
+    locations=['psaq_mm.classification', 'psaq_mm.engine.checkpoint_model'])
+"""Models of libraries that do not know mmengine, and models that bring their weights."""
 
 DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope='psaq_mm', locations=['psaq_mm.classification'])

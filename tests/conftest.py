@@ -1,10 +1,12 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Models and files that several tests need."""
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import cv2
 import pytest
 import torch
 
@@ -30,6 +32,27 @@ def quantization_config() -> Path:
 def demo_checkpoint() -> Path:
     """The trained weights of the demo detector."""
     return DEMO / 'mask_rcnn_swin_demo.pth'
+
+
+@pytest.fixture(scope='session')
+def quantized_demo(tmp_path_factory, quantization_config, demo_checkpoint) -> Path:
+    """The demo detector's quantized.pth, of two images that took one step each."""
+    folder = tmp_path_factory.mktemp('quantized_demo')
+    subprocess.run(
+        [sys.executable, '-m', 'psaq_mm', 'quantize', str(quantization_config),
+         str(demo_checkpoint), '--work-dir', str(folder), '--device', 'cpu', '--cfg-options',
+         'synthesis.num_images=2', 'synthesis.steps=1', 'log_level=WARNING'],
+        check=True, capture_output=True)
+    return folder / 'quantized.pth'
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory, scenes) -> Path:
+    """A folder of two scenes, 0.png and 1.png."""
+    folder = tmp_path_factory.mktemp('photos')
+    for i in range(2):
+        cv2.imwrite(str(folder / f'{i}.png'), scenes.render(1_000_000 + i)[0])
+    return folder
 
 
 @pytest.fixture(scope='session')
@@ -64,7 +87,7 @@ def single_stage(name, folder):
 
 
 def calibrated_op(op, x):
-    """Set the ranges of a quantized op on its input, and switch it on."""
+    """Set the ranges of a quantized op: those of its weight, and of the rest on its input."""
     activations = [q for role, q in op.quantizers.items() if role != 'weight']
     for quantizer in activations:
         quantizer.start_observing()
@@ -72,8 +95,7 @@ def calibrated_op(op, x):
         op(x)
     for quantizer in activations:
         quantizer.finish_observing()
-    for quantizer in op.quantizers.values():
-        quantizer.enabled = True
+    op.set_weight_range()
     return op
 
 

@@ -16,7 +16,7 @@ from mmengine.config import Config
 
 from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json
 from psaq_mm.deploy import ENGINES, Graphs, export_graphs
-from psaq_mm.deploy.hosts import graph_part
+from psaq_mm.deploy.hosts import find_subgraph
 from psaq_mm.deploy.latency import draw, interleave, pin, summarize, table
 from psaq_mm.deploy.packages import require_package
 from psaq_mm.deploy.parity import lowest_sqnr
@@ -26,6 +26,8 @@ from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
     hooks_for_test,
+    keep_local,
+    prepare_for_test,
     require_test_data,
     run_tool,
 )
@@ -64,6 +66,8 @@ def evaluate(config: Config, checkpoint: str, trust: bool, backend: str = 'torch
     config = copy.deepcopy(config)
     config.load_from, config.trust_checkpoint, config.device = checkpoint, trust, 'cpu'
     config.custom_hooks = hooks_for_test(config, checkpoint, backend, None, threads, precision)
+    prepare_for_test(config)
+    keep_local(config)
     metrics = plain(PSAQRunner.from_cfg(config).test())
     return ', '.join(f'{key} {metrics[key]:.3f}' for key in METRICS if key in metrics)
 
@@ -96,7 +100,7 @@ def main() -> None:
     ensure_writable_dir(config.work_dir)
     accuracy = not args.no_accuracy and has_test_data(config)
 
-    channels = graph_part(model).channels
+    channels = find_subgraph(model).channels
     images = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
     floating = unwrap(copy.deepcopy(model))
     job: Dict[str, Any] = dict(size=size, channels=channels, threads=args.threads)
@@ -109,12 +113,12 @@ def main() -> None:
     sqnr: Dict[str, Any] = {}
 
     def add_torch(name: str, of: torch.nn.Module, precision: str, simulated: bool) -> None:
-        part = graph_part(of)
+        subgraph = find_subgraph(of)
 
         def run() -> None:
             with torch.no_grad(), torch.autocast('cpu', torch.bfloat16,
                                                  enabled=precision == 'bf16'):
-                part.run(images)
+                subgraph.run(images)
 
         sides[name], jobs[name] = run, dict(about, precision=precision, simulated=simulated)
 

@@ -8,8 +8,7 @@ import argparse
 import os
 
 from psaq_mm.checkpoint import sha256_of_file
-from psaq_mm.deploy import export_graphs
-from psaq_mm.deploy.export_forms import FORMATS
+from psaq_mm.deploy import FORMATS, export_graphs
 from psaq_mm.engine import build_model, load_config
 from psaq_mm.engine.command_line import ConfigOptions, choose_work_dir, run_tool
 
@@ -20,7 +19,7 @@ def parse_args() -> argparse.Namespace:
         'what the engine computes with the simulation. Writes the graphs and export.json.')
     parser.add_argument('config', help='the config that the checkpoint was quantized with')
     parser.add_argument('checkpoint', help='quantized.pth, or a float checkpoint')
-    parser.add_argument('--format', choices=FORMATS, required=True, help='what to write')
+    parser.add_argument('--format', choices=list(FORMATS), required=True, help='what to write')
     parser.add_argument('--size', nargs=2, type=int, action='append', default=[],
                         metavar=('H', 'W'), help='height and width of images as the model gets '
                         'them; give it again for more. Graphs of one size are faster '
@@ -49,7 +48,8 @@ def main() -> None:
     sizes = [(height, width) for height, width in args.size]
     manifest = export_graphs(model, out, args.format, sizes, args.float_roles, about)
     total = sum(graph['bytes'] for graph in manifest['graphs'])
-    print(f'{out}: {len(manifest["graphs"])} graph(s) of {manifest["part"]}, {total / 1e6:.2f} MB')
+    print(f'{out}: {len(manifest["graphs"])} graph(s) of {manifest["modules"]}, '
+          f'{total / 1e6:.2f} MB')
 
 
 if __name__ == '__main__':

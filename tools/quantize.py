@@ -20,6 +20,7 @@ from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_seed,
     choose_work_dir,
+    keep_local,
     processes_of,
     require_launcher,
     run_tool,
@@ -49,6 +50,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
                         default='none', help='job launcher, as of mmdet: several processes '
                         'share the images')
+    parser.add_argument('--use-vis-backends', action='store_true', help='use all visualization '
+                        'backends of the config, which may send losses and config away')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
@@ -68,6 +71,8 @@ def main() -> None:
     check(model, recipe, processes_of(args.launcher))
     meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint)
     PSAQRunner.hooks_for_quantization(config)
+    if not args.use_vis_backends:
+        keep_local(config)
     config.work_dir = choose_work_dir(args.work_dir, config)
     ensure_writable_dir(config.work_dir)
 

@@ -16,8 +16,9 @@ from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
     draw_predictions,
-    drop_training,
     hooks_for_test,
+    keep_local,
+    prepare_for_test,
     require_backend,
     require_launcher,
     require_test_data,
@@ -50,6 +51,8 @@ def parse_args() -> argparse.Namespace:
                         help='of what the engine does not compute in integers')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
                         default='none', help='job launcher, as of mmdet')
+    parser.add_argument('--use-vis-backends', action='store_true', help='use all visualization '
+                        'backends of the config, which may send results away')
     parser.add_argument('--trust-checkpoint', action='store_true',
                         help='let the checkpoint run code when it is read (unsafe)')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
@@ -77,7 +80,9 @@ def main() -> None:
         draw_predictions(config, args.show_dir)
     ensure_writable_dir(config.work_dir)
 
-    drop_training(config)
+    prepare_for_test(config)
+    if not args.use_vis_backends:
+        keep_local(config)
     config.load_from = args.checkpoint
     config.launcher = args.launcher
     config.trust_checkpoint = args.trust_checkpoint
@@ -91,6 +96,8 @@ def main() -> None:
     print(f'{args.checkpoint}: {kind}, run by {backend}')
     for name, value in metrics.items():
         print(f'  {name}: {value}')
+    if not metrics:
+        print('  no metric: the evaluator had nothing to measure, for instance no predictions')
     if args.metrics:
         save_json(dict(checkpoint=args.checkpoint, kind=kind, backend=backend,
                        metrics=metrics), args.metrics)

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import logging
+import math
 from collections import Counter
 from contextlib import contextmanager
 from typing import (
@@ -10,6 +11,7 @@ from typing import (
     ClassVar,
     Collection,
     Dict,
+    FrozenSet,
     Generic,
     Iterable,
     Iterator,
@@ -31,6 +33,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.prior import AttentionRecord, BatchNormRecord, channel_statistics
 from psaq_mm.registry import ADAPTERS
 
+from .predictors import last_layers, layers_of_own_width
 from .tap_record import TapRecord
 
 RecordT = TypeVar('RecordT')
@@ -116,8 +119,42 @@ class Adapter:
         """Whether this module is the projection of the patch embedding."""
         raise NotImplementedError
 
-    def is_predictor(self, model: nn.Module, name: str) -> bool:
-        """Whether this module's output is the model's: scores, boxes, logits."""
+    def predictors(self, model: nn.Module) -> FrozenSet[str]:
+        """Names of the layers whose output is the model's: scores, boxes, logits.
+
+        A small image goes through the model once. If that fails, layers are taken
+        by their widths, and a warning says so.
+
+        Args:
+            model (nn.Module): The float model.
+        """
+        sizes = [self.image_size(model)]
+        if self.fixed_size(model) is None:  # a small one will do, but for many queries
+            side = 2 * max(math.prod(steps) for steps in zip(*(
+                step for step, _ in self.attention_windows(model))))
+            sizes.insert(0, (side, side))
+        while True:
+            try:
+                found = self._last_layers(model, sizes.pop(0))
+                break
+            except Exception as error:  # heads are anyone's code
+                if not sizes:
+                    print_log('the model cannot be run on an image alone to find its last layers '
+                              f'({type(error).__name__}: {" ".join(str(error).split())[:200]}): '
+                              'those whose output is as wide as no input of their head are taken',
+                              logger='current', level=logging.WARNING)
+                    found = layers_of_own_width(model, lambda name: self.head_of(model, name))
+                    break
+        return frozenset(name for name in found if not self.in_scope(model, name, 'backbone'))
+
+    def _last_layers(self, model: nn.Module, size: Tuple[int, int]) -> FrozenSet[str]:
+        images = torch.rand(1, self.valid_range(model)[0].shape[1], *size,
+                            generator=torch.Generator().manual_seed(0))
+        return last_layers(model, lambda: self.forward_model(model, images.to(
+            module_device(model))), lambda name: not self.head_of(model, name))
+
+    def head_of(self, model: nn.Module, name: str) -> str:
+        """Name of the head that a module is in; empty if it is in none."""
         raise NotImplementedError
 
     def runs_on_proposals(self, model: nn.Module, name: str) -> bool:
@@ -129,10 +166,16 @@ class Adapter:
         """Whether the model labels every pixel."""
         return False
 
-    def kinds(self, model: nn.Module, name: str) -> Tuple[str, ...]:
-        """What a module is, of ``psaq_mm.recipe.quantization.KINDS``."""
+    def kinds(self, model: nn.Module, name: str, predictors: Collection[str]) -> Tuple[str, ...]:
+        """What a module is, of ``psaq_mm.recipe.quantization.KINDS``.
+
+        Args:
+            model (nn.Module): The float model.
+            name (str): Name of the module.
+            predictors (Collection[str]): From :meth:`predictors`.
+        """
         found = dict(patch_embed=self.is_patch_embed(model, name),
-                     predictor=self.is_predictor(model, name),
+                     predictor=name in predictors,
                      roi_head=self.runs_on_proposals(model, name),
                      segmentor=self.is_segmentor(model))
         return tuple(kind for kind, holds in found.items() if holds)
@@ -239,8 +282,12 @@ class Adapter:
         """Feature maps of normalized images of shape (B, C, H, W)."""
         raise NotImplementedError
 
-    def forward_model(self, model: nn.Module, images: Tensor) -> None:
-        """Run all of the model, heads included, on normalized images."""
+    def forward_model(self, model: nn.Module, images: Tensor) -> Any:
+        """Run all of the model, heads included, on normalized images.
+
+        Returns:
+            Any: What it computes, nested as it likes.
+        """
         raise NotImplementedError
 
     def tap_groups(self, model: nn.Module) -> Tuple[str, ...]:
@@ -371,8 +418,8 @@ def require_float32(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            raise UserError(f'the model has weights in {parameter.dtype} ({name}), and quantization '
-                            'computes in torch.float32: call model.float() first')
+            raise UserError(f'the model has weights in {parameter.dtype} ({name}), and what is done '
+                            'with it needs torch.float32: call model.float() first')
 
 
 def pixel_range(channels: int, mean: Optional[Tensor], std: Optional[Tensor],

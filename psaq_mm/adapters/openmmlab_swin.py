@@ -6,9 +6,19 @@ The two are classes of their own with the same submodules and the same code;
 """
 import copy
 import math
-import re
 from contextlib import contextmanager
-from typing import Any, ClassVar, Collection, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import (
+    Any,
+    ClassVar,
+    Collection,
+    Dict,
+    FrozenSet,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Tuple,
+)
 
 from torch import Tensor, nn
 
@@ -25,10 +35,6 @@ from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
 from .swin_layouts import OPENMMLAB, SWIN_AUTHORS, convert_openmmlab_swin
 from .tap_record import TapRecord
 from .window_tokens import valid_tokens
-
-PREDICTOR = re.compile(r'(?:\w+_)?(?:cls|reg|seg|logits|centerness|obj)')
-"""What heads call the layer that gives scores, boxes or masks: ``fc_cls``,
-``rpn_reg``, ``conv_logits``, ``conv_seg``, ``atss_centerness``."""
 
 
 class WindowMSAOp(QuantOp):
@@ -168,9 +174,17 @@ class OpenMMLabSwinAdapter(Adapter):
         prefix = self.backbone_name(model)
         return name == (prefix + '.' if prefix else '') + 'patch_embed.projection'
 
-    def is_predictor(self, model: nn.Module, name: str) -> bool:
-        return not self.in_scope(model, name, 'backbone') and bool(
-            PREDICTOR.fullmatch(name.rpartition('.')[2]))
+    def predictors(self, model: nn.Module) -> FrozenSet[str]:
+        if isinstance(model, self.backbone_class):
+            return frozenset()
+        with _fewer_proposals(model, count=2):
+            return super().predictors(model)
+
+    def head_of(self, model: nn.Module, name: str) -> str:
+        # As the hosts' configs call them: rpn_head, roi_head.bbox_head, decode_head, ...
+        parts = name.split('.')
+        heads = [i for i, part in enumerate(parts) if part.endswith('head')]
+        return '.'.join(parts[:heads[-1] + 1]) if heads and heads[0] == 0 else ''
 
     def runs_on_proposals(self, model: nn.Module, name: str) -> bool:
         return name.startswith('roi_head.')
@@ -228,15 +242,14 @@ class OpenMMLabSwinAdapter(Adapter):
     def forward_backbone(self, model: nn.Module, images: Tensor) -> Tuple[Tensor, ...]:
         return tuple(self._backbone(model)(images))
 
-    def forward_model(self, model: Any, images: Tensor) -> None:
+    def forward_model(self, model: Any, images: Tensor) -> Any:
         if isinstance(model, self.backbone_class):
             raise UserError("quantization.scope='model' needs a whole model, got a backbone")
         size = (images.shape[2], images.shape[3])
         meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
                     scale_factor=(1.0, 1.0), padding_size=[0, 0, 0, 0])
         if self.is_segmentor(model):
-            model.encode_decode(images, [dict(meta) for _ in images])
-            return
+            return model.encode_decode(images, [dict(meta) for _ in images])
         from mmdet.structures import DetDataSample
         samples = []
         for index in range(len(images)):
@@ -245,7 +258,7 @@ class OpenMMLabSwinAdapter(Adapter):
             samples.append(sample)
         # 'tensor' mode runs RoI heads on the region proposals themselves, so
         # every head sees data even where nothing is detected.
-        model(images, samples, mode='tensor')
+        return model(images, samples, mode='tensor')
 
     def forward_norms(self, model: Any, images: Tensor) -> None:
         if isinstance(model, self.backbone_class):

@@ -81,8 +81,9 @@ class TimmAdapter(Adapter):
     def is_patch_embed(self, model: nn.Module, name: str) -> bool:
         return name == self._prefix(model) + 'patch_embed.proj'
 
-    def is_predictor(self, model: nn.Module, name: str) -> bool:
-        return not self.in_scope(model, name, 'backbone')
+    def head_of(self, model: nn.Module, name: str) -> str:
+        return '' if self.in_scope(model, name, 'backbone') else \
+            name[len(self._prefix(model)):].partition('.')[0]
 
     def is_rgb(self, model: nn.Module) -> bool:
         return True
@@ -96,11 +97,12 @@ class TimmAdapter(Adapter):
         if not isinstance(embed, PatchEmbed) or embed.img_size is None:
             return
         if embed.strict_img_size and tuple(size) != tuple(embed.img_size):
-            raise UserError(f'synthesis.image_size must be {shown_size(embed.img_size)}, the only size '
-                            f'that the model takes, got {shown_size(size)}')
+            raise UserError(f'synthesis.image_size must be {shown_size(embed.img_size)}, the only '
+                            f'size that the model takes, got {shown_size(size)}')
         if not embed.dynamic_img_pad and any(s % p for s, p in zip(size, embed.patch_size)):
-            raise UserError(f'synthesis.image_size must be a multiple of {shown_size(embed.patch_size)}'
-                            f', the patches of the model, got {shown_size(size)}')
+            raise UserError('synthesis.image_size must be a multiple of '
+                            f'{shown_size(embed.patch_size)}, the patches of the model, '
+                            f'got {shown_size(size)}')
 
     def convert_state(self, model: nn.Module,
                       state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], str]:
@@ -135,8 +137,8 @@ class TimmAdapter(Adapter):
     def forward_backbone(self, model: nn.Module, images: Tensor) -> Tuple[Tensor, ...]:
         return (self._timm_model(model).forward_features(images), )
 
-    def forward_model(self, model: nn.Module, images: Tensor) -> None:
-        self._timm_model(model)(images)
+    def forward_model(self, model: nn.Module, images: Tensor) -> Any:
+        return self._timm_model(model)(images)
 
     def tap_groups(self, model: nn.Module) -> Tuple[str, ...]:
         return 'backbone', 'logits'

@@ -3,10 +3,11 @@
 from .atomic import atomic_write, ensure_writable_dir, save_bytes, save_json, save_torch
 from .files import load, save
 from .float_checkpoint import fit_float_state, load_float_state, load_float_weights
-from .manifest import MANIFEST_KEY, build_manifest, is_quantized, read_manifest
+from .manifest import MANIFEST_KEY, STATE_KEY, build_manifest, is_quantized, read_manifest
 from .matching import first_differences, require_match
 from .plain import plain
 from .quantized_checkpoint import (
+    guarded,
     load_quantized_state,
     prepare_for_loading,
     quantized_checkpoint,
@@ -15,8 +16,8 @@ from .quantized_checkpoint import (
 from .safe_load import extract_state_dict, load_checkpoint_file, require_finite, sha256_of_file
 
 __all__ = [
-    'MANIFEST_KEY', 'atomic_write', 'build_manifest', 'ensure_writable_dir',
-    'extract_state_dict', 'first_differences', 'fit_float_state', 'is_quantized', 'load',
+    'MANIFEST_KEY', 'STATE_KEY', 'atomic_write', 'build_manifest', 'ensure_writable_dir',
+    'extract_state_dict', 'first_differences', 'fit_float_state', 'guarded', 'is_quantized', 'load',
     'load_checkpoint_file', 'load_float_state', 'load_float_weights', 'load_quantized_state',
     'plain', 'prepare_for_loading', 'quantized_checkpoint', 'read_manifest', 'require_finite',
     'require_match', 'save', 'save_bytes', 'save_json', 'save_torch', 'sha256_of_file',

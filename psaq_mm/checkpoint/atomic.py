@@ -9,7 +9,9 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
+import re
 import secrets
 import stat
 from typing import Any, BinaryIO, Callable, Iterator, List, Optional, Union
@@ -18,8 +20,16 @@ import torch
 
 from psaq_mm.errors import UserError
 
+from .integrity import DIGEST_KEY, digest_comment
+
+try:
+    import fcntl
+except ImportError:  # not on POSIX: nothing is locked, and nothing left behind is found
+    fcntl = None  # type: ignore[assignment]
+
 PathLike = Union[str, 'os.PathLike[str]']
 
+_TEMPORARY_NAME = re.compile(r'\.psaq_mm-[0-9a-f]{16}\.tmp')
 _ADVICE = {
     errno.ENOSPC: 'Free some space or choose another folder.',
     errno.EDQUOT: 'Free some of your quota or choose another folder.',
@@ -53,13 +63,10 @@ def atomic_write(path: PathLike, write: Callable[[BinaryIO], None]) -> None:
     # A link is followed as open() would do; os.replace would put a file in its place.
     target = os.path.realpath(shown)
     folder = os.path.dirname(target)
-    # A new name opened with 'xb' gets the umask's permissions, which tempfile would make 0600.
-    # It is not derived from the target's name, which may already be as long as names can be.
-    temporary = os.path.join(folder, f'.{secrets.token_hex(8)}.tmp')
     with _as_user_error(shown, 'could not be written'):
         mode = _mode_of_regular_file(target, shown)
-        try:
-            with open(temporary, 'xb') as file:
+        with _temporary_file(folder) as temporary:
+            with open(temporary, 'wb') as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -67,18 +74,18 @@ def atomic_write(path: PathLike, write: Callable[[BinaryIO], None]) -> None:
                 with contextlib.suppress(OSError):  # FAT and some shares know no permissions
                     os.chmod(temporary, mode)
             os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
     _sync_folder(folder)
 
 
 def save_torch(obj: Any, path: PathLike) -> None:
     """Save an object with ``torch.save``, whole or not at all.
 
+    The file ends with a digest of its content, which
+    :func:`load_checkpoint_file` checks and ``torch.load`` skips.
+
     Args:
-        obj (Any): What to save.
+        obj (Any): What to save. A dict is marked with
+            :data:`~psaq_mm.checkpoint.integrity.DIGEST_KEY` in the file.
         path (str or PathLike): File to write.
 
     Raises:
@@ -88,7 +95,11 @@ def save_torch(obj: Any, path: PathLike) -> None:
     # write once more while it is destroyed. In memory it cannot fail; what then fails on the disk
     # is an OSError like any other.
     buffer = io.BytesIO()
-    torch.save(obj, buffer)
+    torch.save({**obj, DIGEST_KEY: 'sha256'} if type(obj) is dict else obj, buffer)
+    with buffer.getbuffer() as archive:
+        comment = digest_comment(archive)
+    buffer.seek(0, os.SEEK_END)
+    buffer.write(comment)
     save_bytes(buffer.getbuffer(), path)
 
 
@@ -96,13 +107,23 @@ def save_json(obj: Any, path: PathLike) -> None:
     """Save an object as JSON, indented by 2 and with a newline at the end.
 
     Args:
-        obj (Any): What to save; anything that ``json.dumps`` takes.
+        obj (Any): What to save; anything that ``json.dumps`` takes. Numbers that are not finite
+            become null: JSON has none.
         path (str or PathLike): File to write.
 
     Raises:
         UserError: If the file cannot be written.
     """
-    save_bytes((json.dumps(obj, indent=2) + '\n').encode('utf-8'), path)
+    text = json.dumps(_finite(obj), indent=2, allow_nan=False)
+    save_bytes((text + '\n').encode('utf-8'), path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_bytes(data: Union[bytes, memoryview], path: PathLike) -> None:
@@ -143,23 +164,59 @@ def ensure_writable_dir(path: PathLike) -> None:
         missing.append(ancestor)
         ancestor = os.path.dirname(ancestor)
 
-    probe = os.path.join(folder, f'.{secrets.token_hex(8)}.tmp')
     with _as_user_error(shown, 'is not a folder that can be written to'):
         try:
             os.makedirs(folder, exist_ok=True)
             # An empty file can be created on a full disk: ask for a block and wait for it.
-            with open(probe, 'xb') as file:
+            with _temporary_file(folder) as probe, open(probe, 'wb') as file:
                 file.write(b'\0')
                 file.flush()
                 os.fsync(file.fileno())
-            os.unlink(probe)
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(probe)
             for created in missing:  # deepest first; rmdir removes only what is empty
                 with contextlib.suppress(OSError):
                     os.rmdir(created)
             raise
+
+
+@contextlib.contextmanager
+def _temporary_file(folder: str) -> Iterator[str]:
+    """A new file in a folder; where it still is at the end, it is removed.
+
+    It is locked meanwhile. A lock ends with its process, however that ends, so
+    a temporary file without one was left behind: those are removed first.
+    """
+    _remove_left_behind(folder)
+    while True:
+        # A new name opened with 'xb' gets the umask's permissions, which tempfile would make
+        # 0600. It is not derived from the target's, which may be as long as names can be.
+        path = os.path.join(folder, f'.psaq_mm-{secrets.token_hex(8)}.tmp')
+        with open(path, 'xb') as held:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # some shares know no locks
+                    fcntl.flock(held, fcntl.LOCK_EX)
+                if not os.path.exists(path):  # another process took it for left behind
+                    continue
+            else:
+                held.close()  # Windows does not rename an open file
+            try:
+                yield path
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        return
+
+
+def _remove_left_behind(folder: str) -> None:
+    try:
+        names = os.listdir(folder) if fcntl is not None else []
+    except OSError:  # such as a folder that may be written to, but not listed
+        return
+    for name in filter(_TEMPORARY_NAME.fullmatch, names):
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError), open(path, 'rb') as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
 
 
 @contextlib.contextmanager

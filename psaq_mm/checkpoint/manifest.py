@@ -14,7 +14,13 @@ from psaq_mm.version import __version__
 MANIFEST_KEY = 'psaq_mm'
 """Key of the manifest beside ``state_dict`` in a checkpoint."""
 
-FORMAT_VERSION = 1
+STATE_KEY = 'quantized_state_dict'
+"""Key of the weights; under ``state_dict`` stands what stops other loaders."""
+
+FORMAT_VERSION = 2
+"""1 had the weights under ``state_dict``, and all of a spec in the manifest."""
+
+_FORMAT = ('bits', 'symmetric', 'granularity')
 
 
 def build_manifest(model: nn.Module, about: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
@@ -26,8 +32,10 @@ def build_manifest(model: nn.Module, about: Optional[Mapping[str, Any]] = None) 
             source checkpoint's name and hash. Defaults to None.
 
     Returns:
-        dict: ``format_version``, ``psaq_mm_version``, ``modules`` (name -> ``op``,
-        ``roles`` and, where the weight is quantized, ``weight_shape``) and what ``about`` holds.
+        dict: ``format_version``, ``psaq_mm_version``, ``modules`` (name ->
+        ``op``, ``roles`` and, where the weight is quantized,
+        ``weight_shape``) and what ``about`` holds. Of each role the bits,
+        symmetry and granularity are told; how its range was found is not.
 
     Raises:
         UserError: If ``about`` would replace one of these.
@@ -37,8 +45,7 @@ def build_manifest(model: nn.Module, about: Optional[Mapping[str, Any]] = None) 
         roles = {}
         for role, quantizer in op.quantizers.items():
             assert isinstance(quantizer, Quantizer)
-            roles[role] = quantizer.spec.to_dict()
-            del roles[role]['rounding']  # of the integers that are there, no longer of use
+            roles[role] = {key: getattr(quantizer.spec, key) for key in _FORMAT}
         modules[name] = dict(op=type(op).__name__, roles=roles)
         if op.weight_quantizer is not None:
             modules[name]['weight_shape'] = list(op.weight.shape)
@@ -108,8 +115,9 @@ def plan_of_manifest(manifest: Mapping[str, Any]) -> Plan:
         plan[name] = {}
         for role, spec in entry['roles'].items():
             where = f'manifest of {name}, {role}'
-            try:
-                plan[name][role] = QuantSpec.from_dict(spec, where)
-            except TypeError as error:
-                raise UserError(f'{where}: {error}') from error
+            missing = [key for key in _FORMAT if key not in spec]
+            if missing:
+                raise UserError(f'{where}: {", ".join(missing)} missing')
+            # Whatever else is told, such as an observer of format 1, loading has no use for.
+            plan[name][role] = QuantSpec.from_dict({key: spec[key] for key in _FORMAT}, where)
     return plan

@@ -6,6 +6,8 @@ In the state dict, ``<module>.weight`` of a quantized module is replaced by
 four 2-bit values a byte. Ranges are ``<module>.quantizers.<role>.scale`` and
 ``.zero_point``. The key differs on purpose: torch would copy int8 values into
 a float weight without a word.
+
+The state dict stands under a key of ours: see ``stock_loader_guard.py``.
 """
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
@@ -18,17 +20,23 @@ from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, apply_plan, named_quant_ops, set_quantization, unwrap
 from psaq_mm.quantization import (
     Quantizer,
-    QuantSpec,
     dequantize,
     pack_integers,
     unpack_integers,
 )
 from psaq_mm.quantization.spec import PER_TENSOR
 
-from .manifest import MANIFEST_KEY, build_manifest, plan_of_manifest, read_manifest
+from .manifest import (
+    MANIFEST_KEY,
+    STATE_KEY,
+    build_manifest,
+    plan_of_manifest,
+    read_manifest,
+)
 from .matching import require_match, require_same_modules
 from .plain import plain
 from .safe_load import require_finite
+from .stock_loader_guard import StockLoaderGuard
 
 
 def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = None,
@@ -43,11 +51,12 @@ def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = 
             values are kept, such as ``dataset_meta``. Defaults to None.
 
     Returns:
-        dict: ``meta``, ``state_dict`` and the manifest; it can be loaded
-        with ``torch.load(weights_only=True)``.
+        dict: ``meta``, the manifest, the weights and, under ``state_dict``,
+        what stops other loaders; where torch has ``add_safe_globals``,
+        ``torch.load(weights_only=True)`` loads it.
 
     Raises:
-        UserError: If nothing is quantized or a range is not set.
+        UserError: If nothing is quantized or a range is not set or not valid.
     """
     ops = dict(named_quant_ops(model))
     if not ops:
@@ -58,6 +67,9 @@ def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = 
         for role, quantizer in _quantizers(op):
             if not quantizer.calibrated:
                 raise UserError(f'{name} ({role}) has no range: call psaq_mm.calibrate first')
+            flaw = _flaw_of_range(state, op, name, role)
+            if flaw:
+                raise UserError(f'the model cannot be saved: {flaw}; calibrate it again')
         weight = op.weight_quantizer
         if weight is not None:
             with torch.no_grad():
@@ -69,7 +81,22 @@ def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = 
     for second in _second_names(model):
         for key in [k for k in state if k.startswith(second + '.')]:
             del state[key]
-    return {'meta': plain(meta or {}), 'state_dict': state, MANIFEST_KEY: manifest}
+    return {'meta': plain(meta or {}), **guarded(state, manifest)}
+
+
+def guarded(state: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Dict[str, Any]:
+    """The entries of a checkpoint that say what is quantized, with what weights.
+
+    Args:
+        state (Mapping[str, Tensor]): Weights as :func:`prepare_for_loading`
+            takes them.
+        manifest (Mapping): From :func:`build_manifest`.
+
+    Returns:
+        dict: ``state_dict``, which stops loaders that know nothing of
+        quantization, the weights, and the manifest.
+    """
+    return {'state_dict': StockLoaderGuard(), STATE_KEY: state, MANIFEST_KEY: manifest}
 
 
 def _second_names(model: nn.Module) -> Dict[str, str]:
@@ -93,7 +120,9 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
     Args:
         model (nn.Module): The float model (its ops are added, in place), or
             one that has the same ops already.
-        checkpoint (Mapping): What :func:`quantized_checkpoint` made.
+        checkpoint (Mapping): What :func:`quantized_checkpoint` made, in this
+            or an earlier version; weights may also be float, as training
+            leaves them.
         path (str): Its name, for messages.
 
     Returns:
@@ -109,10 +138,11 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
         plan = plan_of_manifest(manifest)
     except UserError as error:
         raise UserError(f'{path}: {error}') from error
-    packed = checkpoint.get('state_dict')
+    key = 'state_dict' if manifest['format_version'] == 1 else STATE_KEY
+    packed = checkpoint.get(key)
     if not isinstance(packed, Mapping) or not all(
             isinstance(k, str) and isinstance(v, Tensor) for k, v in packed.items()):
-        raise _damaged(path, 'its state_dict does not hold tensors by name')
+        raise _damaged(path, f'its {key} does not hold tensors by name')
     import_hosts(model)  # their ops
     require_same_modules(model, manifest, plan, path)
     with _undone_on_failure(model):
@@ -167,13 +197,14 @@ def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str) -> Dict[s
     """The state dict with float weights in the place of integers."""
     state = dict(packed)
     for name, op in named_quant_ops(model):
-        for role, quantizer in _quantizers(op):
-            channels = op.weight.shape[op.roles['weight']] if role == 'weight' else None
-            _require_range(state, f'{name}.quantizers.{role}.', quantizer.spec, channels, path)
+        for role, _ in _quantizers(op):
+            flaw = _flaw_of_range(state, op, name, role)
+            if flaw:
+                raise _damaged(path, flaw)
         weight = op.weight_quantizer
-        if weight is None:
-            continue
         key = f'{name}.weight_integers'
+        if weight is None or key not in state and f'{name}.weight' in state:
+            continue
         if key not in state:
             raise _damaged(path, f'{key} is missing')
         try:
@@ -190,25 +221,37 @@ def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str) -> Dict[s
     return state
 
 
-def _require_range(state: Mapping[str, Tensor], prefix: str, spec: QuantSpec,
-                   channels: Optional[int], path: str) -> None:
-    """Check scale and zero point; how many channels an activation has is not
-    known before it is seen."""
-    for key in (prefix + 'scale', prefix + 'zero_point'):
-        if key not in state:
-            if key.endswith('scale') or not spec.symmetric:
-                raise _damaged(path, f'{key} is missing')
+def _flaw_of_range(state: Mapping[str, Tensor], op: QuantOp, name: str, role: str) -> str:
+    """What is wrong with a scale or zero point; how many channels an activation
+    has is not known before it is seen."""
+    quantizer = op.quantizers[role]
+    assert isinstance(quantizer, Quantizer)
+    channels = op.weight.shape[op.roles['weight']] if role == 'weight' else None
+    scale = None
+    for part in ('scale', 'zero_point'):
+        key = f'{name}.quantizers.{role}.{part}'
+        value = state.get(key)
+        if value is None:
+            if part == 'scale' or not quantizer.spec.symmetric:
+                return f'{key} is missing'
             continue
-        value, scale = state[key], state[prefix + 'scale']
-        if spec.granularity == PER_TENSOR:
+        if scale is None:
+            scale = value
+        if quantizer.spec.granularity == PER_TENSOR:
             fits = value.dim() == 0
         else:
             fits = value.dim() == 1 and len(value) > 0 and channels in (None, len(value))
         if not fits or value.shape != scale.shape:
-            raise _damaged(path, f'{key} has shape {tuple(value.shape)}')
-        if not value.is_floating_point() or not torch.isfinite(value).all() \
-                or not scale.all():
-            raise _damaged(path, f'{key} is not finite, is 0 or holds {value.dtype}')
+            return f'{key} has shape {tuple(value.shape)}'
+        if not value.is_floating_point() or not torch.isfinite(value).all():
+            return f'{key} is not finite or holds {value.dtype}'
+        low, high = quantizer.spec.integer_range
+        if part == 'scale' and not (value > 0).all():
+            return f'{key} is not above 0'
+        # A learned one lies between integers.
+        if part == 'zero_point' and not ((value >= low) & (value <= high)).all():
+            return f'{key} is not one of the integers from {low} to {high}'
+    return ''
 
 
 def size_of_quantized(model: nn.Module) -> Dict[str, int]:
@@ -220,7 +263,7 @@ def size_of_quantized(model: nn.Module) -> Dict[str, int]:
         point of the model, those of activations included.
     """
     float_bytes = stored_bytes = 0
-    state = quantized_checkpoint(model)['state_dict']
+    state = quantized_checkpoint(model)[STATE_KEY]
     for name, op in named_quant_ops(model):
         if op.weight_quantizer is not None:
             float_bytes += 4 * op.weight.numel()

@@ -3,7 +3,8 @@
 
 A torch checkpoint is a pickle, and a pickle can call any function: see
 ``restricted_pickle.py`` for what is let through. Around it, only those formats
-are let through that torch reads with the pickle machine it is given.
+are let through that torch reads with the pickle machine it is given, and a
+file in a format with checksums is checked against them before it is used.
 """
 import hashlib
 import logging
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from psaq_mm.errors import UserError
 
+from .integrity import require_digest, require_undamaged
 from .restricted_pickle import RefusedError, restricted_pickle
 
 PathLike = Union[str, 'os.PathLike[str]']
@@ -38,8 +40,9 @@ def load_checkpoint_file(path: PathLike, trust: bool = False) -> Any:
             ``torch.load(weights_only=False)`` does. Defaults to False.
 
     Returns:
-        Any: What was saved, most often a dict. A yacs ``CfgNode`` in it
-        becomes the inert one of ``restricted_pickle`` unless ``trust`` is set.
+        Any: What was saved, most often a dict. Unless ``trust`` is set,
+        objects other than tensors, strings, numbers and containers are
+        skipped: see ``restricted_pickle``.
 
     Raises:
         UserError: If there is no such file, it is no checkpoint or a damaged
@@ -56,12 +59,16 @@ def load_checkpoint_file(path: PathLike, trust: bool = False) -> Any:
                                 'Run `git lfs pull` to fetch the file itself.')
             if path.lower().endswith('.safetensors'):
                 return _load_safetensors(path)
+            has_digest = head.startswith(_ZIP_MAGIC) and require_undamaged(file, path)
             _require_torch_format(file, head, path)
             if trust:
                 print_log(f'{path} is loaded as trusted: it may run any code.',
                           logger='current', level=logging.WARNING)
-                return torch.load(file, map_location='cpu', weights_only=False)
-            return _load_restricted(file, path)
+                content = torch.load(file, map_location='cpu', weights_only=False)
+            else:
+                content = _load_restricted(file, path)
+            require_digest(content, has_digest, path)
+            return content
     except UserError:
         raise
     except ImportError as error:  # only a trusted file gets as far as this
@@ -163,6 +170,7 @@ def _require_file(path: str) -> None:
 
 def _require_torch_format(file: BinaryIO, head: bytes, path: str) -> None:
     """Let through only what torch.load reads with the pickle module it is given."""
+    file.seek(0)
     if head.startswith(_ZIP_MAGIC):
         # The same reader as torch.load uses: another one could be made to see other records.
         records = torch._C.PyTorchFileReader(file).get_all_records()
@@ -200,8 +208,6 @@ def _load_restricted(file: BinaryIO, path: str) -> Any:
         raise UserError(f'{path} cannot be read while TORCH_FORCE_WEIGHTS_ONLY_LOAD is set. '
                         'Unset it: psaq_mm reads checkpoints without running code by itself.')
     try:
-        # weights_only=True would need torch.serialization.safe_globals, which torch has since
-        # 2.5; the pickle module can be given in all versions.
         return torch.load(file, map_location='cpu', weights_only=False,
                           pickle_module=restricted_pickle())
     except RefusedError as refused:

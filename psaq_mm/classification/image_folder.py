@@ -2,11 +2,12 @@
 """Images in one folder for each class, prepared as timm prepares them."""
 import inspect
 import os
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import timm
 import torchvision
 from timm.data import create_transform, resolve_data_config
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import is_image_file
 
@@ -45,19 +46,7 @@ class ImageFolder(Dataset):
 
     def __init__(self, root: str, model: str, transform: Optional[Mapping[str, Any]] = None,
                  training: bool = False) -> None:
-        require_timm_model(model)
-        settings = timm.get_pretrained_cfg(model)
-        if settings is None:
-            raise UserError(f'ImageFolder: timm has no preprocessing settings for {model!r}; name '
-                            'a model that has the same')
-        config = resolve_data_config(pretrained_cfg=settings.to_dict())
-        config.update(_checked(transform or {}))
-        try:
-            # Without normalization timm leaves pixels as they are, uint8.
-            self.transform = create_transform(**config, is_training=training, normalize=False)
-        except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f'ImageFolder: transform {dict(transform or {})} is refused by timm '
-                            f'({type(error).__name__}: {error})') from error
+        self.transform = build_transform(model, transform, training)
         expected = 'expected <root>/<class>/<image>, e.g. val/n01440764/0293.JPEG'
         if not os.path.isdir(root):
             raise UserError(f'ImageFolder: the folder {root} does not exist; {expected}')
@@ -81,6 +70,31 @@ class ImageFolder(Dataset):
         """
         image, label = self.images[index]
         return dict(inputs=image, data_samples=label)
+
+
+def build_transform(model: str, transform: Optional[Mapping[str, Any]] = None,
+                    training: bool = False) -> Callable[[Any], Tensor]:
+    """The transform of :class:`ImageFolder`, whose arguments these are.
+
+    Returns:
+        Callable: Takes an RGB image of Pillow, returns a uint8 tensor of shape (3, H, W).
+
+    Raises:
+        UserError: If timm has no such model, or an argument is unknown.
+    """
+    require_timm_model(model)
+    settings = timm.get_pretrained_cfg(model)
+    if settings is None:
+        raise UserError(f'ImageFolder: timm has no preprocessing settings for {model!r}; name '
+                        'a model that has the same')
+    config = resolve_data_config(pretrained_cfg=settings.to_dict())
+    config.update(_checked(transform or {}))
+    try:
+        # Without normalization timm leaves pixels as they are, uint8.
+        return create_transform(**config, is_training=training, normalize=False)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f'ImageFolder: transform {dict(transform or {})} is refused by timm '
+                        f'({type(error).__name__}: {error})') from error
 
 
 class _ClassFolders(torchvision.datasets.ImageFolder):

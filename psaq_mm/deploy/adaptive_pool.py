@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Adaptive average pooling to any size, which ONNX has no operator for."""
+"""Adaptive average pooling to any size, for which ONNX has no operator."""
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ def pooling_matrix(length: Any, bins: int) -> Tensor:
     """The weights by which bins average positions.
 
     Args:
-        length (int or Tensor): Positions.
-        bins (int): Bins; as in torch they overlap where they must.
+        length (int or Tensor): Number of positions.
+        bins (int): Number of bins. As in torch, they overlap if ``length`` is
+            no multiple of it.
 
     Returns:
-        Tensor: Shape (length, bins); each column adds up to 1.
+        Tensor: Shape (length, bins); each column sums to 1.
     """
     index, position = torch.arange(bins), torch.arange(length).unsqueeze(1)
     first, last = index * length // bins, ((index + 1) * length + bins - 1) // bins
@@ -22,7 +23,7 @@ def pooling_matrix(length: Any, bins: int) -> Tensor:
     return inside.float() / (last - first).float()
 
 
-class AdaptivePoolForm(nn.Module):
+class ExportableAdaptivePool(nn.Module):
     """``nn.AdaptiveAvgPool2d`` as two small matrix products."""
 
     def __init__(self, pool: nn.AdaptiveAvgPool2d) -> None:
@@ -43,9 +44,11 @@ class AdaptivePoolForm(nn.Module):
         return torch.matmul(pooling_matrix(height, rows).transpose(0, 1), x)
 
 
-def use_pool_forms(model: nn.Module) -> None:
-    """Replace the adaptive poolings of a model, in place."""
+def replace_adaptive_pools(model: nn.Module) -> None:
+    """Make the adaptive average pools of a model exportable, in place."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.AdaptiveAvgPool2d and None not in AdaptivePoolForm(child).size:
-                setattr(parent, name, AdaptivePoolForm(child))
+            if type(child) is nn.AdaptiveAvgPool2d:
+                pool = ExportableAdaptivePool(child)
+                if None not in pool.size:
+                    setattr(parent, name, pool)

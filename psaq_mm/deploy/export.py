@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Write the graphs of a model to a folder, each checked by running it."""
+"""Write the graphs of a model to a folder, and check each by running it."""
+import copy
 from pathlib import Path
 from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Union
 
@@ -8,34 +9,38 @@ from mmengine.logging import print_log
 from torch import nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.checkpoint import ensure_writable_dir, save_bytes, save_json
+from psaq_mm.checkpoint import ensure_writable_dir
 from psaq_mm.errors import UserError
 from psaq_mm.quantization.placement import ROLES
 from psaq_mm.version import __version__
 
-from .engines import ENGINE_OF_FORMAT, ENGINES
-from .export_forms import FORMATS
-from .graph_part import GraphPart, Size
-from .hosts import graph_part
-from .onnx_export import check_onnx, describe_onnx, trace
+from .engines import FORMATS
+from .export_manifest import MANIFEST, file_digest, write_export
+from .hosts import find_subgraph
+from .onnx_export import save_onnx, trace
 from .openvino_export import save_openvino
 from .packages import require_package
 from .parity import MINIMUM_SQNR, compare, lowest_sqnr, parity_images
-
-MANIFEST = 'export.json'
-"""Name of the file that describes a folder of graphs."""
+from .subgraph import Size, Subgraph
 
 
-def choose_sizes(part: GraphPart, sizes: Sequence[Size]) -> List[Optional[Size]]:
-    """Sizes of the graphs to write; None is one graph for all sizes.
+def choose_sizes(subgraph: Subgraph, sizes: Sequence[Size]) -> List[Optional[Size]]:
+    """Choose the image sizes of the graphs to write.
+
+    Args:
+        subgraph (Subgraph): Knows whether the model accepts one size only.
+        sizes (Sequence[tuple[int, int]]): What the user asks for.
+
+    Returns:
+        list: Heights and widths; None stands for one graph for all sizes.
 
     Raises:
-        UserError: If the model takes other sizes only.
+        UserError: If the model does not accept a size.
     """
-    fixed = part.fixed_size
+    fixed = subgraph.fixed_size
     for size in sizes:
         if fixed is not None and tuple(size) != fixed:
-            raise UserError(f'--size {size[0]} {size[1]}: the model takes images of '
+            raise UserError(f'--size {size[0]} {size[1]}: the model accepts images of '
                             f'{fixed[0]} x {fixed[1]} only')
         if min(size) < 1:
             raise UserError(f'--size {size[0]} {size[1]}: expected two positive numbers')
@@ -48,25 +53,28 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
                   sizes: Sequence[Size] = (), float_roles: Collection[str] = (),
                   about: Optional[Mapping[str, Any]] = None,
                   check_size: Size = (224, 224)) -> Dict[str, Any]:
-    """Export a model, run what was written, and say how far it is off.
+    """Export a model, run what was written, and compare it with the simulation.
+
+    The model is copied to the CPU, in float32 and evaluation mode: it may be on
+    any device and in any mode, and is not changed.
 
     Args:
-        model (nn.Module): A quantized model, switched on; or a float one.
-        folder (str or Path): Where the files go.
+        model (nn.Module): A calibrated quantized model, or a float one.
+        folder (str or Path): Where to write.
         target (str): ``onnx`` or ``openvino``.
         sizes (Sequence[tuple[int, int]]): Heights and widths of images, one
-            graph for each; empty for one graph that takes all. Defaults to
+            graph for each; empty for one graph for all sizes. Defaults to
             empty.
-        float_roles (Collection[str]): Roles whose quantizers are left out:
-            this is then no longer the checkpoint's arithmetic. Defaults to
+        float_roles (Collection[str]): Roles whose quantizers are left out; the
+            graph then computes something else than the checkpoint. Defaults to
             none.
         about (Mapping, optional): What to record of the source. Defaults to
             None.
-        check_size (tuple[int, int]): Size of the images that a graph for all
-            sizes is checked on. Defaults to (224, 224).
+        check_size (tuple[int, int]): Size of the images on which a graph for
+            all sizes is checked. Defaults to (224, 224).
 
     Returns:
-        dict: What is written to ``export.json``, last of all files.
+        dict: What ``export.json`` says. It is written last.
 
     Raises:
         UserError: If a package is missing, or the model cannot be exported.
@@ -76,49 +84,46 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
     for role in float_roles:
         if role not in ROLES:
             raise UserError(f'--float-roles: unknown role {role!r}; known: {", ".join(ROLES)}')
-    engine = ENGINES[ENGINE_OF_FORMAT[target]]
+    engine = FORMATS[target]
     for package in ('onnx', engine.package):
         require_package(package)
-    part = graph_part(model)
-    chosen = choose_sizes(part, sizes)
+    model = copy.deepcopy(model).cpu().float().eval()
+    subgraph = find_subgraph(model)
+    chosen = choose_sizes(subgraph, sizes)
     folder = Path(folder)
     ensure_writable_dir(folder)
-    # Until the new graphs are whole nothing may vouch for what is in the folder.
+    # An interrupted export must not leave a manifest of older graphs.
     (folder / MANIFEST).unlink(missing_ok=True)
     low, high = find_adapter(model).valid_range(model)
     source = dict(about or {}, psaq_mm_version=__version__)
     graphs = []
     for size in chosen:
-        graph = trace(part, size, target, float_roles)
+        graph = trace(subgraph, size, target, float_roles)
         name = 'model' if size is None else f'model_{size[0]}x{size[1]}'
         path = folder / f'{name}{engine.suffix}'
-        record = {key: str(value) for key, value in source.items()}
-        if target == 'onnx':
-            check_onnx(graph)
-            describe_onnx(graph, record)
-            data = graph.SerializeToString()
-            save_bytes(data, path)
-            written = len(data)
-        else:
-            written = save_openvino(graph, path, record)
+        save = save_onnx if target == 'onnx' else save_openvino
+        files = save(graph, path, {key: str(value) for key, value in source.items()})
         images = parity_images(size or check_size, low, high)
         with torch.no_grad():
-            simulated = part.run(images)
-        outputs = [torch.from_numpy(o) for o in engine(path).run(images.numpy())]
-        rows = compare(part.output_names, simulated, outputs)
+            simulated = subgraph.run(images)
+        outputs = [torch.from_numpy(output) for output in engine(path).run(images.numpy())]
+        rows = compare(subgraph.output_names, simulated, outputs)
+        written = sum(file.stat().st_size for file in files)
         graphs.append(dict(file=path.name, size=None if size is None else list(size),
-                           bytes=written, parity=dict(image_size=list(images.shape[2:]),
-                                                      outputs=rows)))
+                           bytes=written,
+                           sha256={file.name: file_digest(file) for file in files},
+                           parity=dict(image_size=list(images.shape[2:]), outputs=rows)))
         _report(path, written, rows)
-    manifest = dict(format=target, part=part.name, output_names=list(part.output_names),
-                    float_roles=sorted(float_roles), source=source,
-                    engine=f'{engine.name} {engine.version()}', torch=torch.__version__,
-                    graphs=graphs)
-    save_json(manifest, folder / MANIFEST)
+    manifest = dict(format=target, modules=subgraph.modules,
+                    output_names=list(subgraph.output_names), float_roles=sorted(float_roles),
+                    source=source, engine=f'{engine.name} {engine.version()}',
+                    torch=torch.__version__, graphs=graphs)
+    write_export(manifest, folder)
     return manifest
 
 
 def _report(path: Path, written: int, rows: Sequence[Dict[str, Any]]) -> None:
+    """Log how far the outputs of a graph are from the simulation."""
     print_log(f'{path} ({written / 1e6:.2f} MB); against the simulation:', logger='current')
     for row in rows:
         ratio = 'equal' if row['sqnr_db'] is None else f'SQNR {row["sqnr_db"]:.1f} dB'
@@ -126,5 +131,6 @@ def _report(path: Path, written: int, rows: Sequence[Dict[str, Any]]) -> None:
                   logger='current')
     lowest = lowest_sqnr(rows)
     if lowest is not None and lowest < MINIMUM_SQNR:
-        print_log(f'  {lowest:.1f} dB is less than the {MINIMUM_SQNR:.0f} dB that 8 bits give as '
-                  'a rule: roundings that fall the other way add up', logger='current')
+        print_log(f'  {lowest:.1f} dB is less than the {MINIMUM_SQNR:.0f} dB expected at 8 bits: '
+                  'values halfway between two integers were rounded to the other one',
+                  logger='current')

@@ -1,10 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Quantization as single operators, so that a traced graph shows it as such.
+"""Torch operators that are exported as one operator of ONNX or OpenVINO each.
 
-Each is a torch operator with the arithmetic of its ONNX or OpenVINO
-counterpart; exported models hold the counterpart. They are registered with
-torch's library, not as autograd functions: tracing then sees one node, whatever
-the version of torch.
+In torch each has the arithmetic of its counterpart. They are registered with
+torch's library and not as autograd functions, so that every version of torch
+traces each as one node.
 """
 from typing import Any, Optional
 
@@ -14,13 +13,13 @@ from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
 OPSET = 17
 """ONNX operator set of the traced graph: the first with LayerNormalization, and
-the last that torch 2.1 writes."""
+the last that torch 2.1 can write."""
 
 OPENVINO_DOMAIN = 'org.openvinotoolkit'
-"""Operators of this domain are understood by OpenVINO's reader of ONNX."""
+"""OpenVINO's reader of ONNX knows the operators of this domain."""
 
-OWN_DOMAIN = 'psaq_mm'
-"""Operators of this domain do not leave us: ``onnx_export`` writes them out."""
+PATCH_DOMAIN = 'psaq_mm'
+"""Domain of PatchProduct, which ``onnx_export`` replaces by standard operators."""
 
 _library = torch.library.Library('psaq_mm', 'DEF')
 _library.define('quantize_linear(Tensor x, Tensor scale, Tensor zero_point, int axis) -> Tensor')
@@ -32,6 +31,7 @@ _library.define('fake_quantize(Tensor x, Tensor low, Tensor high, int levels) ->
 
 
 def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """Reshape values of shape () or (C, ) to run along an axis of a tensor."""
     if values.dim() == 0:
         return values
     shape = [1] * like.dim()
@@ -57,17 +57,18 @@ def _dequantize_linear(q: Tensor, scale: Tensor, zero_point: Optional[Tensor],
 
 def _patch_product(q: Tensor, places: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor,
                    weight_scale: Tensor, weight_zero_point: Optional[Tensor]) -> Tensor:
-    """A convolution as products of matrices, row by row of its result.
+    """A convolution as matrix products, one for each row of the result.
 
     Args:
         q (Tensor): Integers of a padded feature map, shape (B, H*W, C).
-        places (Tensor): Which of them are under the kernel, for each row of the
-            result, shape (h, w*k).
-        scale (Tensor): Of ``q``, shape ().
-        zero_point (Tensor): Likewise.
+        places (Tensor): Positions in it that the kernel covers, for each row
+            of the result, shape (h, w*k).
+        scale (Tensor): Scale of ``q``, shape ().
+        zero_point (Tensor): Zero point of ``q``, shape ().
         weight (Tensor): Integers, shape (k*C, out).
-        weight_scale (Tensor): Shape () or (out, ).
-        weight_zero_point (Tensor, optional): The same; None for 0.
+        weight_scale (Tensor): Scale of the weight, shape () or (out, ).
+        weight_zero_point (Tensor, optional): Its zero point, of the same
+            shape; None for 0.
 
     Returns:
         Tensor: Shape (B, h, w, out).
@@ -79,7 +80,7 @@ def _patch_product(q: Tensor, places: Tensor, scale: Tensor, zero_point: Tensor,
 
 
 def _fake_quantize(x: Tensor, low: Tensor, high: Tensor, levels: int) -> Tensor:
-    """OpenVINO's FakeQuantize, its output range being that of its input."""
+    """OpenVINO's FakeQuantize with the same range for input and output."""
     step = (high - low) / (levels - 1)
     q = torch.round((torch.clamp(x, low, high) - low) / step)
     return q * step + low
@@ -117,7 +118,7 @@ def _export_patch_product(g: Any, q: Any, places: Any, scale: Any, zero_point: A
     inputs = [q, places, scale, zero_point, weight, weight_scale]
     if not weight_zero_point.node().mustBeNone():
         inputs.append(weight_zero_point)
-    out = g.op(f'{OWN_DOMAIN}::PatchProduct', *inputs)
+    out = g.op(f'{PATCH_DOMAIN}::PatchProduct', *inputs)
     out.setType(q.type().with_dtype(torch.float32).with_sizes([None] * 4))
     return out
 

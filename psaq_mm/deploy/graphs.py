@@ -1,8 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""A folder of exported graphs, run by an engine in the place of torch modules."""
-import json
+"""A folder of exported graphs, which an engine runs instead of torch modules."""
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Dict, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -10,46 +9,25 @@ from torch import Tensor, nn
 from psaq_mm.errors import UserError
 
 from .engines import ENGINES, Engine
-from .export import MANIFEST
-from .graph_part import Size
-from .hosts import graph_part
-
-
-def read_export(folder: Union[str, Path]) -> Dict[str, Any]:
-    """What ``export.json`` of a folder says.
-
-    Raises:
-        UserError: If there is none, or it is damaged.
-    """
-    path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-        for graph in manifest['graphs']:
-            graph['file'], graph['size']
-        manifest['format'], manifest['source'], manifest['output_names']
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror}); tools/export.py writes such '
-                        'a folder') from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} is damaged ({error}); export again') from error
-    return dict(manifest)
+from .export_manifest import read_export
+from .hosts import find_subgraph
+from .subgraph import Size
 
 
 class Graphs:
-    """Exported graphs of one model, called with images of any of their sizes.
+    """The exported graphs of one model, for images of any of their sizes.
 
     Args:
-        folder (str or Path): Written by :func:`export_graphs`.
+        folder (str or Path): What :func:`export_graphs` wrote.
         backend (str): Name of an engine.
-        threads (int): Threads of the engine, 0 for as many as it likes.
-            Defaults to 0.
+        threads (int): Threads of the engine; 0 lets it choose. Defaults to 0.
         precision (str): ``fp32`` or ``bf16``. Defaults to ``fp32``.
-        sha256 (str, optional): Of the checkpoint that the graphs must have
-            been made of. Defaults to None: any.
+        sha256 (str, optional): Digest of the checkpoint from which the graphs
+            must have been made. Defaults to None: any.
 
     Raises:
-        UserError: If the folder holds none for this engine, or of another
-            checkpoint.
+        UserError: If a file is missing or damaged, or the graphs are for
+            another engine or of another checkpoint.
     """
 
     def __init__(self, folder: Union[str, Path], backend: str, threads: int = 0,
@@ -67,13 +45,16 @@ class Graphs:
             None if g['size'] is None else (g['size'][0], g['size'][1]): g['file']
             for g in self.manifest['graphs']}
         self._engines: Dict[Optional[Size], Engine] = {}
-        self.engine(next(iter(self._files)))  # what cannot be loaded fails here, early
+        self.engine(next(iter(self._files)))  # a graph that cannot be loaded fails early
 
     def engine(self, size: Optional[Size]) -> Engine:
-        """The engine for images of a size, loaded when first asked for.
+        """Return the engine for images of a size; load it at the first call.
+
+        Args:
+            size (tuple[int, int], optional): Height and width.
 
         Raises:
-            UserError: If no graph takes that size.
+            UserError: If no graph accepts that size.
         """
         key = size if size in self._files else None
         if key not in self._files:
@@ -88,9 +69,10 @@ class Graphs:
         return self._engines[key]
 
     def __call__(self, images: Tensor) -> Tuple[Tensor, ...]:
-        """Args:
-            images (Tensor): Normalized, shape (B, C, H, W); the graphs take
-                them one by one.
+        """Run the graph on each image of a batch.
+
+        Args:
+            images (Tensor): Normalized, shape (B, C, H, W).
 
         Returns:
             tuple[Tensor, ...]: The outputs, on the device of the images.
@@ -102,18 +84,21 @@ class Graphs:
                      for k in range(len(rows[0])))
 
     def describe(self) -> str:
-        """Engine, version, threads and precision in a few words."""
+        """Return engine, version, threads and precision in a few words."""
         return next(iter(self._engines.values())).describe()
 
     def install(self, model: nn.Module) -> None:
-        """Let a model of the same config run on these graphs, in place.
+        """Make a model of the same config run on these graphs, in place.
+
+        Args:
+            model (nn.Module): On any device, in any mode.
 
         Raises:
             UserError: If the model has other outputs.
         """
-        part = graph_part(model)
-        if list(part.output_names) != self.manifest['output_names']:
+        subgraph = find_subgraph(model)
+        if list(subgraph.output_names) != self.manifest['output_names']:
             raise UserError(f'{self.folder} holds graphs of another model: outputs '
                             f'{", ".join(self.manifest["output_names"])}, expected '
-                            f'{", ".join(part.output_names)}')
-        part.install(self)
+                            f'{", ".join(subgraph.output_names)}')
+        subgraph.install(self)

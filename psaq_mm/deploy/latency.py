@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Latency of several ways to run one part of a model, in turn."""
+"""Measure the latency of several ways to run a model, in turn."""
 import os
 import statistics
 import time
@@ -18,10 +18,10 @@ COLUMNS = (('side', 'side', '{}'), ('median_ms', 'median ms', '{:.1f}'),
 
 
 def pin(threads: int) -> None:
-    """Run on as many cores as there are threads.
+    """Bind this process to as many cores as there are threads.
 
     Raises:
-        UserError: If there are not so many.
+        UserError: If there are not enough cores.
     """
     if threads < 1:
         raise UserError(f'--threads must be 1 or more, got {threads}')
@@ -35,12 +35,12 @@ def pin(threads: int) -> None:
 
 def interleave(sides: Dict[str, Callable[[], Any]], rounds: int,
                warmup: int = 2) -> Dict[str, List[float]]:
-    """Seconds of each side, measured in turn, so that all see the same noise.
+    """Measure all sides in turn, so that all see the same load of the machine.
 
     Args:
         sides (dict): Name to a function that does the work once.
-        rounds (int): Measured rounds.
-        warmup (int): Rounds before them. Defaults to 2.
+        rounds (int): Number of measured rounds.
+        warmup (int): Number of rounds before them. Defaults to 2.
 
     Returns:
         dict[str, list[float]]: Seconds of each round.
@@ -56,8 +56,8 @@ def interleave(sides: Dict[str, Callable[[], Any]], rounds: int,
 
 
 def summarize(seconds: Dict[str, List[float]], baseline: str) -> List[Dict[str, Any]]:
-    """One row for each side: latency, throughput, and speed by the baseline's
-    in the same round (median)."""
+    """Make one row for each side: latency, throughput, and the median over rounds
+    of its speed relative to the baseline."""
     rows = []
     for side, values in seconds.items():
         ordered = sorted(values)
@@ -70,7 +70,7 @@ def summarize(seconds: Dict[str, List[float]], baseline: str) -> List[Dict[str, 
 
 
 def table(rows: Sequence[Dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+    """Format the rows as a Markdown table."""
     lines = ['| ' + ' | '.join(heading for _, heading, _ in COLUMNS) + ' |',
              '|' + '---|' * len(COLUMNS)]
     for row in rows:
@@ -80,7 +80,7 @@ def table(rows: Sequence[Dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[Dict[str, Any]], title: str, path: Path) -> None:
-    """Draw the latencies as bars."""
+    """Draw the latencies as bars, and save the picture."""
     from io import BytesIO
 
     import matplotlib

@@ -1,58 +1,61 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""A traced part of a model as an ONNX graph."""
+"""Trace a subgraph of a model, and write it as an ONNX graph."""
 import inspect
 import io
 import warnings
-from typing import Any, Collection, Dict, Mapping, Optional
+from pathlib import Path
+from typing import Any, Collection, Dict, List, Mapping, Optional
 
 import numpy as np
 import torch
 from torch import nn
 
+from psaq_mm.checkpoint import save_bytes
 from psaq_mm.errors import UserError
 
-from .export_forms import WeightForm, use_export_forms
-from .graph_ops import OPENVINO_DOMAIN, OPSET, OWN_DOMAIN
-from .graph_part import GraphPart, Size
+from .exportable_ops import make_exportable
+from .exportable_quantizer import ExportableWeight
+from .graph_ops import OPENVINO_DOMAIN, OPSET, PATCH_DOMAIN
 from .packages import require_package
+from .subgraph import Size, Subgraph
 
 INT4_OPSET = 21
-"""The first with 4-bit integers in QuantizeLinear and DequantizeLinear."""
+"""The first operator set with 4-bit integers in DequantizeLinear."""
 
 
-def trace(part: GraphPart, size: Optional[Size], target: str,
+def trace(subgraph: Subgraph, size: Optional[Size], target: str,
           float_roles: Collection[str] = (), batch: int = 1) -> Any:
-    """Trace a part of a model.
+    """Trace a subgraph of a model.
 
     Args:
-        part (GraphPart): Of a calibrated model, or a float one.
+        subgraph (Subgraph): Of a calibrated quantized model, or a float one.
         size (tuple[int, int], optional): Height and width of the images; None
             if they vary.
-        target (str): ``onnx``: QuantizeLinear and DequantizeLinear;
-            ``openvino``: FakeQuantize of OpenVINO for activations.
+        target (str): ``onnx``, for QuantizeLinear and DequantizeLinear; or
+            ``openvino``, for OpenVINO's FakeQuantize of activations.
         float_roles (Collection[str]): Roles whose quantizers are left out.
             Defaults to none.
-        batch (int): Images at once. Defaults to 1.
+        batch (int): Number of images at once. Defaults to 1.
 
     Returns:
         onnx.ModelProto: The graph.
 
     Raises:
-        UserError: If onnx is not installed, or the part cannot be traced.
+        UserError: If onnx is not installed, or the model cannot be traced.
     """
     onnx = require_package('onnx')
-    form = part.export_form(size, batch)
-    use_export_forms(form, target, float_roles)
+    exportable = subgraph.exportable(size, batch)
+    make_exportable(exportable, target, float_roles)
     height, width = size or (224, 224)
-    images = torch.zeros(batch, part.channels, height, width)
-    names = list(part.output_names)
+    images = torch.zeros(batch, subgraph.channels, height, width)
+    names = list(subgraph.output_names)
     dynamic = None
     if size is None:
         dynamic = {name: {2: f'{name}_height', 3: f'{name}_width'}
-                   for name in [part.input_name, *names]}
+                   for name in [subgraph.input_name, *names]}
     buffer: Any = io.BytesIO()
     options: Dict[str, Any] = dict(
-        opset_version=OPSET, input_names=[part.input_name], output_names=names,
+        opset_version=OPSET, input_names=[subgraph.input_name], output_names=names,
         dynamic_axes=dynamic, do_constant_folding=False)  # engines fold; files would grow
     if target == 'openvino':
         options['custom_opsets'] = {OPENVINO_DOMAIN: 1}
@@ -61,28 +64,49 @@ def trace(part: GraphPart, size: Optional[Size], target: str,
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter('ignore')  # of sizes that become constants, as they should
-            torch.onnx.export(form, (images, ), buffer, **options)
+            torch.onnx.export(exportable, (images, ), buffer, **options)
     except UserError:
         raise
-    except Exception as error:  # heads are programs: anything may be raised
+    except Exception as error:  # heads are programs: they may raise anything
         reason = ' '.join(str(error).split())[:300]
-        raise UserError(f'{part.name} cannot be exported ({type(error).__name__}): {reason}') \
-            from error
+        raise UserError(f'{subgraph.modules} cannot be exported ({type(error).__name__}): '
+                        f'{reason}') from error
     model = onnx.load_model_from_string(buffer.getvalue())
-    _name_directly(model)
+    _remove_identities(model)
     if target == 'onnx':
-        _quantize_before_concat(model)  # first: what a Scan takes from around it is no input
-        _write_out_patch_products(model)
-    _pack_small_weights(model, form)
+        _quantize_before_concat(model)  # first: inputs of a Scan's body are not seen by it
+        _expand_patch_products(model)
+    _pack_small_weights(model, exportable)
     return model
 
 
-def _pack_small_weights(model: Any, form: nn.Module) -> None:
-    """Store weights of 4 bits and fewer in ONNX's own 4-bit types."""
+def save_onnx(model: Any, path: Path, about: Mapping[str, str]) -> List[Path]:
+    """Check a graph of standard operators with onnx's own checker, and write it.
+
+    Args:
+        model (onnx.ModelProto): A graph traced for ``onnx``.
+        path (Path): The ``.onnx`` file.
+        about (Mapping[str, str]): What to record in the file.
+
+    Returns:
+        list[Path]: The file.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    onnx = require_package('onnx')
+    onnx.checker.check_model(model, full_check=True)
+    onnx.helper.set_model_props(model, dict(about))
+    save_bytes(model.SerializeToString(), path)
+    return [path]
+
+
+def _pack_small_weights(model: Any, exportable: nn.Module) -> None:
+    """Store weights of up to 4 bits in the 4-bit types of ONNX."""
     onnx = require_package('onnx')
     small = {}
-    for name, module in form.named_modules():
-        if isinstance(module, WeightForm) and module.bits <= 4:
+    for name, module in exportable.named_modules(remove_duplicate=False):
+        if isinstance(module, ExportableWeight) and module.bits <= 4:
             for key in ('integers', 'zero_point'):
                 small[f'{name}.{key}'] = module
     packed = False
@@ -103,9 +127,11 @@ def _pack_small_weights(model: Any, form: nn.Module) -> None:
 
 
 def _raise_opset(model: Any) -> None:
-    """Bring a graph of opset 17 to that of 4-bit integers. Of the operators that
-    torch writes, reductions and splits differ; onnx's own converter does not
-    take graphs with operators of OpenVINO."""
+    """Convert a graph of opset 17 to the first with 4-bit integers.
+
+    Of the operators that torch writes, reductions and splits differ. onnx's own
+    converter refuses graphs with operators of OpenVINO.
+    """
     onnx = require_package('onnx')
     for node in model.graph.node:
         axes = next((a for a in node.attribute if a.name == 'axes'), None)
@@ -122,8 +148,8 @@ def _raise_opset(model: Any) -> None:
             entry.version = INT4_OPSET
 
 
-def _name_directly(model: Any) -> None:
-    """Take out the Identity nodes by which torch shares equal constants."""
+def _remove_identities(model: Any) -> None:
+    """Remove the Identity nodes by which torch shares equal constants."""
     constants = {tensor.name for tensor in model.graph.initializer}
     known: Dict[str, str] = {}
     for node in list(model.graph.node):
@@ -134,20 +160,20 @@ def _name_directly(model: Any) -> None:
             model.graph.node.remove(node)
 
 
-def _write_out_patch_products(model: Any) -> None:
-    """Write convolutions that are products of matrices as a Scan over the rows of
-    their result: Gather, DequantizeLinear, MatMul."""
+def _expand_patch_products(model: Any) -> None:
+    """Replace each PatchProduct by standard operators: a Scan over the rows of
+    the result, with Gather, DequantizeLinear and MatMul in its body."""
     onnx = require_package('onnx')
     make, kinds = onnx.helper, onnx.TensorProto
     shapes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     for index, node in enumerate(list(model.graph.node)):
-        if node.domain != OWN_DOMAIN:
+        if node.domain != PATCH_DOMAIN:
             continue
         q, places, scale, zero_point, weight, *weight_range = node.input
-        own = f'{node.name}/row'
+        prefix = f'{node.name}/row'
 
-        def named(what: str, own: str = own) -> str:
-            return f'{own}/{what}'
+        def named(what: str, prefix: str = prefix) -> str:
+            return f'{prefix}/{what}'
 
         length = onnx.numpy_helper.from_array(
             np.array([0, -1, shapes[weight][0]], dtype=np.int64), named('shape'))
@@ -157,22 +183,24 @@ def _write_out_patch_products(model: Any) -> None:
                  ('DequantizeLinear', [weight, *weight_range], 'weight', dict(axis=1)),
                  ('MatMul', [named('real'), named('weight')], 'product', {})]
         body = make.make_graph(
-            [make.make_node(kind, inputs, [named(output)], name=f'{own}/{kind}_{output}',
+            [make.make_node(kind, inputs, [named(output)], name=f'{prefix}/{kind}_{output}',
                             **attributes) for kind, inputs, output, attributes in steps],
-            own, [make.make_tensor_value_info(named('places'), kinds.INT64, [None])],
+            prefix, [make.make_tensor_value_info(named('places'), kinds.INT64, [None])],
             [make.make_tensor_value_info(named('product'), kinds.FLOAT, [None] * 3)], [length])
         scan = make.make_node('Scan', [places], list(node.output), name=f'{node.name}/Scan',
                               body=body, num_scan_inputs=1, scan_output_axes=[1])
         model.graph.node.remove(node)
         model.graph.node.insert(index, scan)
     for entry in list(model.opset_import):
-        if entry.domain == OWN_DOMAIN:
+        if entry.domain == PATCH_DOMAIN:
             model.opset_import.remove(entry)
 
 
 def _quantize_before_concat(model: Any) -> None:
-    """Let integers be put together, not the floats that they are made of: a
-    quarter of the bytes. The numbers are the same."""
+    """Move QuantizeLinear from the result of a Concat to its inputs.
+
+    The numbers stay the same, and the Concat moves a quarter of the bytes.
+    """
     onnx = require_package('onnx')
     makers = {name: node for node in model.graph.node for name in node.output}
     uses: Dict[str, int] = {}
@@ -186,25 +214,11 @@ def _quantize_before_concat(model: Any) -> None:
         place = list(model.graph.node).index(concat)
         result = node.output[0]
         model.graph.node.remove(node)
-        parts = []
-        for number, name in enumerate(concat.input):
-            parts.append(onnx.helper.make_node(
-                'QuantizeLinear', [name, *node.input[1:]], [f'{result}_{number}'],
-                name=f'{node.name}_{number}'))
-        for part in reversed(parts):
-            model.graph.node.insert(place, part)
+        quantized = [onnx.helper.make_node(
+            'QuantizeLinear', [name, *node.input[1:]], [f'{result}_{number}'],
+            name=f'{node.name}_{number}') for number, name in enumerate(concat.input)]
+        for new in reversed(quantized):
+            model.graph.node.insert(place, new)
         del concat.input[:]
-        concat.input.extend(part.output[0] for part in parts)
+        concat.input.extend(new.output[0] for new in quantized)
         concat.output[0] = result
-
-
-def check_onnx(model: Any) -> None:
-    """Run onnx's own checker on a graph of standard operators."""
-    onnx = require_package('onnx')
-    onnx.checker.check_model(model, full_check=True)
-
-
-def describe_onnx(model: Any, about: Mapping[str, str]) -> None:
-    """Record where a graph came from, in its own metadata."""
-    onnx = require_package('onnx')
-    onnx.helper.set_model_props(model, dict(about))

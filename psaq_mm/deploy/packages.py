@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""The optional packages of deployment, imported when they are used."""
+"""Import the optional packages of deployment when they are used."""
 import importlib
 from typing import Any
 

@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""How far an engine's outputs are from the simulated ones."""
+"""Compare the outputs of an engine with those of the simulation."""
 import math
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -7,22 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from psaq_mm.errors import UserError
 from psaq_mm.quantization import sqnr_db
 
 MINIMUM_SQNR = 35.
-"""Decibel that are expected at 8 bits."""
+"""SQNR in decibels that is expected at 8 bits."""
 
 
 def parity_images(size: Tuple[int, int], low: Tensor, high: Tensor, batch: int = 1,
                   seed: int = 0) -> Tensor:
-    """Images to compare on, without data: noise of several sizes.
+    """Make images to compare on without data: smooth noise of several scales.
 
     Args:
         size (tuple[int, int]): Height and width.
         low (Tensor): Smallest normalized pixel, shape (1, C, 1, 1).
         high (Tensor): Largest normalized pixel, same shape.
-        batch (int): Images. Defaults to 1.
-        seed (int): Defaults to 0.
+        batch (int): Number of images. Defaults to 1.
+        seed (int): Seed of the noise. Defaults to 0.
 
     Returns:
         Tensor: Normalized images of shape (B, C, H, W).
@@ -39,20 +40,30 @@ def parity_images(size: Tuple[int, int], low: Tensor, high: Tensor, batch: int =
 
 def compare(names: Sequence[str], simulated: Sequence[Tensor],
             engine: Sequence[Tensor]) -> List[Dict[str, Any]]:
-    """Differences of outputs.
+    """Measure how far outputs are apart.
 
     Args:
-        names (Sequence[str]): One for each output.
-        simulated (Sequence[Tensor]): By the torch model.
-        engine (Sequence[Tensor]): By the engine, same shapes.
+        names (Sequence[str]): One name for each output.
+        simulated (Sequence[Tensor]): Outputs of the torch model.
+        engine (Sequence[Tensor]): Outputs of the engine, of the same shapes.
 
     Returns:
         list[dict]: ``output``, ``max`` and ``mean`` of the absolute
         difference, and ``sqnr_db``, None where both are equal.
+
+    Raises:
+        UserError: If the number of outputs differs, or an output holds NaN or
+            infinite values.
     """
+    if not len(names) == len(simulated) == len(engine):
+        raise UserError(f'the graph has {len(engine)} outputs, the model {len(simulated)}, '
+                        f'expected {len(names)}: {", ".join(names)}')
     rows = []
     for name, a, b in zip(names, simulated, engine):
         difference = (a - b).abs()
+        if not difference.isfinite().all():
+            raise UserError(f'output {name} holds NaN or infinite values; check the weights of '
+                            'the model')
         ratio = sqnr_db(a, b)
         rows.append(dict(output=name, max=float(difference.max()), mean=float(difference.mean()),
                          sqnr_db=round(ratio, 2) if math.isfinite(ratio) else None))
@@ -60,6 +71,6 @@ def compare(names: Sequence[str], simulated: Sequence[Tensor],
 
 
 def lowest_sqnr(rows: Sequence[Dict[str, Any]]) -> Optional[float]:
-    """The smallest SQNR, None if all outputs are equal."""
+    """Return the smallest SQNR of :func:`compare`, None if all outputs are equal."""
     values = [row['sqnr_db'] for row in rows if row['sqnr_db'] is not None]
     return min(values) if values else None

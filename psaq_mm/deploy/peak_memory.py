@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""How much memory a side of a benchmark takes, in a process of its own.
+"""Measure the memory of one side of a benchmark, in a separate process.
 
     python -m psaq_mm.deploy.peak_memory '{"engine": "openvino", "file": ...}'
 """
@@ -21,8 +21,14 @@ def _mebibytes(key: str) -> float:
 
 
 def added_peak(work: Callable[[], Any]) -> Optional[float]:
-    """Peak resident memory of a piece of work above what was there before, MiB;
-    None where the system does not tell."""
+    """Measure how much a function raises the peak of resident memory.
+
+    Args:
+        work (Callable): The function.
+
+    Returns:
+        float, optional: MiB; None where the system does not tell.
+    """
     if not STATUS.exists():
         return None
     with contextlib.suppress(OSError):  # forget the peak of the imports
@@ -33,7 +39,7 @@ def added_peak(work: Callable[[], Any]) -> Optional[float]:
 
 
 def peak_in_process(job: Dict[str, Any]) -> Optional[float]:
-    """Run :func:`main` on a job in a new process, and return what it measured."""
+    """Run :func:`main` on a job in a new process, and return the MiB or None."""
     done = subprocess.run([sys.executable, '-m', __name__, json.dumps(job)], check=True,
                           capture_output=True, text=True)
     value: Optional[float] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -41,7 +47,7 @@ def peak_in_process(job: Dict[str, Any]) -> Optional[float]:
 
 
 def main(text: str) -> None:
-    """Measure one job, and print MiB or null.
+    """Measure one job, and print the MiB or null.
 
     Args:
         text (str): JSON with ``size``, ``threads`` and ``precision``, and
@@ -63,16 +69,16 @@ def main(text: str) -> None:
         from psaq_mm.engine import build_model, load_config
         from psaq_mm.ops import unwrap
 
-        from .hosts import graph_part
+        from .hosts import find_subgraph
         config = load_config(job['config'], job['options'])
 
         def work() -> None:
             model = build_model(config, job['checkpoint'], job['trust'])
-            part = graph_part(model if job['simulated'] else unwrap(model))
+            subgraph = find_subgraph(model if job['simulated'] else unwrap(model))
             with torch.no_grad(), torch.autocast('cpu', torch.bfloat16,
                                                  enabled=job['precision'] == 'bf16'):
                 for _ in range(2):
-                    part.run(images)
+                    subgraph.run(images)
     print(json.dumps(added_peak(work)))
 
 

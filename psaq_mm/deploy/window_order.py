@@ -1,9 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Padding, cyclic shift and window partition as one gather, and back.
 
-A *slot* is a place in the sequence of windows, a *row token* one in the
-row-by-row feature map. Everything here is arithmetic on height and width, which
-are numbers, or tensors while a graph of variable size is traced.
+A *slot* is a place in the sequence of windows; a *row token* is a token in the
+feature map, counted row by row. All is arithmetic on height and width. They are
+numbers, or tensors while a graph for all sizes is traced.
 """
 from typing import Any, NamedTuple, Optional, Tuple
 
@@ -13,24 +13,28 @@ from torch import Tensor
 Window = Tuple[int, int]
 
 MASKED = -100.
-"""What Swin adds to the logits of tokens that are no neighbours."""
+"""What Swin adds to the logits of two tokens from different regions."""
 
 
 class Grid(NamedTuple):
-    """A table over the places of a map, as what rows and what columns add to it.
+    """A table over a feature map, as one factor or term for rows and columns.
 
-    The two are a few hundred numbers where the table has tens of thousands:
-    files hold them, and engines make the table as they load the graph.
+    The table has tens of thousands of numbers, the two together a few hundred.
+    Files hold the two, and engines compute the table when they load the graph.
+
+    Args:
+        rows (Tensor): Shaped to broadcast with ``cols``.
+        cols (Tensor): Shaped to broadcast with ``rows``.
     """
     rows: Tensor
     cols: Tensor
 
     def sum(self) -> Tensor:
-        """Tensor: Rows plus columns, shape (places, )."""
+        """Add rows and columns: shape (places, )."""
         return (self.rows + self.cols).reshape(-1)
 
     def product(self) -> Tensor:
-        """Tensor: Rows times columns, shape (places, 1)."""
+        """Multiply rows and columns: shape (places, 1)."""
         return (self.rows * self.cols).reshape(-1, 1)
 
 
@@ -38,14 +42,13 @@ class WindowOrder(NamedTuple):
     """Where the tokens of a feature map stand in its windows.
 
     Args:
-        token_of_slot (Grid): Row token of each slot, a sum over the
-            num_windows * N slots; some token for padding.
-        valid (Grid): 1 for slots of tokens and 0 for padding, a product of
-            floats over the same.
-        slot_of_token (Grid): Slot of each row token, a sum over the H * W
-            tokens.
+        token_of_slot (Grid): Row token of each of num_windows * N slots, as a
+            sum; any token for padding.
+        valid (Grid): 1 for slots with a token and 0 for padding, as a product
+            of floats.
+        slot_of_token (Grid): Slot of each of H * W row tokens, as a sum.
         kind (Grid): Kind of each window, an index into :func:`shift_masks`,
-            a sum over num_windows.
+            as a sum.
     """
     token_of_slot: Grid
     valid: Grid
@@ -54,33 +57,33 @@ class WindowOrder(NamedTuple):
 
 
 class MergeOrder(NamedTuple):
-    """Which row tokens patch merging puts side by side.
+    """Which row tokens patch merging concatenates.
 
     Args:
-        token (Grid): Token of each place, a sum over 4 places of each merged
-            token; some token for padding.
-        valid (Grid): 1 for tokens and 0 for padding, a product of floats.
+        token (Grid): Row token of each of the 4 places in each merged token,
+            as a sum; any token for padding.
+        valid (Grid): 1 for tokens and 0 for padding, as a product of floats.
     """
     token: Grid
     valid: Grid
 
 
 def padded(length: Any, window: int) -> Any:
-    """The next multiple of the window."""
+    """Round a length up to a multiple of the window."""
     return (length + (window - 1)) // window * window
 
 
 def _axis(length: Any, window: int, shift: int, roll_first: bool) \
         -> Tuple[Tensor, Tensor, Tensor]:
-    """Along one axis: token of each padded position, whether it is one, and
-    position of each token."""
+    """Along one axis, find the token of each padded position, whether there is
+    one, and the position of each token."""
     total = padded(length, window)
     cycle = length if roll_first else total
     position = torch.arange(total)
     token = (position + shift) % cycle
     if roll_first:  # padding stands behind the rolled map
         valid = position < length
-    else:  # and else it is rolled with the rest
+    else:  # padding is rolled too
         valid = token < length
     back = (torch.arange(length) + shift * cycle - shift) % cycle  # never negative before %
     return token * valid, valid, back
@@ -88,7 +91,7 @@ def _axis(length: Any, window: int, shift: int, roll_first: bool) \
 
 def window_order(height: Any, width: Any, window: Window, shift: Window,
                  roll_first: bool) -> WindowOrder:
-    """Compute where tokens stand.
+    """Compute where tokens are in the windows.
 
     Args:
         height (int or Tensor): Height of the feature map.
@@ -119,10 +122,10 @@ def window_order(height: Any, width: Any, window: Window, shift: Window,
 
 
 def shift_masks(window: Window, shift: Window) -> Optional[Tensor]:
-    """The attention masks of shifted windows.
+    """Compute the attention masks of shifted windows.
 
-    There are four kinds of windows, whatever the size of the feature map:
-    inside, in the last column, in the last row, and in both.
+    A feature map of any size has four kinds of windows: inside, in the last
+    column, in the last row, and in both.
 
     Args:
         window (tuple[int, int]): Height and width of a window.
@@ -145,12 +148,13 @@ def shift_masks(window: Window, shift: Window) -> Optional[Tensor]:
 
 
 def merge_order(height: Any, width: Any, neighbours: Tuple[Window, ...]) -> MergeOrder:
-    """Compute what patch merging puts side by side.
+    """Compute which tokens patch merging concatenates.
 
     Args:
         height (int or Tensor): Height of the feature map; odd ones are padded.
         width (int or Tensor): Width of the feature map.
-        neighbours (tuple): Offsets (down, right) in the order of the channels.
+        neighbours (tuple): Offsets (down, right) of the four patches in the order
+            of the channels.
 
     Returns:
         MergeOrder: The tables.

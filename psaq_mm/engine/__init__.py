@@ -2,10 +2,10 @@
 """What mmengine sees: configs, runner, hooks, and the tools' shell."""
 from .config import custom_hooks, has_recipe, load_config, read_recipe
 from .hooks import PSAQHook
-from .model import build_float_model, build_model, resolve_device
+from .model import build_float_model, build_model, init_model, resolve_device
 from .runner import PSAQRunner
 
 __all__ = [
     'PSAQHook', 'PSAQRunner', 'build_float_model', 'build_model', 'custom_hooks', 'has_recipe',
-    'load_config', 'read_recipe', 'resolve_device'
+    'init_model', 'load_config', 'read_recipe', 'resolve_device'
 ]

@@ -2,21 +2,24 @@
 """The shell around the tools: clear errors and exit statuses."""
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, List, Mapping, Optional
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import is_distributed
+from mmengine.hooks import EMAHook, Hook
+from mmengine.utils import is_method_overridden
 
 from psaq_mm.checkpoint import sha256_of_file
 from psaq_mm.errors import UserError
 from psaq_mm.registry import DATASETS
 from psaq_mm.sections import is_integer
 
-from .config import custom_hooks
+from .config import custom_hooks, hook_class
 
 CHECKPOINT_HOOK = 'psaq_mm.QuantizedCheckpointHook'
 
@@ -195,7 +198,8 @@ def require_backend(backend: str, exported: Optional[str], threads: int, precisi
 
 def hooks_for_test(config: Config, checkpoint: str, backend: str, folder: Optional[str],
                    threads: int, precision: str) -> List[Any]:
-    """The config's own hooks, and those that load a checkpoint and run an engine.
+    """The config's own hooks but those of training, and those that load a checkpoint and run
+    an engine.
 
     Args:
         config (Config): Ours, or a plain one of a host.
@@ -208,7 +212,8 @@ def hooks_for_test(config: Config, checkpoint: str, backend: str, folder: Option
     Raises:
         UserError: If ``custom_hooks`` is no list of hooks.
     """
-    hooks = custom_hooks(config)
+    hooks = [hook for hook in custom_hooks(config)
+             if not _only_trains(hook, config.get('default_scope') or 'mmdet')]
     if not any(isinstance(hook, dict) and hook['type'] == CHECKPOINT_HOOK for hook in hooks):
         hooks.append(dict(type=CHECKPOINT_HOOK))  # a plain config
     if backend != 'torch':
@@ -218,11 +223,51 @@ def hooks_for_test(config: Config, checkpoint: str, backend: str, folder: Option
     return hooks
 
 
-def drop_training(config: Config) -> None:
-    """Take out what only training needs: its data need not be here. One family's hook that
-    draws segmentations would open them."""
+def _only_trains(hook: Any, scope: str) -> bool:
+    """Whether a hook acts in training or validation alone, or holds averaged weights, which a
+    checkpoint has in the place of the raw ones when it is saved."""
+    kind = hook_class(hook, scope)
+    if not isinstance(kind, type) or not issubclass(kind, Hook):
+        return False  # mmengine says what is wrong
+    if issubclass(kind, EMAHook):
+        return True
+    overridden = {name for name in dir(Hook) if is_method_overridden(name, Hook, kind)}
+    training = any(re.search('train|val|save', name) for name in overridden)
+    return training and not any(re.search('test|load|_epoch$|_iter$', name)
+                                and not re.search('train|val', name) for name in overridden)
+
+
+def prepare_for_test(config: Config) -> None:
+    """Take out what only training needs: its data need not be here, and a test resumes
+    nothing. One family's hook that draws segmentations would open the data."""
     for key in ('train_cfg', 'train_dataloader', 'optim_wrapper', 'param_scheduler'):
         config.pop(key, None)
+    for name, hook in (config.get('default_hooks') or {}).items():
+        if hook and _only_trains(hook, config.get('default_scope') or 'mmdet'):
+            config.default_hooks[name] = None
+    config.resume = False
+
+
+def keep_local(config: Config) -> None:
+    """Leave the visualizer its local files alone.
+
+    TensorBoard, Weights & Biases and the like are told the whole config and all results, and
+    may send them out of the house.
+    """
+    visualizer = config.get('visualizer')
+    if not isinstance(visualizer, Mapping) or not visualizer.get('vis_backends'):
+        return
+    backends = visualizer['vis_backends']
+    backends = backends if isinstance(backends, (list, tuple)) else [backends]
+    kinds = [backend.get('type') if isinstance(backend, Mapping) else type(backend)
+             for backend in backends]
+    names = [kind.__name__ if isinstance(kind, type) else str(kind) for kind in kinds]
+    dropped = [name for name in names if not name.endswith('LocalVisBackend')]
+    if dropped:
+        config.visualizer.vis_backends = [
+            backend for backend, name in zip(backends, names) if name not in dropped]
+        print(f'not used: {", ".join(dropped)} of visualizer.vis_backends, which may send results '
+              'away; --use-vis-backends uses all of them')
 
 
 def draw_predictions(config: Config, folder: str) -> None:

@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """OpenMMLab configs, and the recipe that is in one."""
 import difflib
+import importlib.util
 import logging
 from contextlib import contextmanager
 from dataclasses import fields
@@ -14,6 +15,7 @@ from mmengine.hooks import Hook
 from psaq_mm.errors import UserError
 from psaq_mm.recipe import Recipe
 from psaq_mm.recipe.merging import DELETE
+from psaq_mm.registry import HOOKS
 from psaq_mm.sections import nearest
 
 SECTIONS = tuple(field.name for field in fields(Recipe))
@@ -74,7 +76,8 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
     """Read a config file; ``psaq_mm::`` and ``mmseg::`` bases resolve.
 
     Args:
-        path (str or Path): The config file.
+        path (str or Path): The config file, or the name of one that a package ships, such as
+            ``psaq_mm::mask_rcnn_swin_t_w8a8.py``.
         options (dict, optional): Dotted keys to values, as from
             ``--cfg-options``. Defaults to None.
 
@@ -84,10 +87,11 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
     Raises:
         UserError: If a file is missing or cannot be parsed.
     """
-    if Path(path).suffix in ('.pth', '.pt', '.safetensors'):
+    path = _locate(path)
+    if path.suffix in ('.pth', '.pt', '.safetensors'):
         raise UserError(f'config {path} looks like a checkpoint; the config comes first, then '
                         'the checkpoint')
-    if not Path(path).is_file():
+    if not path.is_file():
         raise UserError(f'config {path} does not exist; expected a Python config file such as '
                         'configs/mask_rcnn_swin_t_w8a8.py')
     try:
@@ -102,6 +106,9 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
         reason = ' '.join(str(error).split())[:500]
         if '.mim' in reason:
             reason += '. Is psaq_mm installed? Run make, or pip install it.'
+        if 'Duplicate key is not allowed among bases' in reason:
+            reason += ('. A config that sets one of them itself cannot have our base: inherit '
+                       "that one alone, and write recipe = 'w8a8' (docs/configuration.md)")
         raise UserError(f'config {path} cannot be read ({type(error).__name__}): {reason}') \
             from error
     if config.get('model') is None:
@@ -112,6 +119,17 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
     if not isinstance(logging.getLevelName(level), int) and not isinstance(level, int):
         raise UserError(f'log_level must be one of DEBUG, INFO, WARNING, ERROR, got {level!r}')
     return config
+
+
+def _locate(path: Union[str, Path]) -> Path:
+    """The file of a config, which a package may ship as ``package::name``."""
+    package, _, name = str(path).partition('::')
+    if not name:
+        return Path(path)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f'config {path}: no package {package!r} is installed')
+    return Path(spec.submodule_search_locations[0]) / '.mim' / 'configs' / name
 
 
 def custom_hooks(config: Config) -> List[Any]:
@@ -128,6 +146,26 @@ def custom_hooks(config: Config) -> List[Any]:
         if not isinstance(hook, Hook) and not isinstance(kind, (str, type)):
             raise UserError(f'custom_hooks: {hook!r} names no type of hook')
     return list(hooks)
+
+
+def hook_class(hook: Any, scope: str) -> Optional[type]:
+    """The class of a hook that is registered here, in a host or in mmengine.
+
+    Args:
+        hook (Any): A hook, or a dict with its type, a class or a name.
+        scope (str): The host's, where names without a scope are looked up too.
+
+    Returns:
+        type, optional: None if there is no such hook.
+    """
+    kind = hook.get('type') if isinstance(hook, Mapping) else type(hook)
+    if not isinstance(kind, str):
+        return kind
+    found: Optional[type] = HOOKS.get(kind)
+    if found is None:
+        with HOOKS.switch_scope_and_registry(scope) as registry:
+            found = registry.get(kind)
+    return found
 
 
 def _reject_new_keys(config: Config, options: Dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The float model of a config, and the device it runs on."""
 import copy
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from mmengine.config import Config
@@ -15,6 +17,9 @@ from psaq_mm.checkpoint import (
     load_quantized_state,
 )
 from psaq_mm.errors import UserError
+
+from .config import load_config
+from .dataset_meta import inference_config, read_dataset_meta
 
 
 def resolve_device(name: str) -> torch.device:
@@ -82,9 +87,57 @@ def build_model(config: Config, path: str, trust: bool = False) -> nn.Module:
     Raises:
         UserError: If the checkpoint cannot be read or is of another model.
     """
+    return _build(config, path, trust)[0]
+
+
+def _build(config: Config, path: str, trust: bool) -> Tuple[nn.Module, Dict[str, Any]]:
+    """The model with its weights, and the checkpoint's ``meta``."""
     checkpoint = load_checkpoint_file(path, trust=trust)
     model = build_float_model(config)
     load = load_quantized_state if is_quantized(checkpoint) else load_float_state
     load(model, checkpoint, path)
     model.eval()
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    return model, meta if isinstance(meta, dict) else {}
+
+
+def init_model(config: Union[str, Path, Config], checkpoint: Union[str, Path],
+               device: Union[str, torch.device] = 'cpu',
+               cfg_options: Optional[Dict[str, Any]] = None, trust: bool = False) -> nn.Module:
+    """A model that is ready to predict, as mmdet's ``init_detector`` and mmseg's
+    ``init_model`` give it: quantized if the checkpoint is.
+
+    .. code-block:: python
+
+        model = psaq_mm.init_model('my_model_w8a8.py', 'quantized.pth')
+        mmdet.apis.inference_detector(model, 'image.jpg')  # or mmseg.apis.inference_model
+
+    Args:
+        config (str or Path or Config): The model's config; a ``Config`` is not changed.
+        checkpoint (str or Path): A float or a quantized checkpoint.
+        device (str or torch.device): Where it runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+            Defaults to ``cpu``.
+        cfg_options (dict, optional): Dotted keys of the config to values. Defaults to None.
+        trust (bool): Whether the checkpoint may run code when it is read. Defaults to False.
+
+    Returns:
+        nn.Module: The model, in eval mode. Its ``cfg`` is a copy of the config, whose test
+        pipeline takes images without annotations; its ``dataset_meta`` holds ``classes`` and
+        ``palette``.
+
+    Raises:
+        UserError: If a file cannot be read, or they do not belong together, or there is no such
+            device.
+    """
+    if isinstance(config, Config):
+        config = copy.deepcopy(config)
+        config.merge_from_dict(cfg_options or {})
+    else:
+        config = load_config(config, cfg_options)
+    where = resolve_device(str(device))
+    model: Any
+    model, meta = _build(config, str(checkpoint), trust)
+    model.dataset_meta = read_dataset_meta(config, meta, model)
+    model.cfg = inference_config(config)
+    model.to(where)
     return model

@@ -25,10 +25,10 @@ from psaq_mm.errors import UserError
 from psaq_mm.pipeline import Pipeline
 from psaq_mm.processes import stopping_together
 from psaq_mm.recipe.merging import plain_copy
-from psaq_mm.registry import HOOKS, RUNNERS
+from psaq_mm.registry import RUNNERS
 from psaq_mm.student import scope_of
 
-from .config import custom_hooks, read_recipe
+from .config import custom_hooks, hook_class, read_recipe
 from .hooks import PSAQHook
 
 
@@ -160,9 +160,7 @@ class PSAQRunner(Runner):
         """
         hooks: List[Any] = [dict(type=f'psaq_mm.{name}') for name in cls.default_psaq_hooks]
         for hook in custom_hooks(config):
-            kind = hook['type'] if isinstance(hook, Mapping) else type(hook)
-            if isinstance(kind, str):
-                kind = HOOKS.get(kind)
+            kind = hook_class(hook, config.get('default_scope') or 'mmdet')
             if kind is None:
                 raise UserError(f'custom_hooks: {hook.get("type")!r} is not registered; import '
                                 'its file by custom_imports')

@@ -206,7 +206,7 @@ class Evolver:
         return gradient, values
 
     def _end_sampling(self) -> None:
-        """Take the images of the round into the buffer."""
+        """Add the images of the round to the buffer."""
         assert self.pixels is not None
         parts = all_gather(self.pixels.images.detach())
         self.buffer.add(torch.cat([part.cpu() for part in parts]))

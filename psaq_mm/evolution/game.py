@@ -65,6 +65,9 @@ def evolver(student: nn.Module, teacher: nn.Module, images: Tensor, settings: Ev
     require_calibrated(student, 'evolve')
     require_float(teacher, 'evolve (as teacher)')
     require_images(images, 'evolve')
+    if module_device(student) != module_device(teacher):
+        raise UserError(f'the student is on {module_device(student)} and the teacher on '
+                        f'{module_device(teacher)}: move them to one device first')
     require_teacher_of(student, teacher)
     adapter = find_adapter(student)
     groups = settings.chosen_groups(adapter.tap_groups(student))

@@ -11,7 +11,7 @@ class ImageBuffer:
 
     The first images, made by the prior alone, always stay: images that only
     fool the student can be worse to learn from than those [choice; peer:
-    SARDFQ]. Of what came later, the oldest make room.
+    SARDFQ]. Of what came later, the oldest are dropped first.
 
     Args:
         images (Tensor): Those of the warm start, shape (N, C, H, W), on the

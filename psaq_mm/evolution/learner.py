@@ -110,9 +110,9 @@ class StudentLearner:
             FloatingPointError: If D or a gradient is not finite; the student
                 is then as before.
         """
-        loss = self.discrepancy(teacher, images).mean()
-        value = float(loss.detach())
         with stopping_together():
+            loss = self.discrepancy(teacher, images).mean()
+            value = float(loss.detach())
             if not math.isfinite(value):
                 raise FloatingPointError(f'the discrepancy is {value:g}')
         loss.backward()

@@ -66,8 +66,11 @@ class QuantOp(nn.Module):
         if quantizer is not None:
             quantizer.start_observing()
             assert quantizer.observer is not None
-            quantizer.observer.observe(self.weight, quantizer.axis)
-            quantizer.finish_observing()
+            try:
+                quantizer.observer.observe(self.weight, quantizer.axis)
+                quantizer.finish_observing()
+            finally:
+                quantizer.observer = None
 
     @property
     def float_module(self) -> nn.Module:

@@ -1,8 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which modules of a model are quantized, and how: a plan, before any change."""
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Dict, List, Sequence
+from typing import TYPE_CHECKING, Dict, FrozenSet, List, Sequence
 
+from mmengine.logging import print_log
 from torch import nn
 
 from psaq_mm.errors import UserError
@@ -64,12 +65,20 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
     _require_matches('include', settings.include, candidates, f' in scope {settings.scope!r}')
     # These may name what another scope would hold.
     _require_matches('exclude', settings.exclude, list(roles))
+    # Nobody wrote those of the defaults, and a placement or model may lack what they name.
+    unasked = QuantizationSettings().overrides
     _require_matches('overrides', [p for p in settings.overrides
-                                   if p != '_scope_' and not p.startswith('@')], list(roles))
+                                   if p not in unasked and not p.startswith('@')], list(roles))
     plan: Plan = {}
+    predictors: FrozenSet[str] = frozenset()
+    if settings.scope == 'model':
+        predictors = adapter.predictors(model)
+        print_log('layers whose output is that of the model: '
+                  f'{", ".join(name for name in candidates if name in predictors) or "none"}',
+                  logger='current')
     for name in candidates:
         if _any_match(name, settings.include) and not _any_match(name, settings.exclude):
-            kinds = adapter.kinds(model, name)
+            kinds = adapter.kinds(model, name, predictors)
             plan[name] = {r: settings.spec_for(name, r, kinds) for r in roles[name]}
     if not plan:
         raise UserError('quantization: nothing is left to quantize after include, exclude and '

@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Numbers to integers and back. Pure torch: this room knows no model."""
+"""Numbers to integers and back. Pure torch: nothing here knows a model."""
 from .channel_width import excess_width
 from .fake_quantize import dequantize, fake_quantize, quantize_to_integers
 from .gptq import gptq_round, second_moments

@@ -41,8 +41,8 @@ class QuantSpec:
             (out, in) has scales of shape (out,). Defaults to ``per_tensor``.
         observer (dict): Config of the range rule in the OBSERVERS registry.
             Defaults to ``dict(type='MinMaxObserver')``.
-        margin (float): Room beyond what was observed, for values that the
-            images at hand do not show: the range is widened by the factor
+        margin (float): How far the range is widened beyond what was observed, for
+            values that the images at hand do not show: by the factor
             ``1 + margin * 2^(bits - 8)``, so it costs the same absolute
             step at any width [choice]. 1 doubles an 8-bit range and widens a
             4-bit one by 6 %. Defaults to 0.
@@ -50,7 +50,7 @@ class QuantSpec:
             leave, such as (0, 1) of a softmax output; the margin ends there.
             Defaults to None.
         rounding (str): ``nearest``, or ``gptq``: weights that the student has
-            not learnt end on the integers that keep the outputs of their layer
+            not learned end on the integers that keep the outputs of their layer
             (:mod:`psaq_mm.quantization.gptq`). Activations have ``nearest``.
             Defaults to ``nearest``.
 

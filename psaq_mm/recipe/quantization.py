@@ -87,7 +87,8 @@ class QuantizationSettings:
             Defaults to range rules for softmax outputs and layer inputs.
         overrides (dict): Wildcard, or ``@`` and one of :data:`KINDS`, to a
             dict with ``weight``, ``activation`` or role keys, applied last
-            and in order. A wildcard must match a module, a kind need not.
+            and in order. A wildcard other than the defaults' must match a
+            module, a kind need not.
             Defaults to rules for a few kinds of layers.
         channel_limit (float, optional): How many times the width of the median
             channel a channel after a LayerNorm may have, at least 1; what is

@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Set the ranges of a student on images."""
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from mmengine.dist import all_gather_object, get_world_size
@@ -94,14 +94,14 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
             finite; it names the module and role. No range has changed then.
     """
     observed: Dict[Quantizer, str] = {}
-    weights: Dict[Quantizer, QuantOp] = {}
+    weights: Dict[Quantizer, Tuple[str, QuantOp]] = {}
     for name, op in named_quant_ops(model):
         for role, quantizer in op.quantizers.items():
             assert isinstance(quantizer, Quantizer)
             if role != 'weight':
                 observed[quantizer] = f'{name} ({role})'
             elif not quantizer.calibrated:
-                weights[quantizer] = op
+                weights[quantizer] = f'{name} (weight)', op
     before = {q: (q.scale, q.zero_point, q.learned) for q in (*observed, *weights)}
     for quantizer in observed:
         quantizer.start_observing()
@@ -113,13 +113,12 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
                 if progress is not None:
                     progress(len(batch))
         _merge_processes(list(observed))
-        for quantizer, name in observed.items():
+        steps = [(name, quantizer.finish_observing) for quantizer, name in observed.items()]
+        for name, set_range in (*steps, *((n, op.set_weight_range) for n, op in weights.values())):
             try:
-                quantizer.finish_observing()
+                set_range()
             except ValueError as error:
                 raise ValueError(f'{name}: {error}') from error
-        for op in weights.values():
-            op.set_weight_range()
     except BaseException:
         for quantizer, (scale, zero_point, learned) in before.items():
             quantizer.restore_range(scale, zero_point, learned)

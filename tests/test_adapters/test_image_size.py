@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 from mmdet.models.backbones.swin import SwinTransformer as DetSwin
-from mmseg.models.backbones.swin import SwinTransformer as SegSwin
 from mmengine.logging import MMLogger
+from mmseg.models.backbones.swin import SwinTransformer as SegSwin
 
 import psaq_mm
 from psaq_mm.adapters import find_adapter

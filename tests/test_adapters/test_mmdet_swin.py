@@ -568,18 +568,6 @@ def test_output_points_and_patch_embedding():
     assert not ADAPTER.is_patch_embed(detector.backbone, 'backbone.patch_embed.projection')
 
 
-def test_predictors():
-    detector = Detector()
-    for name in ('roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.2.fc_reg', 'rpn_head.rpn_cls',
-                 'roi_head.mask_head.conv_logits', 'bbox_head.retina_reg', 'bbox_head.conv_cls',
-                 'bbox_head.atss_centerness', 'decode_head.conv_seg'):
-        assert ADAPTER.is_predictor(detector, name)
-    for name in ('roi_head.bbox_head.shared_fcs.0', 'bbox_head.cls_convs.0.conv', 'neck.conv',
-                 'rpn_head.rpn_conv', 'backbone.fc_cls', 'bbox_head.regress', ''):
-        assert not ADAPTER.is_predictor(detector, name)
-    assert not ADAPTER.is_predictor(detector.backbone, 'fc_cls')  # a backbone alone has none
-
-
 def test_valid_range():
     mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
     low, high = ADAPTER.valid_range(Detector(mean=mean, std=std, bgr_to_rgb=True))

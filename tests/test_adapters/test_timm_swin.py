@@ -460,12 +460,11 @@ def test_names(build):
     for name in ('head', 'head.fc', 'head.global_pool'):
         assert not ADAPTER.in_scope(model, prefix + name, 'backbone')
         assert ADAPTER.in_scope(model, prefix + name, 'model')
-        assert ADAPTER.is_predictor(model, prefix + name)
     for name in ('layers.0', 'norm', 'patch_embed', 'header', 'layers.0.head'):
         assert ADAPTER.in_scope(model, prefix + name, 'backbone')
-        assert not ADAPTER.is_predictor(model, prefix + name)
     assert [name for name, _ in model.named_modules() if ADAPTER.is_patch_embed(model, name)] == [
         prefix + 'patch_embed.proj']
+    assert ADAPTER.predictors(model) == {prefix + name for name in {'head.fc'}}
     assert not ADAPTER.runs_on_proposals(model, prefix + 'layers.0')
     readers = ADAPTER.norm_readers(model)
     blocks = [name for name, m in model.named_modules() if isinstance(m, SwinTransformerBlock)]

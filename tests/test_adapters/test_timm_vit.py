@@ -412,12 +412,11 @@ def test_names(build):
     for name in ('head', 'head_dist', 'fc_norm', 'attn_pool.q'):
         assert not ADAPTER.in_scope(model, prefix + name, 'backbone')
         assert ADAPTER.in_scope(model, prefix + name, 'model')
-        assert ADAPTER.is_predictor(model, prefix + name)
     for name in ('blocks.0', 'norm', 'patch_embed', 'blocks.0.head', 'head_drop'):
         assert ADAPTER.in_scope(model, prefix + name, 'backbone')
-        assert not ADAPTER.is_predictor(model, prefix + name)
     assert [name for name, _ in model.named_modules() if ADAPTER.is_patch_embed(model, name)] == [
         prefix + 'patch_embed.proj']
+    assert ADAPTER.predictors(model) == {prefix + name for name in {'head', 'head_dist'}}
     assert not ADAPTER.is_output_point(model, prefix + 'attn_pool.mlp.fc2')
     blocks = [f'{prefix}blocks.{i}' for i in range(2)]
     assert ADAPTER.norm_readers(model) == {

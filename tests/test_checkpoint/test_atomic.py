@@ -1,10 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 import errno
 import json
+import multiprocessing
 import os
+import re
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -255,3 +258,77 @@ def test_ensure_writable_dir_leaves_nothing_behind(tmp_path, monkeypatch):
             ensure_writable_dir(tmp_path / 'old')
     assert os.listdir(tmp_path) == ['old']
     assert os.listdir(tmp_path / 'old') == []
+
+
+# What a killed process leaves behind
+
+
+@pytest.fixture
+def saving(tmp_path):
+    """A process in the middle of a save."""
+    fork = multiprocessing.get_context('fork')
+    writing = fork.Event()
+
+    def write(file):
+        file.write(b'half')
+        file.flush()
+        writing.set()
+        time.sleep(600)
+
+    process = fork.Process(target=atomic_write, args=(tmp_path / 'a.pth', write))
+    process.start()
+    assert writing.wait(60)
+    yield process
+    process.kill()
+    process.join()
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='nothing is locked')
+def test_next_save_removes_what_a_killed_one_left(saving, tmp_path):
+    (tmp_path / '.0123456789abcdef.tmp').write_bytes(b'not of this name')
+    (tmp_path / '.psaq_mm-notes.tmp').write_bytes(b'nor this')
+    others = set(os.listdir(tmp_path))
+    (left, ) = (name for name in others if re.fullmatch(r'\.psaq_mm-[0-9a-f]{16}\.tmp', name))
+    save_bytes(b'x', tmp_path / 'b.pth')
+    ensure_writable_dir(tmp_path)
+    assert set(os.listdir(tmp_path)) == {*others, 'b.pth'}  # a live process goes on with its own
+    saving.kill()
+    saving.join()
+    assert (tmp_path / left).read_bytes() == b'half'
+    save_bytes(b'y', tmp_path / 'b.pth')
+    assert set(os.listdir(tmp_path)) == {*others, 'b.pth'} - {left}
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='nothing is locked')
+def test_many_processes_save_into_one_folder(tmp_path, monkeypatch):
+    """None takes the file of another for left behind."""
+    monkeypatch.setattr(os, 'fsync', lambda descriptor: None)
+
+    def save(name):
+        for size in range(400):
+            save_bytes(b'x' * size, tmp_path / name)
+
+    fork = multiprocessing.get_context('fork')
+    processes = [fork.Process(target=save, args=(name, )) for name in 'abaa']
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert sorted(os.listdir(tmp_path)) == ['a', 'b']
+    assert (tmp_path / 'a').stat().st_size == (tmp_path / 'b').stat().st_size == 399
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'listdir', raiser(errno.EACCES))
+    save_bytes(b'x', tmp_path / 'a')
+    assert (tmp_path / 'a').read_bytes() == b'x'
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='nothing is locked')
+def test_a_share_without_locks(tmp_path, monkeypatch):
+    import fcntl
+    monkeypatch.setattr(fcntl, 'flock', raiser(errno.ENOLCK))
+    (tmp_path / '.psaq_mm-0123456789abcdef.tmp').write_bytes(b'of whom?')
+    save_bytes(b'x', tmp_path / 'a')
+    assert sorted(os.listdir(tmp_path)) == ['.psaq_mm-0123456789abcdef.tmp', 'a']

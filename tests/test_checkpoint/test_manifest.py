@@ -32,6 +32,10 @@ def small():
     return model
 
 
+def format_of(spec):
+    return QuantSpec(bits=spec.bits, symmetric=spec.symmetric, granularity=spec.granularity)
+
+
 @pytest.fixture
 def checkpoint():
     return {'state_dict': {}, MANIFEST_KEY: build_manifest(small())}
@@ -42,40 +46,47 @@ def plan_of(checkpoint):
 
 
 def test_content():
-    rest = dict(observer=dict(type='MinMaxObserver'), margin=0., bounds=None)
     assert build_manifest(small(), dict(seed=3, source='swin.pth')) == dict(
         format_version=FORMAT_VERSION,
         psaq_mm_version=psaq_mm.__version__,
-        learnable_ranges=False,
         modules={'0': dict(op='QuantLinear', weight_shape=[3, 2], roles=dict(
-            weight=dict(bits=4, symmetric=True, granularity='per_channel', **rest),
-            input=dict(bits=8, symmetric=False, granularity='per_tensor', **rest)))},
+            weight=dict(bits=4, symmetric=True, granularity='per_channel'),
+            input=dict(bits=8, symmetric=False, granularity='per_tensor')))},
         seed=3, source='swin.pth')
 
 
-@pytest.mark.parametrize('key', ['format_version', 'psaq_mm_version', 'learnable_ranges',
-                                 'modules'])
+@pytest.mark.parametrize('key', ['format_version', 'psaq_mm_version', 'modules'])
 def test_own_entries_cannot_be_replaced(key):
     with pytest.raises(UserError, match=f'{key}.* cannot be recorded'):
         build_manifest(small(), {key: 1})
 
 
 @pytest.mark.parametrize('settings', [
-    dict(), dict(placement='v1', activation=dict(bits=4)), dict(learnable_ranges=True),
+    dict(), dict(placement='v1', activation=dict(bits=4)),
     dict(weight=dict(bits=2, symmetric=False, observer=dict(type='MSEObserver', candidates=9))),
     dict(include='stages.1.*', overrides={'*.qkv': dict(weight=dict(bits=5))}),
 ])
 def test_plan_survives(settings):
-    """From a plan to a manifest, through JSON, and back to the same plan."""
+    """From a plan to a manifest, through JSON, and back to the same formats."""
     model = swin()
     chosen = QuantizationSettings.from_dict(settings)
     plan = plan_quantization(model, chosen, find_adapter(model))
-    apply_plan(model, plan, chosen.learnable_ranges)
+    apply_plan(model, plan)
     manifest = json.loads(json.dumps(build_manifest(model)))
-    assert manifest['learnable_ranges'] is chosen.learnable_ranges
     for name, entry in manifest['modules'].items():
         assert entry['op'] == type(model.get_submodule(name)).__name__
-    assert plan_of({MANIFEST_KEY: manifest}) == plan
+    assert plan_of({MANIFEST_KEY: manifest}) == {
+        name: {role: format_of(spec) for role, spec in specs.items()}
+        for name, specs in plan.items()}
+
+
+def test_how_a_range_was_found_is_ignored(checkpoint):
+    """Format 1 told it, and the observer may be known nowhere else."""
+    before = plan_of(checkpoint)
+    checkpoint[MANIFEST_KEY].update(format_version=1, learnable_ranges=True)
+    checkpoint[MANIFEST_KEY]['modules']['0']['roles']['input'].update(
+        observer=dict(type='HalfObserver', share=0.5), margin=1., bounds=[0, 1])
+    assert plan_of(checkpoint) == before
 
 
 def test_number_of_modules():
@@ -118,7 +129,7 @@ def test_damaged_version(checkpoint, version):
 
 def test_newer_version(checkpoint):
     checkpoint[MANIFEST_KEY] = dict(format_version=FORMAT_VERSION + 1)  # whatever else it holds
-    with pytest.raises(UserError, match='format version 2, this psaq_mm reads up to 1: update'):
+    with pytest.raises(UserError, match='format version 3, this psaq_mm reads up to 2: update'):
         read_manifest(checkpoint)
 
 
@@ -168,13 +179,13 @@ def test_damaged_shape(checkpoint, shape):
         plan_of(checkpoint)
 
 
+RIGHT = dict(bits=8, symmetric=True, granularity='per_tensor')
+
+
 @pytest.mark.parametrize('spec', [
-    None, [], 'text', 5, dict(bits=9), dict(bits=1), dict(bits='8'), dict(bits=None),
-    dict(symmetric=1), dict(granularity='per_row'), dict(granularity=['per_tensor']),
-    dict(bitz=8), {1: 2}, dict(observer=None), dict(observer='MinMaxObserver'), dict(observer={}),
-    dict(observer=dict(type='NoObserver')), dict(observer=dict(type=5)),
-    dict(observer=dict(type=['MinMaxObserver'])), dict(observer=dict(type='MinMaxObserver', x=1)),
-    dict(observer=dict(type='MSEObserver', candidates='x')), dict(observer={1: 2, 'type': 3}),
+    None, [], 'text', 5, {1: 2}, dict(bits=8, symmetric=True), dict(RIGHT, bits=9),
+    dict(RIGHT, bits=1), dict(RIGHT, bits='8'), dict(RIGHT, bits=None), dict(RIGHT, symmetric=1),
+    dict(RIGHT, granularity='per_row'), dict(RIGHT, granularity=['per_tensor']),
 ])
 def test_damaged_spec(checkpoint, spec):
     checkpoint[MANIFEST_KEY]['modules']['0']['roles']['input'] = spec

@@ -1,4 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+import contextlib
 import copy
 import math
 import os
@@ -10,11 +11,21 @@ from mmdet.models.backbones.swin import SwinTransformer
 from torch import nn
 
 import psaq_mm
-from psaq_mm.checkpoint import MANIFEST_KEY, quantized_checkpoint, size_of_quantized
+from psaq_mm.checkpoint import (
+    MANIFEST_KEY,
+    STATE_KEY,
+    guarded,
+    load_checkpoint_file,
+    load_quantized_state,
+    quantized_checkpoint,
+    size_of_quantized,
+)
 from psaq_mm.checkpoint.quantized_checkpoint import plain, prepare_for_loading
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, quantization_enabled
 from psaq_mm.quantization import Quantizer
+from psaq_mm.quantization.observers import MinMaxObserver
+from psaq_mm.registry import OBSERVERS
 
 
 def swin(seed=0, embed_dims=16, depths=(2, 2)):
@@ -70,10 +81,8 @@ SETTINGS = {
     'asymmetric W2 per tensor': dict(weight=dict(symmetric=False, bits=2,
                                                  granularity='per_tensor')),
     'symmetric activations': dict(activation=dict(symmetric=True)),
-    'learnable': dict(learnable_ranges=True),
-    'learnable asymmetric W4': dict(learnable_ranges=True, weight=dict(symmetric=False, bits=4)),
     'v1': dict(placement='v1'),
-    'v1 W4A4 learnable': dict(placement='v1', learnable_ranges=True, **bits(4, 4)),
+    'v1 W4A4': dict(placement='v1', **bits(4, 4)),
     'weights alone': dict(placement=['weight']),
     'activations alone': dict(placement=['input', 'query', 'ffn_residual']),
     'part': dict(include='stages.1.*', exclude='*.qkv'),
@@ -87,11 +96,12 @@ SETTINGS = {
 def test_same_bits_after_loading(settings, tmp_path):
     model = quantized(**settings)
     for module in model.modules():
-        if isinstance(module, Quantizer) and module.learnable:  # as training leaves them
+        if isinstance(module, Quantizer):  # as training leaves them
             with torch.no_grad():
                 module.scale.mul_(0.9 + 0.2 * torch.rand_like(module.scale))
                 if not module.spec.symmetric:
                     module.zero_point.add_(torch.rand_like(module.zero_point))
+                    module.zero_point.clamp_(*module.spec.integer_range)
     expected = outputs(model)
     with quantization_enabled(model, False):
         assert not torch.equal(outputs(model)[1], expected[1])
@@ -109,28 +119,29 @@ def test_same_bits_after_loading(settings, tmp_path):
         assert list(op.quantizers) == list(loaded[name].quantizers)
         for role, quantizer in op.quantizers.items():
             other = loaded[name].quantizers[role]
-            assert quantizer.spec == other.spec and quantizer.learnable == other.learnable
+            for key in ('bits', 'symmetric', 'granularity'):
+                assert getattr(quantizer.spec, key) == getattr(other.spec, key)
             assert torch.equal(quantizer.scale, other.scale) and other.enabled
             assert torch.equal(quantizer.zero_point, other.zero_point)
     # Saved again, the file holds the same.
     psaq_mm.save(fresh, tmp_path / 'again.pth')
-    first, second = (torch.load(tmp_path / name, weights_only=True)
+    first, second = (load_checkpoint_file(tmp_path / name)
                      for name in ('quantized.pth', 'again.pth'))
     assert first[MANIFEST_KEY] == second[MANIFEST_KEY]
-    assert first['state_dict'].keys() == second['state_dict'].keys()
-    for name, value in first['state_dict'].items():
-        assert value.dtype == second['state_dict'][name].dtype
-        assert torch.equal(value, second['state_dict'][name]), name
+    assert first[STATE_KEY].keys() == second[STATE_KEY].keys()
+    for name, value in first[STATE_KEY].items():
+        assert value.dtype == second[STATE_KEY][name].dtype
+        assert torch.equal(value, second[STATE_KEY][name]), name
 
 
 def test_saving_leaves_the_model_alone(tmp_path):
-    model = quantized(learnable_ranges=True)
+    model = quantized()
     before = snapshot(model)
     checkpoint = quantized_checkpoint(model)
     assert_unchanged(model, before)
     for parameter in model.parameters():
         assert parameter.requires_grad
-    assert not any(value.requires_grad for value in checkpoint['state_dict'].values())
+    assert not any(value.requires_grad for value in checkpoint[STATE_KEY].values())
 
 
 def test_float_model_comes_back(tmp_path):
@@ -171,7 +182,7 @@ def leaves(value):
         yield value
 
 
-@pytest.mark.parametrize('settings', [dict(), bits(2, 4), dict(learnable_ranges=True)])
+@pytest.mark.parametrize('settings', [dict(), bits(2, 4)])
 def test_file_holds_plain_values(settings, tmp_path):
     meta = dict(
         epoch=np.int64(3), lr=np.float64(0.5), name=np.str_('swin'), best=np.float32(0.25),
@@ -179,9 +190,10 @@ def test_file_holds_plain_values(settings, tmp_path):
         step=torch.ones(1), flags=[True, None], **{'1': 1})
     path = tmp_path / 'quantized.pth'
     psaq_mm.save(quantized(**settings), path, meta=meta, seed=3, source=dict(file='swin.pth'))
-    checkpoint = torch.load(path, weights_only=True)
-    assert set(checkpoint) == {'meta', 'state_dict', MANIFEST_KEY}
-    assert all(type(value) is torch.Tensor for value in checkpoint.pop('state_dict').values())
+    checkpoint = load_checkpoint_file(path)
+    assert set(checkpoint) == {'meta', 'state_dict', STATE_KEY, MANIFEST_KEY}
+    del checkpoint['state_dict']  # test_stock_loader_guard.py
+    assert all(type(value) is torch.Tensor for value in checkpoint.pop(STATE_KEY).values())
     for value in leaves(checkpoint):
         assert type(value) in (str, int, float, bool, type(None)), value
     assert checkpoint['meta'] == dict(
@@ -206,7 +218,7 @@ def test_plain():
 @pytest.mark.parametrize('symmetric', [True, False])
 def test_integers(weight_bits, dtype, bytes_of_768, symmetric):
     model = quantized(weight=dict(bits=weight_bits, symmetric=symmetric), patch_embed_bits=None)
-    state = quantized_checkpoint(model)['state_dict']
+    state = quantized_checkpoint(model)[STATE_KEY]
     integers = state['stages.0.blocks.0.attn.w_msa.qkv.weight_integers']  # (48, 16)
     assert integers.dtype == dtype
     assert integers.numel() * integers.element_size() == bytes_of_768
@@ -223,7 +235,7 @@ def test_no_float_copy_in_the_file(tmp_path):
     model = quantized(**bits(4, 8))
     psaq_mm.save(model, path)
     data = path.read_bytes()
-    state = torch.load(path, weights_only=True)['state_dict']
+    state = load_checkpoint_file(path)[STATE_KEY]
     weights = {f'{name}.weight': op for name, op in named_quant_ops(model)
                if op.weight_quantizer is not None}
     assert len(weights) == 18
@@ -310,9 +322,9 @@ def test_checkpoint_is_left_alone(checkpoint):
     state = prepare_for_loading(swin(1), checkpoint, 'quantized.pth')
     assert state.keys() == psaq_mm.quantize(swin()).state_dict().keys()
     assert checkpoint[MANIFEST_KEY] == kept[MANIFEST_KEY]
-    assert checkpoint['state_dict'].keys() == kept['state_dict'].keys()
-    for name, value in kept['state_dict'].items():
-        assert torch.equal(checkpoint['state_dict'][name], value)
+    assert checkpoint[STATE_KEY].keys() == kept[STATE_KEY].keys()
+    for name, value in kept[STATE_KEY].items():
+        assert torch.equal(checkpoint[STATE_KEY][name], value)
 
 
 def snapshot(model):
@@ -405,8 +417,7 @@ def test_load_twice(tmp_path):
 
 
 @pytest.mark.parametrize('calibrated', [False, True])
-@pytest.mark.parametrize('settings', [dict(), dict(learnable_ranges=True),
-                                      dict(activation=dict(granularity='per_channel'))])
+@pytest.mark.parametrize('settings', [dict(), dict(activation=dict(granularity='per_channel'))])
 def test_load_into_a_quantized_model(calibrated, settings, tmp_path):
     model = quantized(**settings)
     psaq_mm.save(model, tmp_path / 'quantized.pth')
@@ -454,7 +465,7 @@ def weights(key, change):
     """Change an entry of the state dict; delete it by returning None."""
 
     def damage(checkpoint):
-        state = checkpoint['state_dict']
+        state = checkpoint[STATE_KEY]
         value = change(state.pop(key))
         if value is not None:
             state[key] = value
@@ -501,31 +512,36 @@ DAMAGE = {
     'uncalibrated input': (weights(INPUT_SCALE, lambda v: torch.empty(0)), INPUT_SCALE),
     'two zero points': (weights(INPUT_ZERO, lambda v: v.expand(2)), INPUT_ZERO),
     'zero point of a symmetric weight': (
-        lambda c: c['state_dict'].update({f'{QKV}.quantizers.weight.zero_point': torch.zeros(48)}),
+        lambda c: c[STATE_KEY].update({f'{QKV}.quantizers.weight.zero_point': torch.zeros(48)}),
         'unexpected: .*weight.zero_point'),
     'scale of nan': (weights(WEIGHT_SCALE, lambda v: v * math.nan), WEIGHT_SCALE),
     'scale of infinity': (weights(INPUT_SCALE, lambda v: v * math.inf), INPUT_SCALE),
     'scale of zero': (weights(INPUT_SCALE, lambda v: v * 0), INPUT_SCALE),
     'scale of integers': (weights(WEIGHT_SCALE, lambda v: v.int()), WEIGHT_SCALE),
     'zero point of nan': (weights(INPUT_ZERO, lambda v: v * math.nan), INPUT_ZERO),
+    'negative scale': (weights(INPUT_SCALE, lambda v: -v), f'{INPUT_SCALE} is not above 0'),
+    'one negative weight scale': (weights(WEIGHT_SCALE, lambda v: v * (1 - 2 * torch.eye(48)[3])),
+                                  f'{WEIGHT_SCALE} is not above 0'),
+    'zero point above its integers': (weights(INPUT_ZERO, lambda v: v * 0 + 255.5),
+                                      f'{INPUT_ZERO} is not one of the integers from 0 to 255'),
+    'zero point below its integers': (weights(INPUT_ZERO, lambda v: v * 0 - 0.5), INPUT_ZERO),
     'no bias': (without(f'{QKV}.bias'), f'missing: {QKV}.bias'),
     'short bias': (weights(f'{QKV}.bias', lambda v: v[1:]), f'{QKV}.bias'),
     'bias of nan': (weights(f'{QKV}.bias', lambda v: v * math.nan), f'{QKV}.bias'),
     'norm of infinity': (weights('norm0.weight', lambda v: v + math.inf), 'norm0.weight'),
     'bias of integers': (weights(f'{QKV}.bias', lambda v: v.int()), f'{QKV}.bias'),
-    'more keys': (lambda c: c['state_dict'].update({'head.weight': torch.zeros(1)}),
+    'more keys': (lambda c: c[STATE_KEY].update({'head.weight': torch.zeros(1)}),
                   'unexpected: head.weight'),
-    'weights by number': (lambda c: c['state_dict'].update({3: torch.zeros(1)}), 'state_dict'),
-    'state_dict missing': (lambda c: c.pop('state_dict'), 'state_dict'),
-    'state_dict of None': (top(state_dict=None), 'state_dict'),
-    'state_dict of a list': (top(state_dict=[torch.zeros(1)]), 'state_dict'),
-    'state_dict of text': (top(state_dict={'a': 'b'}), 'state_dict'),
-    'empty state_dict': (top(state_dict={}), 'weight_integers|scale'),
+    'weights by number': (lambda c: c[STATE_KEY].update({3: torch.zeros(1)}), 'state_dict'),
+    'state_dict missing': (lambda c: c.pop(STATE_KEY), STATE_KEY),
+    'state_dict of None': (top(quantized_state_dict=None), 'state_dict'),
+    'state_dict of a list': (top(quantized_state_dict=[torch.zeros(1)]), 'state_dict'),
+    'state_dict of text': (top(quantized_state_dict={'a': 'b'}), 'state_dict'),
+    'empty state_dict': (top(quantized_state_dict={}), 'weight_integers|scale'),
     'manifest of None': (top(psaq_mm=None), 'not a manifest'),
     'manifest of a list': (top(psaq_mm=[1]), 'not a manifest'),
-    'newer': (manifest(format_version=2), 'update psaq_mm'),
+    'newer': (manifest(format_version=3), 'update psaq_mm'),
     'modules of a list': (manifest(modules=[QKV]), 'names no quantized modules'),
-    'learnable of text': (manifest(learnable_ranges='no'), 'learnable_ranges'),
     'unknown op': (modules(lambda m: m[QKV].update(op='QuantGELU')),
                    rf'{QKV} \(is \w+, the checkpoint has QuantGELU\)'),
     'op of another class': (modules(lambda m: m[QKV].update(op='QuantConv2d')),
@@ -586,11 +602,64 @@ def test_damaged_packing(weight_bits, damage, match):
     assert_refused(swin(), damaged, f'{QKV}.weight_integers: {match}')
 
 
-def test_learnable_checkpoint_is_undone():
-    damaged = quantized_checkpoint(quantized(learnable_ranges=True))
-    del damaged['state_dict']['norm0.bias']
-    assert_refused(swin(), damaged, 'missing: norm0.bias')
-    assert_refused(psaq_mm.quantize(swin(), learnable_ranges=True), damaged, 'norm0.bias')
+@pytest.mark.parametrize('key, value', [('scale', -1.), ('scale', 0.), ('scale', math.inf),
+                                        ('zero_point', 256.), ('zero_point', -1e6)])
+def test_ranges_that_would_not_load_are_not_saved(key, value):
+    model = quantized()
+    getattr(model.get_submodule(f'{QKV}.quantizers.input'), key).fill_(value)
+    with pytest.raises(UserError, match=f'cannot be saved: {QKV}.quantizers.input.{key} is not'):
+        quantized_checkpoint(model)
+
+
+def test_format_1():
+    """With the weights under state_dict, and observers, of which one is unknown here."""
+    model = quantized(**bits(4, 4))
+    checkpoint = quantized_checkpoint(model, meta=dict(epoch=3))
+    manifest = checkpoint[MANIFEST_KEY]
+    manifest.update(format_version=1, learnable_ranges=True)
+    for entry in manifest['modules'].values():
+        for spec in entry['roles'].values():
+            spec.update(observer=dict(type='HalfObserver'), margin=1., bounds=None)
+    old = dict(meta=checkpoint['meta'], state_dict=checkpoint[STATE_KEY], psaq_mm=manifest)
+    fresh = swin(seed=1)
+    load_quantized_state(fresh, old, 'old.pth')
+    assert_same_outputs(outputs(fresh), outputs(model))
+
+
+def test_observer_that_is_not_known_where_it_is_loaded(tmp_path):
+    with observer_of_the_user():
+        model = quantized(activation=dict(observer=dict(type='HalfObserver')))
+        psaq_mm.save(model, tmp_path / 'quantized.pth')
+    with pytest.raises(UserError, match="'HalfObserver' is not registered"):
+        quantized(activation=dict(observer=dict(type='HalfObserver')))
+    assert_same_outputs(outputs(psaq_mm.load(swin(seed=1), tmp_path / 'quantized.pth')),
+                        outputs(model))
+
+
+@contextlib.contextmanager
+def observer_of_the_user():
+    @OBSERVERS.register_module()
+    class HalfObserver(MinMaxObserver):
+
+        def range(self):
+            lower, upper = super().range()
+            return lower / 2, upper / 2
+
+    yield
+    OBSERVERS.module_dict.pop('HalfObserver')
+
+
+def test_float_weights_under_a_manifest():
+    """What a runner saves while it trains."""
+    model = quantized(**bits(4, 8))
+    training = guarded(model.state_dict(), quantized_checkpoint(model)[MANIFEST_KEY])
+    fresh = swin(seed=1)
+    load_quantized_state(fresh, training, 'epoch_1.pth')
+    assert_same_outputs(outputs(fresh), outputs(model))
+    for key, value in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[key], value)
+    del training[STATE_KEY][f'{QKV}.weight']
+    assert_refused(swin(), training, f'{QKV}.weight_integers is missing')
 
 
 def test_float_model_with_nan(checkpoint):
@@ -616,7 +685,7 @@ def test_layer_under_two_names_is_stored_once():
     psaq_mm.quantize(student)
     psaq_mm.calibrate(student, x)
     checkpoint = quantized_checkpoint(student)
-    stored = [k for k in checkpoint['state_dict'] if '.ffn.layers.1.' in k and 'stages.0' in k]
+    stored = [k for k in checkpoint[STATE_KEY] if '.ffn.layers.1.' in k and 'stages.0' in k]
     assert stored and not any('blocks.1' in k for k in stored)
     other = shared()
     other.load_state_dict(prepare_for_loading(other, checkpoint, 'x.pth'))

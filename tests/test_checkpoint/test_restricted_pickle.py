@@ -1,6 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 import argparse
-import codecs
 import collections
 import datetime
 import functools
@@ -8,6 +7,7 @@ import operator
 import os
 import pickle
 import sys
+import tracemalloc
 import types
 import zipfile
 
@@ -17,8 +17,9 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.optim import OneCycleParamScheduler
 
-from psaq_mm.checkpoint.restricted_pickle import CfgNode
+from psaq_mm.checkpoint.restricted_pickle import Skipped
 from psaq_mm.checkpoint.safe_load import extract_state_dict, load_checkpoint_file
 from psaq_mm.errors import UserError
 
@@ -89,16 +90,15 @@ def test_tensors(tmp_path, file_format):
         scalar=torch.tensor(3), empty=torch.zeros(0, 3),
         parameter=torch.nn.Parameter(base, requires_grad=False))
     loaded = load_checkpoint_file(save(saved, tmp_path / 'a.pth', file_format))
+    saved['parameter'] = saved['parameter'].detach()
     assert_equal(loaded, saved)
     assert loaded['float'].data_ptr() == loaded['parameter'].data_ptr()  # still one storage
 
 
 @pytest.mark.parametrize('file_format', FORMATS)
-def test_module_state_dict_keeps_its_metadata(tmp_path, file_format):
-    saved = torch.nn.BatchNorm1d(3).state_dict()
-    loaded = load_checkpoint_file(str(save(saved, tmp_path / 'a.pth', file_format)))
-    assert_equal(loaded, saved)
-    assert loaded._metadata == saved._metadata
+def test_module_state_dict(tmp_path, file_format):
+    saved = torch.nn.BatchNorm1d(3).state_dict()  # with _metadata, which is not kept
+    assert_equal(load_checkpoint_file(str(save(saved, tmp_path / 'a.pth', file_format))), saved)
 
 
 def test_tensor_with_attributes(tmp_path):
@@ -107,55 +107,89 @@ def test_tensor_with_attributes(tmp_path):
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.note = 'frozen'
     loaded = load_checkpoint_file(save([saved, parameter], tmp_path / 'a.pth'))
-    assert_equal(loaded, [saved, parameter])
-    assert [value.note for value in loaded] == ['calibrated', 'frozen']
+    assert_equal(loaded, [torch.ones(2), torch.ones(2)])
+    assert not any(hasattr(value, 'note') for value in loaded)
+
+
+@pytest.mark.skipif(not hasattr(torch, 'uint16'), reason='torch before 2.3')
+def test_tensor_without_a_storage_type_of_its_own(tmp_path):
+    saved = {'w': torch.arange(6, dtype=torch.uint8).view(torch.uint16)[1:]}
+    assert torch.equal(load_checkpoint_file(save(saved, tmp_path / 'a.pth'))['w'].view(
+        torch.uint8), torch.arange(2, 6, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize('file_format', FORMATS)
 @pytest.mark.parametrize('protocol', [2, 4, 5])
-def test_other_contents(tmp_path, file_format, protocol):
+def test_plain_contents(tmp_path, file_format, protocol):
     saved = dict(
-        numbers=[1, -2**70, 1.5, True, None, 1 + 2j], text='Größe', raw=b'\x00\xff',
-        array=bytearray(b'x'), sets=[{1, 2}, frozenset('a')], slices=[slice(1, 2), range(3)],
-        counter=collections.Counter('aab'), default=collections.defaultdict(list, {1: [2]}),
-        size=torch.Size([1, 2]), dtype=torch.float16, device=torch.device('cuda', 1),
-        qscheme=torch.per_channel_affine,
-        args=argparse.Namespace(lr=0.1, model='deit', nested=argparse.Namespace(epochs=300)),
-        times=[datetime.date(2024, 2, 29), datetime.timedelta(seconds=1),
-               datetime.datetime(2024, 2, 29, tzinfo=datetime.timezone.utc)],
-        config=ConfigDict(model=dict(type='Swin', depths=[2, 2])))
-    loaded = load_checkpoint_file(
-        save(saved, tmp_path / 'a.pth', file_format, pickle_protocol=protocol))
-    assert_equal(loaded, saved)
-    assert isinstance(loaded['config'].model, ConfigDict)
-    assert loaded['default']['missing'] == []
-
-
-@pytest.mark.parametrize('protocol', [2, 4, 5])
-@pytest.mark.parametrize('package', [b'numpy.core', b'numpy._core'])
-def test_numpy_of_both_generations(tmp_path, protocol, package):
-    saved = [
-        np.arange(6, dtype='f8').reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)),
-        np.array([1.5, -2], dtype='>f4'), np.zeros((0, 2), np.uint8), np.array(['ab', 'c']),
-        np.array([True]), np.array(3, np.int16), np.float32(2.5), np.int64(-3), np.bool_(True),
-        np.complex64(1j), np.str_('name'), np.dtype('float32'), np.dtype('>i2'),
-    ]
-    path = save(saved, tmp_path / 'a.pth', 'legacy', pickle_protocol=protocol)
-    written = b'numpy._core' if int(np.__version__.split('.')[0]) >= 2 else b'numpy.core'
-    if protocol == 2:  # text, so that the other generation's name can be put in
-        path.write_bytes(path.read_bytes().replace(written, package))
-        assert package in path.read_bytes()
+        numbers=[1, -2**70, 1.5, True, None], text='Größe', size=torch.Size([1, 2]),
+        tuples=[(), (1, ), (1, (2, ))], dtype=torch.float16, empty=[{}, []],
+        ordered=collections.OrderedDict(b=1, a=2))
+    path = save(saved, tmp_path / 'a.pth', file_format, pickle_protocol=protocol)
+    assert_equal(load_checkpoint_file(path), saved)
+    # Meta data of OpenMMLab may be held in these.
+    saved = dict(meta=ConfigDict(dataset_meta=dict(classes=('a', 'b'))), w=torch.ones(1))
+    path = save(saved, tmp_path / 'a.pth', file_format, pickle_protocol=protocol)
     loaded = load_checkpoint_file(path)
-    # numpy itself turns a foreign byte order into the machine's own at some protocols.
-    assert_equal(loaded, pickle.loads(pickle.dumps(saved, protocol)))
-    assert loaded[1].flags.f_contiguous
-    assert np.dtype('f4').isnative  # numpy's own dtypes are left alone
+    assert loaded['meta'] == dict(dataset_meta=dict(classes=('a', 'b')))
+    assert type(loaded['meta']) is type(loaded['meta']['dataset_meta']) is dict
 
 
-@pytest.mark.skipif(not hasattr(np, 'dtypes'), reason='numpy before 1.25')
-def test_numpy_dtype_class(tmp_path):
-    saved = [np.dtypes.Float64DType]
-    assert load_checkpoint_file(save(saved, tmp_path / 'a.pth')) == saved
+class Yacs(dict):
+    """Pickles as yacs' CfgNode does."""
+
+    def __init__(self, **kwargs):
+        super().__init__(kwargs)
+        self.__dict__['__immutable__'] = True
+
+
+def one_cycle():
+    """State of a scheduler that holds a method of its class."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    return OneCycleParamScheduler(torch.optim.SGD([parameter], lr=0.1), 'lr', eta_max=1.,
+                                  total_steps=5).state_dict()
+
+
+@pytest.mark.parametrize('file_format', FORMATS)
+@pytest.mark.parametrize('protocol', [2, 4, 5])
+def test_what_is_not_weights_is_skipped(tmp_path, monkeypatch, file_format, protocol):
+    Yacs.__module__, Yacs.__qualname__, Yacs.__name__ = 'yacs.config', 'CfgNode', 'CfgNode'
+    package, module = types.ModuleType('yacs'), types.ModuleType('yacs.config')
+    package.config, module.CfgNode = module, Yacs
+    skipped = dict(
+        complex=1 + 2j, slice=slice(1, 2),
+        range=range(3), counter=collections.Counter('aab'),
+        default=collections.defaultdict(list, {1: [2]}), device=torch.device('cuda', 1),
+        qscheme=torch.per_channel_affine, numpy=np.arange(6.).reshape(2, 3),
+        fortran=np.asfortranarray(np.eye(2)), scalar=np.float64(2.5), dtype=np.dtype('>i2'),
+        text=np.str_('name'), date=datetime.date(2024, 2, 29),
+        time=datetime.datetime(2024, 2, 29, tzinfo=datetime.timezone.utc),
+        args=argparse.Namespace(lr=0.1, nested=argparse.Namespace(epochs=300)),
+        yacs=Yacs(MODEL=Yacs(NAME='swin')))
+    if protocol == 2:  # later ones have literals of these
+        skipped.update(bytes=b'\x00\xff', set={1, 2}, frozen=frozenset('a'), array=bytearray(b'x'))
+    saved = dict(skipped, schedulers=[one_cycle()], state_dict={'w': torch.arange(3.)}, end=7)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'yacs', package)
+        patch.setitem(sys.modules, 'yacs.config', module)
+        path = save(saved, tmp_path / 'a.pth', file_format, pickle_protocol=protocol)
+    loaded = load_checkpoint_file(path)
+    assert list(loaded) == list(saved)
+    for key in skipped:
+        assert type(loaded[key]) is Skipped, key
+    assert type(loaded['schedulers'][0]) is dict
+    assert loaded['schedulers'][0]['param_name'] == 'lr'
+    assert_equal(loaded['state_dict'], saved['state_dict'])
+    assert loaded['end'] == 7
+
+
+@pytest.mark.parametrize('package', [b'numpy.core', b'numpy._core'])
+def test_numpy_of_both_generations(tmp_path, package):
+    path = save([np.arange(6.), np.float32(2.5)], tmp_path / 'a.pth', 'legacy')
+    written = b'numpy._core' if int(np.__version__.split('.')[0]) >= 2 else b'numpy.core'
+    path.write_bytes(path.read_bytes().replace(written, package))
+    assert package in path.read_bytes()
+    assert [type(value) for value in load_checkpoint_file(path)] == [Skipped] * 2
 
 
 @pytest.mark.parametrize('file_format', FORMATS)
@@ -185,38 +219,9 @@ def test_checkpoint_of_mmengine(tmp_path, file_format):
     assert_equal(loaded['state_dict'], saved['state_dict'])
     assert_equal(loaded['optimizer'], saved['optimizer'])
     assert_equal(loaded['meta'], saved['meta'])
-    assert_equal(loaded['message_hub']['runtime_info'], saved['message_hub']['runtime_info'])
-    history = loaded['message_hub']['log_scalars']['train/loss']
-    assert type(history) is HistoryBuffer
-    assert_equal(history.data, hub.get_scalar('train/loss').data)
-    assert history.statistics('min') == pytest.approx(0.2)
+    assert loaded['message_hub']['runtime_info']['iter'] == 5
+    assert type(loaded['message_hub']['log_scalars']['train/loss']) is Skipped
     assert extract_state_dict(loaded, path).keys() == {'weight', 'bias'}
-
-
-@pytest.mark.parametrize('file_format', FORMATS)
-def test_yacs_config_becomes_inert(tmp_path, monkeypatch, file_format):
-
-    class Yacs(dict):
-
-        def __init__(self, **kwargs):
-            super().__init__(kwargs)
-            self.__dict__['__immutable__'] = True
-
-    Yacs.__module__, Yacs.__qualname__ = 'yacs.config', 'CfgNode'
-    Yacs.__name__ = 'CfgNode'
-    package, module = types.ModuleType('yacs'), types.ModuleType('yacs.config')
-    package.config, module.CfgNode = module, Yacs
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, 'yacs', package)
-        patch.setitem(sys.modules, 'yacs.config', module)
-        saved = {'model': {'weight': torch.ones(2)}, 'config': Yacs(MODEL=Yacs(NAME='swin'))}
-        path = save(saved, tmp_path / 'swin.pth', file_format)
-    loaded = load_checkpoint_file(path)
-    assert type(loaded['config']) is CfgNode
-    assert loaded['config'] == {'MODEL': {'NAME': 'swin'}}
-    again = load_checkpoint_file(save(loaded, tmp_path / 'again.pth', file_format))
-    assert type(again['config']['MODEL']) is dict
-    assert again['config'] == loaded['config']
 
 
 # What is refused
@@ -235,12 +240,6 @@ def attacks(marker):
         'exec': (Calls(exec, f'import os; os.system("{command}")'), 'builtins.exec'),
         'import': (Calls(__import__, 'os'), 'builtins.__import__'),
         'open': (Calls(open, str(marker), 'w'), 'open'),
-        'getattr on a class': (Calls(getattr, HistoryBuffer, '__init__'), '__init__'),
-        'getattr on an object': (Calls(getattr, 'text', 'format'), 'format'),
-        'getattr on a dict class': (Calls(getattr, collections.OrderedDict, 'fromkeys'),
-                                    'fromkeys'),
-        'getattr for a class method': (Calls(getattr, HistoryBuffer, 'register_statistics'),
-                                       'register_statistics'),
         'torch.hub.load': (Calls(torch.hub.load, 'a/b', 'c'), 'torch.hub.load'),
         'torch.load': (Calls(torch.load, str(marker)), 'torch.serialization.load'),
         'load from bytes': (Calls(torch.storage._load_from_bytes, b'x'), '_load_from_bytes'),
@@ -248,7 +247,6 @@ def attacks(marker):
         'numpy.memmap': (Calls(np.memmap, str(marker), 'u1', 'w+', 0, (1, )), 'memmap'),
         'partial': (Calls(functools.partial, os.system, command), 'functools.partial'),
         'attrgetter': (Calls(operator.attrgetter('system')), 'operator.attrgetter'),
-        'codec': (Calls(codecs.encode, 'x', 'rot13'), 'codecs.encode'),
         'module': (torch.nn.Linear(1, 1), 'torch.nn.modules.linear.Linear'),
     }
 
@@ -286,41 +284,33 @@ def test_attack_in_a_raw_pickle(tmp_path, protocol):
     assert not marker.exists()
 
 
+HISTORY = b'cmmengine.logging.history_buffer\nHistoryBuffer\n'
 # name of a list entry: opcodes. Written by hand, as no pickler writes them.
 OPCODES = {
-    'overwrites a class attribute': b'cargparse\nNamespace\n(N}U\x08__repr__cbuiltins\nint\nstb',
     'overwrites a function attribute': b'ctorch._utils\n_rebuild_tensor_v2\n}U\x06markerK\x01sb',
-    'overwrites a tensor class': b'ctorch\nTensor\n(N}U\x03addcbuiltins\nint\nstb',
-    'overwrites a statistic of all histories':
-        b'cmmengine.logging.history_buffer\nHistoryBuffer\n)\x81'
-        b'}U\x12statistics_methods}U\x04meancbuiltins\nint\nssb',
-    'calls a method it may only mention':
-        b'cbuiltins\ngetattr\n(cmmengine.logging.history_buffer\nHistoryBuffer\nU\x03mintRU\x01x\x85R',
-    'gets the globals of a function':
-        b'cbuiltins\ngetattr\n(cbuiltins\ngetattr\n('
-        b'cmmengine.logging.history_buffer\nHistoryBuffer\nU\x03mintRU\x0b__globals__tR',
+    'overwrites a class attribute': b'ctorch.storage\nTypedStorage\n}U\x06markerK\x01sb',
+    'overwrites a class attribute, by slots':
+        b'ctorch\nSize\n(N}U\x08__repr__cbuiltins\nint\nstb',
     'calls a class it may only mention': b'ctorch.storage\nUntypedStorage\nK\x01\x85R',
     'calls a class it may only mention, INST': b'(K\x01ios\nsystem\n',
-    'calls a class it may only mention, OBJ': b'(ctorch\nTensor\nK\x01o',
-    'news a class it may only mention': b'cnumpy\nndarray\nK\x01\x85\x81',
-    'news a class it may only mention, with keywords': b'cnumpy\nndarray\nK\x01\x85}\x92',
-    'calls through add': b'cargparse\nNamespace\n)\x81}U\x03addcbuiltins\nint\nsb(K\x01\x90',
-    'calls through setting of items': b'cnumpy\nndarray\n(K\x01K\x02u',
-    'calls through append': b'cargparse\nNamespace\n)\x81}U\x06appendcbuiltins\nint\nsbK\x01a',
-    'calls through extend': b'cargparse\nNamespace\n)\x81}U\x06extendcbuiltins\nint\nsb(K\x01e',
-    'calls through item setting': b'cnumpy\nndarray\nK\x01K\x02s',
-    'makes numpy read bytes as pointers':
-        b'cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nU\x02O8\x89\x88\x87R'
-        b'(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbU\x0800000000\x86R',
-    'makes a record of objects': b'cnumpy\ndtype\nU\x05O8,f8\x89\x88\x87R',
-    'makes an array of a class': b'cnumpy.core.multiarray\n_reconstruct\n'
-                                 b'cargparse\nNamespace\nK\x00\x85U\x01b\x87R',
-    'uses another codec': b'c_codecs\nencode\nX\x01\x00\x00\x00aU\x05utf-7\x86R',
-    'mentions a module by reference': b'(U\x06modulecargparse\nNamespace\nU\x04a.pyU\x01xtQ',
+    'calls a class it may only mention, OBJ': b'(ctorch.storage\nUntypedStorage\nK\x01o',
+    'news a class it may only mention': b'ctorch.storage\nUntypedStorage\nK\x01\x85\x81',
+    'news a class it may only mention, with keywords':
+        b'ctorch.storage\nUntypedStorage\nK\x01\x85}\x92',
+    'passes keywords': b'ccollections\nOrderedDict\n)}U\x01aK\x01s\x92',
+    'calls what it got': b'ccollections\nOrderedDict\n)R)R',
+    'rebuilds by a function of its own':
+        b'ctorch._tensor\n_rebuild_from_type_v2\n(ctorch.storage\nUntypedStorage\n'
+        b'ctorch\nTensor\nK\x01\x85}tR',
+    'calls through add': b'ctorch\nSize\n(K\x01\x90',
+    'calls through setting of items': b'ctorch\nSize\n(K\x01K\x02u',
+    'calls through item setting': b'ctorch\nSize\nK\x01K\x02s',
+    'calls through append': b'ccollections\nOrderedDict\n)RK\x01a',
+    'calls through extend': b'ccollections\nOrderedDict\n)R(K\x01e',
+    'mentions a module by reference': b'(U\x06moduleccollections\nOrderedDict\nU\x04a.pyU\x01xtQ',
     'mentions a text reference': b'P0\n',
     'asks for an extension code': b'\x82\x01',
-    'names a method with a dot':
-        b'cmmengine.logging.history_buffer\nHistoryBuffer.register_statistics\n',
+    'names a method with a dot': b'ccollections\nOrderedDict.fromkeys\n',
     'names a submodule through torch': b'ctorch\nhub.load\n',
     'names a storage that is none': b'cos\nStorage\n',
     'names any numpy.dtypes member': b'cnumpy.dtypes\n__builtins__\n',
@@ -331,22 +321,104 @@ OPCODES = {
 @pytest.mark.parametrize('opcodes', OPCODES.values(), ids=list(OPCODES))
 def test_attack_by_opcodes(tmp_path, monkeypatch, opcodes, write):
     monkeypatch.chdir(tmp_path)
-    statistics = dict(HistoryBuffer._statistics_methods)
     path = write(opcodes, tmp_path / 'ckpt.pth')
     with pytest.raises(UserError, match='ckpt.pth (asks|holds).*--trust-checkpoint'):
         load_checkpoint_file(path)
     assert os.listdir(tmp_path) == ['ckpt.pth']
+    assert not hasattr(torch.storage.TypedStorage, 'marker')
+    assert not hasattr(torch._utils._rebuild_tensor_v2, 'marker')
+
+
+# Harmless here, since nothing of it is built: name, opcodes.
+INERT = {
+    'a statistic of all histories': HISTORY + b')\x81}U\x12statistics_methods}'
+                                              b'U\x04meancbuiltins\nint\nssb',
+    'a method': b'cbuiltins\ngetattr\n(' + HISTORY + b'U\x03mintRU\x01x\x85R',
+    'the globals of a function': b'cbuiltins\ngetattr\n(cbuiltins\ngetattr\n(' + HISTORY +
+                                 b'U\x03mintRU\x0b__globals__tR',
+    'a class attribute': b'cargparse\nNamespace\n(N}U\x08__repr__cbuiltins\nint\nstb',
+    'a tensor class': b'ctorch\nTensor\n(N}U\x03addcbuiltins\nint\nstb',
+    'add': b'cargparse\nNamespace\n)\x81}U\x03addcbuiltins\nint\nsb(K\x01\x90',
+    'append': b'cargparse\nNamespace\n)\x81}U\x06appendcbuiltins\nint\nsbK\x01a',
+    'bytes as pointers': b'cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\nU\x02O8\x89\x88\x87R'
+                         b'(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb'
+                         b'U\x0800000000\x86R',
+    'an array of a class': b'cnumpy.core.multiarray\n_reconstruct\n'
+                           b'cargparse\nNamespace\nK\x00\x85U\x01b\x87R',
+    'another codec': b'c_codecs\nencode\nX\x01\x00\x00\x00aU\x05utf-7\x86R',
+    'dunder names': b'cargparse\nNamespace\n)\x81}U\x09__class__ctorch\nSize\nsb',
+    'keys': b'cargparse\nNamespace\n)\x81}U\x04keyscbuiltins\nlist\nsb',
+}
+
+
+@pytest.mark.parametrize('write', [write_legacy, write_zip])
+@pytest.mark.parametrize('opcodes', INERT.values(), ids=list(INERT))
+def test_skipped_by_opcodes(tmp_path, opcodes, write):
+    statistics = dict(HistoryBuffer._statistics_methods)
+    assert type(load_checkpoint_file(write(opcodes, tmp_path / 'a.pth'))) is Skipped
+    assert HistoryBuffer._statistics_methods == statistics
     assert argparse.Namespace.__repr__ is not int
     assert torch.Tensor.add is not int
-    assert not hasattr(torch._utils._rebuild_tensor_v2, 'marker')
-    assert HistoryBuffer._statistics_methods == statistics
 
 
-@pytest.mark.parametrize('state', [b'(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ft',
-                                   b'(K\x03U\x01|NU\x01a\x85}K\x08K\x08K\x00t'])
-def test_flags_and_fields_of_a_dtype_are_not_taken_over(tmp_path, state):
-    path = write_zip(b'cnumpy\ndtype\nU\x02i8\x89\x88\x87R' + state + b'b', tmp_path / 'a.pth')
-    dtype = load_checkpoint_file(path)
-    assert dtype == np.dtype('i8')
-    assert dtype.flags == np.dtype('i8').flags
-    assert dtype.fields is None
+@pytest.mark.parametrize('state', [
+    {'__class__': torch.Size}, {'keys': 1}, {'items': 1}, {'_metadata': 1}, {'__dict__': {}}])
+def test_no_attributes_are_set(tmp_path, state):
+    """By BUILD, on the one class with attributes that is built."""
+    class Building:
+
+        def __reduce__(self):
+            return collections.OrderedDict, (), state
+
+    loaded = load_checkpoint_file(save(Building(), tmp_path / 'a.pth'))
+    assert type(loaded) is collections.OrderedDict
+    assert not vars(loaded)
+    assert list(loaded.keys()) == []
+
+
+MANY = b'\x8a\x05\x00\x00\x00\x00\x20'  # 2**37
+BOMBS = {
+    'list of a range': b'cbuiltins\nlist\n(cbuiltins\nrange\n(' + MANY + b'tRtR',
+    'tuple of a range': b'cbuiltins\ntuple\n(cbuiltins\nrange\n(' + MANY + b'tRtR',
+    'bytes': b'cbuiltins\nbytes\n(' + MANY + b'tR',
+    'bytearray': b'cbuiltins\nbytearray\n(' + MANY + b'tR',
+    'nested str': b'cbuiltins\nstr\n(' * 60 + b'(U\x01\\t' + b'tR' * 60,
+    'integers of a range': b'cbuiltins\nset\n(cbuiltins\nrange\n(' + MANY + b'tRtR',
+    'counter of a range': b'ccollections\nCounter\n(cbuiltins\nrange\n(' + MANY + b'tRtR',
+    'numpy of many': b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n' + MANY +
+                     b'\x85U\x01btR',
+}
+
+
+@pytest.mark.parametrize('write', [write_legacy, write_zip])
+@pytest.mark.parametrize('bomb', BOMBS.values(), ids=list(BOMBS))
+def test_pickle_that_asks_for_memory(tmp_path, bomb, write):
+    """Each would take 128 GB, or 2**60 backslashes."""
+    if bomb is BOMBS['list of a range']:
+        assert len(bomb) + 3 < 60
+    path = write(bomb, tmp_path / 'a.pth')
+    tracemalloc.start()
+    try:
+        assert type(load_checkpoint_file(path)) is Skipped
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize('size, stride, offset', [
+    ((1 << 37, ), (1, ), 0), ((2, 1 << 20), (1 << 37, 1), 0), ((5, ), (1, ), 0), ((4, ), (1, ), 1),
+    ((2, ), (-1, ), 3), ((2, ), (4, ), 0),
+])
+def test_tensor_that_asks_for_memory(tmp_path, size, stride, offset):
+    """torch lets the storage grow."""
+    storage = torch.zeros(4).storage()
+    path = save(Calls(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False,
+                      collections.OrderedDict()), tmp_path / 'a.pth')
+    with pytest.raises(UserError, match='larger than its storage'):
+        load_checkpoint_file(path)
+
+
+def test_tensors_that_fill_their_storage(tmp_path):
+    base = torch.arange(12.)
+    saved = [base[4:], base[::3], base[3:3], base.view(3, 4).T, base[11], base.expand(2, 12)]
+    assert_equal(load_checkpoint_file(save(saved, tmp_path / 'a.pth')), saved)

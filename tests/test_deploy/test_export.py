@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Files that engines run: their numbers, and what they compute."""
-import json
+import hashlib
 
 import numpy as np
 import pytest
@@ -8,9 +8,10 @@ import torch
 from demo_models import demo_model
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.deploy import Graphs, export_graphs
+from psaq_mm.deploy import Graphs, export_graphs, read_export
 from psaq_mm.deploy.export import choose_sizes
-from psaq_mm.deploy.hosts import graph_part
+from psaq_mm.deploy.export_manifest import write_export
+from psaq_mm.deploy.hosts import find_subgraph
 from psaq_mm.deploy.parity import lowest_sqnr, parity_images
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops
@@ -31,7 +32,7 @@ def lowest(manifest):
 def run_both(model, graphs, size, batch=1):
     images = parity_images(size, *find_adapter(model).valid_range(model), batch=batch, seed=3)
     with torch.no_grad():
-        expected = graph_part(model).run(images)
+        expected = find_subgraph(model).run(images)
     return min(sqnr_db(a, b) for a, b in zip(expected, graphs(images)))
 
 
@@ -40,7 +41,7 @@ def test_detector(tmp_path, target, backend):
     """Two fixed sizes, one of them padded; images go in one by one."""
     model = demo_model('mask_rcnn_swin')
     manifest = export_graphs(model, tmp_path, target, [SIZE, (112, 112)], about=dict(sha256='ab'))
-    assert json.loads((tmp_path / 'export.json').read_text()) == manifest
+    assert read_export(tmp_path) == {**manifest, 'sha256': read_export(tmp_path)['sha256']}
     assert manifest['output_names'] == [f'{kind}_{i}' for kind in ('feature', 'scores', 'deltas')
                                         for i in range(5)]
     assert lowest(manifest) > 35
@@ -208,29 +209,25 @@ def test_bf16_and_its_absence(tmp_path):
 
 
 def test_sizes():
-    part = graph_part(demo_model('swin', quantized=False))
-    assert choose_sizes(part, []) == [(112, 112)]
+    subgraph = find_subgraph(demo_model('swin', quantized=False))
+    assert choose_sizes(subgraph, []) == [(112, 112)]
     with pytest.raises(UserError, match='112 x 112 only'):
-        choose_sizes(part, [(224, 224)])
-    part = graph_part(demo_model('mask_rcnn_swin', quantized=False))
-    assert choose_sizes(part, []) == [None]
-    assert choose_sizes(part, [(64, 96), (64, 96)]) == [(64, 96)]
+        choose_sizes(subgraph, [(224, 224)])
+    subgraph = find_subgraph(demo_model('mask_rcnn_swin', quantized=False))
+    assert choose_sizes(subgraph, []) == [None]
+    assert choose_sizes(subgraph, [(64, 96), (64, 96)]) == [(64, 96)]
     with pytest.raises(UserError, match='positive'):
-        choose_sizes(part, [(0, 96)])
+        choose_sizes(subgraph, [(0, 96)])
 
 
-def test_broken_folders(tmp_path):
-    with pytest.raises(UserError, match='tools/export.py'):
-        Graphs(tmp_path, 'onnxruntime')
-    (tmp_path / 'export.json').write_text('{"graphs": [{}]}')
-    with pytest.raises(UserError, match='damaged'):
-        Graphs(tmp_path, 'onnxruntime')
-    (tmp_path / 'export.json').write_text(json.dumps(dict(
-        format='onnx', source={}, output_names=['logits'],
-        graphs=[dict(file='model.onnx', size=None)])))
-    with pytest.raises(UserError, match=r'model\.onnx does not exist'):
-        Graphs(tmp_path, 'onnxruntime')
-    (tmp_path / 'model.onnx').write_bytes(b'no graph')
+def test_a_graph_that_no_engine_can_load(tmp_path):
+    """What was written whole need not be a graph."""
+    data = b'no graph'
+    (tmp_path / 'model.onnx').write_bytes(data)
+    write_export(dict(
+        format='onnx', source={}, output_names=['logits'], graphs=[dict(
+            file='model.onnx', size=None,
+            sha256={'model.onnx': hashlib.sha256(data).hexdigest()})]), tmp_path)
     with pytest.raises(UserError, match='cannot load'):
         Graphs(tmp_path, 'onnxruntime')
 

@@ -8,7 +8,7 @@ from conftest import single_stage
 from demo_models import demo_model
 from mmdet.structures import DetDataSample
 
-from psaq_mm.deploy.hosts import graph_part
+from psaq_mm.deploy.hosts import find_subgraph
 from psaq_mm.engine import build_float_model, load_config
 
 SIZE = (64, 96)
@@ -35,23 +35,24 @@ def predict(model, images):
 
 
 def test_traced_form_gives_what_the_host_gives(detector):
-    part = graph_part(detector)
+    subgraph = find_subgraph(detector)
     images = torch.randn(1, 3, *SIZE)
     with torch.no_grad():
-        expected, got = part.run(images), part.export_form(SIZE)(images)
-    assert len(expected) == len(got) == len(part.output_names) == len(set(part.output_names))
-    for name, one, other in zip(part.output_names, expected, got):
+        expected, got = subgraph.run(images), subgraph.exportable(SIZE)(images)
+    names = subgraph.output_names
+    assert len(expected) == len(got) == len(names) == len(set(names))
+    for name, one, other in zip(names, expected, got):
         assert torch.allclose(one, other, atol=1e-4 * float(one.abs().max())), name
 
 
 def test_names(detector):
-    part = graph_part(detector)
-    kinds = list(dict.fromkeys(name.rsplit('_', 1)[0] for name in part.output_names))
+    subgraph = find_subgraph(detector)
+    kinds = list(dict.fromkeys(name.rsplit('_', 1)[0] for name in subgraph.output_names))
     if hasattr(detector, 'roi_head'):
-        assert part.name == 'backbone + neck + rpn_head'
+        assert subgraph.modules == 'backbone + neck + rpn_head'
         assert kinds == ['feature', 'scores', 'deltas']
     else:
-        assert part.name == 'backbone + neck + bbox_head'
+        assert subgraph.modules == 'backbone + neck + bbox_head'
         fcos = type(detector).__name__ == 'FCOS'
         assert kinds == ['scores', 'deltas', *(['centerness'] if fcos else [])]
 
@@ -59,8 +60,8 @@ def test_names(detector):
 def test_predictions_with_a_graph_in_place(detector):
     """The host's own post-processing works on what the graph gives."""
     host = copy.deepcopy(detector)
-    part = graph_part(detector)
-    graph_part(host).install(copy.deepcopy(part).run)
+    subgraph = find_subgraph(detector)
+    find_subgraph(host).install(copy.deepcopy(subgraph).run)
     images = torch.randn(2, 1, 3, *SIZE)
     for image in images:  # each has its own results
         expected, got = predict(detector, image), predict(host, image)
@@ -71,8 +72,8 @@ def test_predictions_with_a_graph_in_place(detector):
 
 def test_features_of_other_images(detector):
     images = torch.randn(2, 1, 3, *SIZE)
-    run = copy.deepcopy(graph_part(detector)).run
-    graph_part(detector).install(run)
+    run = copy.deepcopy(find_subgraph(detector)).run
+    find_subgraph(detector).install(run)
     head = detector.rpn_head if hasattr(detector, 'roi_head') else detector.bbox_head
     with torch.no_grad():
         first = detector.extract_feat(images[0])
@@ -89,11 +90,11 @@ def test_features_of_other_images(detector):
 def test_heads_of_other_kinds_stay_the_hosts(forward):
     detector = demo_model('mask_rcnn_swin', quantized=False)
     detector.rpn_head.forward = forward
-    part = graph_part(detector)
-    assert part.name == 'backbone + neck'
-    assert list(part.output_names) == [f'feature_{i}' for i in range(5)]
+    subgraph = find_subgraph(detector)
+    assert subgraph.modules == 'backbone + neck'
+    assert list(subgraph.output_names) == [f'feature_{i}' for i in range(5)]
     images = torch.randn(1, 3, *SIZE)
-    part.install(copy.deepcopy(part).run)
+    subgraph.install(copy.deepcopy(subgraph).run)
     assert detector.rpn_head.forward is forward
     with torch.no_grad():
         assert len(detector.extract_feat(images)) == 5

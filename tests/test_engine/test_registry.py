@@ -72,7 +72,7 @@ def test_parts_of_the_users_own(demo_config, tmp_path):
         @PRIORS.register_module()
         class BrightnessPrior(PriorTerm):
             def __call__(self, state):
-                return self.weight * state.images.mean().pow(2)
+                return self.weight * state.images.mean((1, 2, 3)).pow(2)
 
         from mmdet.models.backbones import SwinTransformer
         model = SwinTransformer(embed_dims=16, depths=(2, 2), num_heads=(1, 2), strides=(4, 2),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from mmengine.dist import all_gather_object
 from test_learner import changed, network, quantized, ranges, run_taps, tensors
 from torch import nn
 
@@ -20,6 +21,7 @@ from psaq_mm.quantization.observers import MinMaxObserver
 from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
 from psaq_mm.registry import OBSERVERS
 from psaq_mm.student import calibrate_ranges, equalize_channels
+from psaq_mm.synthesis import Synthesizer, share_of
 
 RULES = dict(rounds=2, student_steps=6, batch_size=4, weight_lr=0.01, range_lr=1e-2)
 ALONE = dict(RULES, sample_steps=0, zoom=3., contrast=0.2)
@@ -136,13 +138,25 @@ def failed_apart():
                                                               evolver.generator.get_state())
 
 
+def synthesized(rank=0, world=1):
+    """The images of all processes, made in batches of as many images as there are processes."""
+    settings = SynthesisSettings(num_images=5, batch_size=world, image_size=28, steps=3,
+                                 priors=dict(total_variation=dict(type='TotalVariationPrior')))
+    images = Synthesizer(settings, None, torch.full((1, 3, 1, 1), -2.),
+                         torch.full((1, 3, 1, 1), 2.), indices=share_of(5, rank, world))
+    while not images.done:
+        images.step()
+    return torch.cat(all_gather_object(images.images))
+
+
 def one_of(rank, world, folder):
     """What one of several processes does."""
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/meeting', rank=rank,
                             world_size=world)
     try:
-        results = dict(alone=played(**ALONE), together=played(**TOGETHER))
+        results = dict(alone=played(**ALONE), together=played(**TOGETHER),
+                       synthesized=synthesized(rank, world))
         try:
             game(**dict(ALONE, batch_size=3))
         except UserError as error:
@@ -206,6 +220,15 @@ def test_each_makes_its_part_of_the_images(pair):
     images = pair[0]['together']['images']
     assert images.shape == (6 + 2 * 4, 3, 28, 28)
     assert len({image.numpy().tobytes() for image in images}) == 14
+
+
+def test_two_make_the_images_that_one_makes(pair):
+    """Of the synthesis, and of the first round, whose student is the calibrated one."""
+    for results in pair:
+        torch.testing.assert_close(results['synthesized'], synthesized(), rtol=0, atol=1e-5)
+    single, double = (images['images'][:6 + 4] for images in
+                      (played(**TOGETHER), pair[0]['together']))
+    torch.testing.assert_close(double, single, rtol=0, atol=1e-3)
 
 
 def test_ranges_are_merged_in_the_order_of_processes(pair):

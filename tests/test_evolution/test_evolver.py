@@ -16,7 +16,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.evolution import Evolver, Student
 from psaq_mm.evolution.image_buffer import ImageBuffer
 from psaq_mm.ops import named_quant_ops
-from psaq_mm.prior import AttentionRecord, TeacherRecord
+from psaq_mm.prior import AttentionRecord, TeacherRecord, derived_seed, uniform
 from psaq_mm.quantization import QuantSpec
 from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
 from psaq_mm.synthesis import learning_rate_factor
@@ -24,7 +24,7 @@ from psaq_mm.synthesis.sample_step import augment, prior_losses
 
 LOWER, UPPER = torch.full((1, 3, 1, 1), -2.), torch.full((1, 3, 1, 1), 2.5)
 PRIORS = dict(patch_similarity=dict(type='PatchSimilarityPrior'),
-              total_variation=dict(type='TotalVariationPrior', weight=0.1))
+              total_variation=dict(type='TotalVariationPrior', weight=0.004))
 SYNTHESIS = dict(image_size=28, shifts=(15, 30), warmup=0.5, priors=PRIORS)
 # Two rounds of two steps of the images and three of the student.
 SMALL = dict(rounds=2, sample_steps=2, student_steps=3, batch_size=2, weight_lr=0.01,
@@ -294,18 +294,20 @@ def test_without_a_competitor_images_descend_on_the_prior_alone():
 
     synthesis, generator = SynthesisSettings(**SYNTHESIS), torch.Generator().manual_seed(4)
     images = ImageBuffer(first_images(), 2).draw(2, 0., generator).requires_grad_(True)
+    seeds = torch.randint(2**63 - 1, (2, ), generator=generator).tolist()
     optimizer = torch.optim.Adam([images], betas=synthesis.betas)
     terms, totals = synthesis.build_priors(), []
     for step in range(4):
-        seen = augment(images, synthesis, 30, generator)
-        loss = prior_losses(terms, seen, record_of(seen), generator, step)['total']
+        generators = [torch.Generator().manual_seed(derived_seed(s, step)) for s in seeds]
+        seen = augment(images, synthesis, 30, uniform(generators, 3))
+        loss = prior_losses(terms, seen, record_of(seen), generators, step)['total']
         optimizer.param_groups[0]['lr'] = 0.1 * learning_rate_factor(step, 5, 0.5)
         optimizer.zero_grad()
-        loss.backward()
+        loss.sum().backward()
         optimizer.step()
         with torch.no_grad():
             images.clamp_(-2., 2.5)
-        totals.append(float(loss.detach()))
+        totals.append(float(loss.detach().mean()))
     assert evolver.losses['sample/total'] == totals
     assert torch.equal(evolver.pixels.images, images)
 
@@ -348,13 +350,15 @@ def test_gradient_of_a_competing_step():
         evolver = game(adversarial_fraction=fraction, adversarial_weight=3., sample_steps=10,
                        batch_size=3, synthesis=dict(shifts=(0, ), flip=0., warmup=0.))
         evolver.step()
-        moved[fraction] = evolver.pixels.images.detach()
+        moved[fraction], seeds = evolver.pixels.images.detach(), evolver.pixels.seeds
     evolver = game(batch_size=3)
     start = evolver.buffer.draw(3, 0., evolver.generator).requires_grad_(True)
     terms = evolver.synthesis.build_priors()
-    prior = prior_losses(terms, start, record_of(start), evolver.generator, 0)['total']
+    generators = [torch.Generator().manual_seed(derived_seed(seed, 0)) for seed in seeds]
+    uniform(generators, 3)  # flip and roll
+    prior = prior_losses(terms, start, record_of(start), generators, 0)['total']
     distance = evolver.student.discrepancy(run_taps(network(), start), start)
-    gradient, = torch.autograd.grad(prior - 3. * torch.log1p(distance).mean(), start)
+    gradient, = torch.autograd.grad((prior - 3. * torch.log1p(distance)).sum(), start)
     inside = (start.detach().abs() < 1.9) & (gradient.abs() > 1e-6)
     assert inside.float().mean() > 0.8
     step = (moved[None] - start.detach())[inside]

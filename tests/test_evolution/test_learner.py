@@ -10,10 +10,10 @@ from torch import nn
 from psaq_mm.adapters import TapRecord
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import Student
-from psaq_mm.recipe import EvolutionSettings
-from psaq_mm.student import calibrate_ranges
 from psaq_mm.ops import apply_plan, named_quant_ops
 from psaq_mm.quantization import QuantSpec
+from psaq_mm.recipe import EvolutionSettings
+from psaq_mm.student import calibrate_ranges
 
 SIZE = 28
 RULES = dict(rounds=1, batch_size=4, weight_lr=0.01, range_lr=1e-2)

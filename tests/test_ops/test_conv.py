@@ -16,9 +16,9 @@ from psaq_mm.ops import QuantConv2d, QuantConvTranspose2d, QuantLinear, op_for
 from psaq_mm.quantization import QuantSpec
 
 
-def calibrated(module, x, learnable=False, **specs):
-    """A quantized op with ranges from ``x``, switched on."""
-    return calibrated_op(QuantConv2d.from_float(module, specs, learnable), x)
+def calibrated(module, x, **specs):
+    """A quantized op with ranges from ``x``."""
+    return calibrated_op(QuantConv2d.from_float(module, specs), x)
 
 
 def symmetric_per_channel(x, bits, axis):
@@ -105,21 +105,23 @@ def test_changed_weight_and_copy():
         assert torch.equal(twin(x), before)
 
 
-@pytest.mark.parametrize('learnable', [True, False])
-def test_gradients(learnable):
+@pytest.mark.parametrize('learned', [True, False])
+def test_gradients(learned):
+    """They reach ranges if these are asked for some, as the game does."""
     conv, x = nn.Conv2d(4, 6, 3), torch.randn(2, 4, 9, 11)
-    op = calibrated(conv, x, learnable, weight=QuantSpec(4, True, 'per_channel'),
-                    input=QuantSpec(4, False))
+    op = calibrated(conv, x, weight=QuantSpec(4, True, 'per_channel'), input=QuantSpec(4, False))
+    for quantizer in op.quantizers.values():
+        quantizer.scale.requires_grad_(learned)
     op(x).square().sum().backward()
     weight = conv.weight.detach().clone().requires_grad_()
     F.conv2d(asymmetric(x, 4), symmetric_per_channel(weight, 4, 0),
              conv.bias.detach()).square().sum().backward()
     assert torch.allclose(op.weight.grad, weight.grad, rtol=1e-4, atol=1e-3)
     for quantizer in op.quantizers.values():
-        if learnable:
+        if learned:
             assert (quantizer.scale.grad != 0).all()
         else:
-            assert not quantizer.scale.requires_grad
+            assert quantizer.scale.grad is None
 
 
 def test_classes():
@@ -154,7 +156,7 @@ def test_transposed(kind, arguments):
     conv, x = kind(4, 6, **arguments), torch.randn(2, 4, 5, 7)
     op = QuantConvTranspose2d.from_float(conv, dict(
         weight=QuantSpec(4, True, 'per_channel'), input=QuantSpec(8, True, 'per_channel')))
-    assert torch.equal(op(x), conv(x))  # off
+    assert torch.equal(op(x), conv(x))  # no range yet
     calibrated_op(op, x)
     # the weight's ranges are the output channels': axis 1 of (in, out / groups, kh, kw)
     assert op.weight_quantizer.scale.shape == (6 // arguments.get('groups', 1), )

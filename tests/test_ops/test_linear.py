@@ -16,9 +16,15 @@ WEIGHT = QuantSpec(granularity='per_channel')
 INPUT = QuantSpec(symmetric=False)
 
 
-def calibrated(module, x, learnable=False, **specs):
-    """A quantized op with ranges from ``x``, switched on."""
-    return calibrated_op(QuantLinear.from_float(module, specs, learnable), x)
+def calibrated(module, x, **specs):
+    """A quantized op with ranges from ``x``."""
+    return calibrated_op(QuantLinear.from_float(module, specs), x)
+
+
+def ask_for_gradients(op):
+    """As the game does with the ranges that it learns."""
+    for quantizer in op.quantizers.values():
+        quantizer.scale.requires_grad_(True)
 
 
 def reference(x, bits, symmetric, axis=None):
@@ -111,19 +117,47 @@ def test_is_a_linear_that_shares_its_weights():
     assert list(op.state_dict())[:3] == [*keys, 'quantizers.weight.scale']
 
 
-def test_weight_range_is_set_at_once_and_the_input_range_is_not():
-    op = QuantLinear.from_float(nn.Linear(5, 7), dict(weight=WEIGHT, input=INPUT))
-    assert op.quantizers['weight'].calibrated
-    assert op.quantizers['weight'].scale.shape == (7, )
+def test_weight_range_is_set_apart_from_the_input_range():
+    linear, x = nn.Linear(5, 7), torch.randn(6, 5)
+    op = QuantLinear.from_float(linear, dict(weight=WEIGHT, input=INPUT))
+    assert not any(q.calibrated for q in op.quantizers.values())
+    op.set_weight_range()
+    quantizer = op.weight_quantizer
+    assert quantizer.calibrated and quantizer.observer is None
+    assert quantizer.scale.shape == (7, )
     assert not op.quantizers['input'].calibrated
-    assert not any(q.enabled for q in op.quantizers.values())
+    expected = F.linear(x, reference(linear.weight, 8, True, 0), linear.bias)
+    assert torch.equal(op(x), expected)
+
+
+def test_op_without_a_quantized_weight():
+    linear, x = nn.Linear(5, 7), torch.randn(6, 5)
+    op = QuantLinear.from_float(linear, dict(input=INPUT))
+    op.set_weight_range()
+    assert op.weight_quantizer is None and not op.awaits_gptq
+    assert torch.equal(op(x), linear(x))
 
 
 def test_weight_that_is_not_finite():
-    linear = nn.Linear(5, 7)
+    linear, x = nn.Linear(5, 7), torch.randn(6, 5)
     linear.weight.data[3, 2] = float('nan')
+    op = QuantLinear.from_float(linear, dict(weight=WEIGHT))
     with pytest.raises(ValueError, match='NaN or infinite'):
-        QuantLinear.from_float(linear, dict(weight=WEIGHT))
+        op.set_weight_range()
+    assert not op.weight_quantizer.calibrated and op.weight_quantizer.observer is None
+    assert torch.equal(op(x)[:, :3], linear(x)[:, :3])
+
+
+@pytest.mark.parametrize('how', [lambda op: op, copy.deepcopy,
+                                 lambda op: pickle.loads(pickle.dumps(op))])
+def test_which_weights_await_gptq(how):
+    asked, plain = (QuantLinear.from_float(nn.Linear(5, 7), dict(weight=QuantSpec(
+        4, True, 'per_channel', rounding=rounding))) for rounding in ('gptq', 'nearest'))
+    assert how(asked).awaits_gptq and not how(plain).awaits_gptq
+    asked.set_weight_range()
+    assert how(asked).awaits_gptq  # a range is not all
+    asked.weight_settled = True
+    assert how(asked).weight_settled and not how(asked).awaits_gptq
 
 
 def test_empty_input():
@@ -228,8 +262,8 @@ def test_copies_stand_alone(how):
 
 def test_kept_weight_is_not_pickled():
     op = QuantLinear.from_float(nn.Linear(256, 256), dict(weight=WEIGHT))
+    op.set_weight_range()
     empty = len(pickle.dumps(op))
-    op.quantizers['weight'].enabled = True
     with torch.no_grad():
         op.quantized_weight()
     assert abs(len(pickle.dumps(op)) - empty) < 1000
@@ -253,11 +287,13 @@ def test_inference_mode():
 
 # Gradients
 
-@pytest.mark.parametrize('learnable', [True, False])
-def test_gradient_reaches_weight_and_input(learnable):
+@pytest.mark.parametrize('learned', [True, False])
+def test_gradient_reaches_weight_and_input(learned):
     linear, x = nn.Linear(5, 7), torch.randn(6, 5)
-    op = calibrated(linear, x, learnable, weight=QuantSpec(4, True, 'per_channel'),
+    op = calibrated(linear, x, weight=QuantSpec(4, True, 'per_channel'),
                     input=QuantSpec(4, False))
+    if learned:
+        ask_for_gradients(op)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     op(ours).square().sum().backward()
     weight = linear.weight.detach().clone().requires_grad_()
@@ -267,9 +303,10 @@ def test_gradient_reaches_weight_and_input(learnable):
     assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_reaches_learnable_scales():
+def test_gradient_reaches_scales():
     linear, x = nn.Linear(5, 7), torch.randn(6, 5)
-    op = calibrated(linear, x, True, weight=QuantSpec(4, True, 'per_channel'))
+    op = calibrated(linear, x, weight=QuantSpec(4, True, 'per_channel'))
+    ask_for_gradients(op)
     op(x).sum().backward()
     scale = op.quantizers['weight'].scale
     v = (linear.weight / scale[:, None]).detach()
@@ -281,8 +318,9 @@ def test_gradient_reaches_learnable_scales():
 
 def test_a_step_on_scales_changes_the_result():
     x = torch.randn(6, 5)
-    op = calibrated(nn.Linear(5, 7), x, True, weight=QuantSpec(3, True, 'per_channel'),
+    op = calibrated(nn.Linear(5, 7), x, weight=QuantSpec(3, True, 'per_channel'),
                     input=QuantSpec(3, False))
+    ask_for_gradients(op)
     with torch.no_grad():
         before = op(x)
     optimizer = torch.optim.SGD([q.scale for q in op.quantizers.values()], 0.01)

@@ -10,6 +10,7 @@ from psaq_mm.adapters.mmdet_swin import MMDetSwinAdapter
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, apply_plan, plan_quantization
 from psaq_mm.quantization import QuantSpec
+from psaq_mm.recipe.merging import merged
 from psaq_mm.recipe.quantization import QuantizationSettings
 
 BLOCKS = [f'stages.{stage}.blocks.{block}' for stage in (0, 1) for block in (0, 1)]
@@ -44,8 +45,13 @@ def swin():
     return model
 
 
-def plan(model, **settings):
-    return plan_quantization(model, QuantizationSettings.from_dict(settings), MMDetSwinAdapter())
+PLAIN = dict(weight=dict(rounding='nearest'), activation=dict(margin=0.), roles={}, overrides={})
+
+
+def plan(model, **changes):
+    """By naive ranges and rounding, but for the changes."""
+    settings = QuantizationSettings.from_dict(merged(PLAIN, changes))
+    return plan_quantization(model, settings, MMDetSwinAdapter())
 
 
 def prefixed(names):
@@ -253,6 +259,19 @@ def test_overrides_by_name():
 def test_wildcard_that_matches_nothing(settings):
     with pytest.raises(UserError, match=f"quantization.{next(iter(settings))}: 'patch_embd"):
         plan(swin(), **settings)
+
+
+def test_wildcards_of_the_defaults_need_no_match():
+    """Nobody wrote them."""
+    model = swin()
+    for changes in (dict(placement=['attention']), dict(placement=['logits', 'bias_table'])):
+        settings = QuantizationSettings.from_dict(changes)
+        assert any('*' in pattern for pattern in settings.overrides)
+        assert set(plan_quantization(model, settings, MMDetSwinAdapter())) == set(ATTENTION)
+    with pytest.raises(UserError, match="quantization.overrides: 'mine.[*]' matches no module"):
+        plan_quantization(model, QuantizationSettings.from_dict(dict(
+            placement=['attention'], overrides={**settings.overrides, 'mine.*': {}})),
+            MMDetSwinAdapter())
 
 
 def test_include_that_matches_only_what_the_placement_leaves_float():

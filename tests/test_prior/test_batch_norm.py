@@ -68,7 +68,7 @@ def record(mean, var, channels=2):
 
 def state(*records):
     return PriorState(images=torch.zeros(1, 3, 2, 2), attention=[],
-                      generator=torch.Generator(), batch_norms=list(records))
+                      generators=[torch.Generator()], batch_norms=list(records))
 
 
 def test_term_is_the_mean_over_layers_and_channels():
@@ -77,6 +77,7 @@ def test_term_is_the_mean_over_layers_and_channels():
     assert float(value) == pytest.approx(2 * (0 + 0.5) / 2)
     assert BatchNormPrior.needs_batch_norm
     assert not BatchNormPrior.needs_attention
+    assert BatchNormPrior.couples_images
 
 
 def test_descent_restores_the_statistics():

@@ -12,9 +12,12 @@ from psaq_mm.prior import (
     patch_similarity_entropy,
     patch_similarity_entropy_v1,
     total_variation,
-    total_variation_target,
 )
 from psaq_mm.registry import PRIORS
+
+
+def _generators():
+    return [torch.Generator().manual_seed(seed) for seed in (9, 10)]
 
 
 def _state(seed=0, **kwargs):
@@ -26,7 +29,7 @@ def _state(seed=0, **kwargs):
         AttentionRecord(1 + torch.randn(8, 9, 3, 4, generator=g)),
         AttentionRecord(1 + torch.randn(2, 9, 6, 4, generator=g), valid),
     ]
-    fields = dict(images=images, attention=attention, generator=torch.Generator().manual_seed(9))
+    fields = dict(images=images, attention=attention, generators=_generators())
     fields.update(kwargs)
     return PriorState(**fields)
 
@@ -39,7 +42,7 @@ def test_registered_with_the_papers_defaults():
     term = PRIORS.build(dict(type='TotalVariationPrior', weight=0.1))
     assert isinstance(term, TotalVariationPrior)
     assert (term.weight, term.low, term.high) == (0.1, 2500., 3000.)
-    assert TotalVariationPrior().weight == 0.05
+    assert TotalVariationPrior().weight == 0.025
 
 
 def test_needs_attention():
@@ -51,10 +54,10 @@ def test_needs_attention():
     ('binned', patch_similarity_entropy, dict(bins=64)),
     ('v1', patch_similarity_entropy_v1, dict(points=12)),
 ])
-def test_patch_similarity_is_the_negative_sum_of_block_means(form, function, kwargs):
+def test_patch_similarity_is_the_negative_sum_over_blocks(form, function, kwargs):
     state = _state()
     expected = sum(
-        function(record.output.mean(2), 2, record.valid, bandwidth=0.02, **kwargs).mean()
+        function(record.output.mean(2), 2, record.valid, bandwidth=0.02, **kwargs)
         for record in state.attention)
     term = PatchSimilarityPrior(weight=0.5, form=form, bandwidth=0.02, **kwargs)
     torch.testing.assert_close(term(state), -0.5 * expected)
@@ -64,7 +67,7 @@ def test_patch_similarity_gradient_reaches_every_head_of_every_block():
     state = _state()
     for record in state.attention:
         record.output.requires_grad_()
-    PatchSimilarityPrior()(state).backward()
+    PatchSimilarityPrior()(state).sum().backward()
     first, second = (record.output.grad for record in state.attention)
     assert (first.abs().sum((0, 1, 3)) > 0).all()
     assert (second[:, :6].abs().sum((0, 1, 3)) > 0).all()
@@ -90,25 +93,28 @@ def test_a_model_without_attention_is_refused():
 
 def test_total_variation_term():
     state = _state()
-    target = total_variation_target(2, 14, 14, torch.Generator().manual_seed(9), 5000., 6000.)
-    expected = 0.1 * (total_variation(state.images) - target).abs()
+    draws = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in _generators()])
+    target = 5000 + 1000 * draws.float()
+    scale = 32 ** 0.5 * 16  # to 32 images of 224 pixels
+    expected = 0.1 * (scale * total_variation(state.images) - target).abs()
     term = TotalVariationPrior(weight=0.1, low=5000., high=6000.)
     torch.testing.assert_close(term(state), expected)
-    assert term(state) != expected  # a new target in each step
+    assert (term(state) != expected).all()  # a new target in each step
 
 
 def test_total_variation_pulls_towards_the_target():
     images = torch.randn(2, 3, 14, 14, generator=torch.Generator().manual_seed(0))
     term = TotalVariationPrior(weight=1., low=1500., high=1500.)
-    target = total_variation_target(2, 14, 14, torch.Generator(), 1500., 1500.)
-    assert total_variation(images) > 1.5 * target
+    target = 1500 / (32 ** 0.5 * 16)
+    assert (total_variation(images) > 1.5 * target).all()
     images.requires_grad_()
-    optimizer = torch.optim.Adam([images], lr=0.05)
-    for _ in range(100):
+    optimizer = torch.optim.Adam([images])
+    for step in range(100):
+        optimizer.param_groups[0]['lr'] = 0.05 * (1 - step / 100)
         optimizer.zero_grad()
-        term(_state(images=images)).backward()
+        term(_state(images=images)).sum().backward()
         optimizer.step()
-    assert total_variation(images).item() == pytest.approx(target, rel=0.05)
+    assert total_variation(images).tolist() == pytest.approx([target] * 2, rel=0.05)
 
 
 @pytest.mark.parametrize('term, kwargs, message', [

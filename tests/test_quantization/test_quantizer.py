@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""The quantizer module: off, observing, on, and its state."""
+"""The quantizer module: without a range, observing, with one, switched off, and its state."""
 import copy
 import pickle
 
@@ -11,12 +11,18 @@ from psaq_mm.quantization import Quantizer, QuantSpec, fake_quantize
 PER_CHANNEL = dict(granularity='per_channel')
 
 
-def calibrated(x, axis=None, learnable=False, **spec):
-    quantizer = Quantizer(QuantSpec(**spec), axis, learnable)
+def calibrated(x, axis=None, **spec):
+    quantizer = Quantizer(QuantSpec(**spec), axis)
     quantizer.start_observing()
     quantizer(x)
     quantizer.finish_observing()
-    quantizer.enabled = True
+    return quantizer
+
+
+def asked_for_gradients(quantizer):
+    """As the game does with what it learns."""
+    for tensor in (quantizer.scale, quantizer.zero_point):
+        tensor.requires_grad_(True)
     return quantizer
 
 
@@ -32,19 +38,42 @@ def test_off_returns_the_very_same_object():
     quantizer.start_observing()
     assert quantizer(x) is x
     quantizer.finish_observing()
-    assert quantizer(x) is x
-    quantizer.enabled = True
     assert quantizer(x) is not x
     quantizer.enabled = False
     assert quantizer(x) is x
-
-
-def test_enabled_without_a_range():
-    quantizer = Quantizer(QuantSpec())
-    assert not quantizer.calibrated
     quantizer.enabled = True
-    with pytest.raises(RuntimeError, match='calibrate the model or load a quantized checkpoint'):
-        quantizer(torch.ones(3))
+    assert quantizer(x) is not x
+
+
+def test_active_with_a_range_unless_switched_off():
+    quantizer, x = Quantizer(QuantSpec(bits=4)), torch.tensor([-9., 0.3, 2.2])
+    for enabled in (True, False):
+        quantizer.enabled = enabled
+        assert not quantizer.calibrated and not quantizer.active
+        assert quantizer(x) is x
+    quantizer.set_range(torch.tensor([-7.]), torch.tensor([7.]))
+    assert quantizer.calibrated and not quantizer.active
+    assert quantizer(x) is x
+    quantizer.enabled = True
+    assert quantizer.active
+    assert quantizer(x).tolist() == [-7., 0., 2.]
+
+
+def test_range_of_before():
+    quantizer, x = calibrated(torch.tensor([-3.5, 2.]), bits=4, symmetric=False), torch.randn(9)
+    assert not quantizer.learned
+    quantizer.learned = True
+    expected, before = quantizer(x), (quantizer.scale, quantizer.zero_point, quantizer.learned)
+    quantizer.start_observing()
+    quantizer(torch.tensor([-100., 1.]))
+    quantizer.finish_observing()
+    assert not quantizer.learned  # the rule's
+    assert not torch.equal(quantizer(x), expected)
+    quantizer.restore_range(*before)
+    assert quantizer.learned and torch.equal(quantizer(x), expected)
+    nothing = Quantizer(QuantSpec(bits=4, symmetric=False))
+    quantizer.restore_range(nothing.scale, nothing.zero_point, False)
+    assert not quantizer.calibrated and quantizer(x) is x
 
 
 def test_observe_finish_range():
@@ -58,7 +87,6 @@ def test_observe_finish_range():
     assert (quantizer.scale.item(), quantizer.zero_point.item()) == (0.5, 6.)
     assert quantizer.scale.shape == quantizer.zero_point.shape == ()
     assert [end.item() for end in quantizer.range()] == [-3., 4.5]
-    quantizer.enabled = True
     x = torch.tensor([-9., -0.3, 0., 0.3, 9.])
     assert quantizer(x).tolist() == [-3., -0.5, 0., 0.5, 4.5]
     assert quantizer.to_integers(x).tolist() == [0, 5, 6, 7, 15]
@@ -81,7 +109,7 @@ def test_observing_anew_forgets_the_old_range():
 def test_the_observer_sees_the_input_and_not_the_output():
     quantizer = calibrated(torch.tensor([-1., 1.]))
     quantizer.start_observing()
-    assert quantizer(torch.tensor([5.])).item() == 1.  # clipped, as it is enabled
+    assert quantizer(torch.tensor([5.])).item() == 1.  # clipped, as it is active
     quantizer.finish_observing()
     assert quantizer.range()[1].item() == pytest.approx(5.)
 
@@ -129,19 +157,10 @@ def test_nothing_observed():
     assert not quantizer.calibrated
 
 
-# Parameters and state
+# State
 
 @pytest.mark.parametrize('kind', every_kind())
-def test_learnable_ranges_are_parameters(kind):
-    quantizer = calibrated(torch.randn(3, 4), 0, learnable=True, **kind)
-    names = {'scale'} if kind['symmetric'] else {'scale', 'zero_point'}
-    assert {name for name, _ in quantizer.named_parameters()} == names
-    assert set(quantizer.state_dict()) == names
-    assert all(p.requires_grad for p in quantizer.parameters())
-
-
-@pytest.mark.parametrize('kind', every_kind())
-def test_fixed_ranges_are_buffers(kind):
+def test_ranges_are_buffers(kind):
     quantizer = calibrated(torch.randn(3, 4), 0, **kind)
     assert list(quantizer.parameters()) == []
     # The zero point of a symmetric range is 0 by definition and is not stored.
@@ -150,19 +169,27 @@ def test_fixed_ranges_are_buffers(kind):
     assert {name for name, _ in quantizer.named_buffers()} == {'scale', 'zero_point'}
 
 
-@pytest.mark.parametrize('learnable', [True, False])
 @pytest.mark.parametrize('kind', every_kind())
-def test_state_dict_into_an_uncalibrated_quantizer(kind, learnable):
+def test_state_dict_into_an_uncalibrated_quantizer(kind):
+    """It quantizes from then on."""
     x = torch.randn(3, 4)
-    source = calibrated(x, 0, learnable, bits=5, **kind)
-    target = Quantizer(QuantSpec(bits=5, **kind), 0, learnable)
+    source = calibrated(x, 0, bits=5, **kind)
+    target = Quantizer(QuantSpec(bits=5, **kind), 0)
+    assert not target.active
     target.load_state_dict(source.state_dict())
-    assert target.calibrated
-    target.enabled = True
+    assert target.active
     assert torch.equal(target(x), source(x))
     assert torch.equal(target.zero_point, source.zero_point)
     assert target.scale.data_ptr() != source.scale.data_ptr()
-    assert {n for n, _ in target.named_parameters()} == {n for n, _ in source.named_parameters()}
+    assert {n for n, _ in target.named_buffers()} == {n for n, _ in source.named_buffers()}
+
+
+def test_switch_is_no_state():
+    source = calibrated(torch.randn(3, 4))
+    source.enabled = False
+    target = Quantizer(QuantSpec())
+    target.load_state_dict(source.state_dict())
+    assert target.active and not source.active
 
 
 def test_state_dict_of_a_parent_module():
@@ -174,7 +201,6 @@ def test_state_dict_of_a_parent_module():
     result = target.load_state_dict(source.state_dict())
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
     for name, quantizer in target.items():
-        quantizer.enabled = True
         assert torch.equal(quantizer(x), source[name](x))
 
 
@@ -190,12 +216,13 @@ def test_state_dict_of_another_shape(kind):
 
 
 @pytest.mark.parametrize('how', [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])
-@pytest.mark.parametrize('learnable', [True, False])
-def test_copies(how, learnable):
+def test_copies(how):
     x = torch.randn(3, 4)
-    source = calibrated(x, 0, learnable, symmetric=False, **PER_CHANNEL)
+    source = calibrated(x, 0, symmetric=False, **PER_CHANNEL)
+    source.learned = True
     expected = source(x)
     twin = how(source)
+    assert twin.learned
     assert torch.equal(twin(x), expected)
     with torch.no_grad():
         twin.scale.mul_(3)
@@ -203,9 +230,9 @@ def test_copies(how, learnable):
     assert not torch.equal(twin(x), expected)
 
 
-def test_gradients_reach_learnable_ranges():
+def test_gradients_reach_ranges():
     x = torch.randn(3, 4)
-    quantizer = calibrated(x, bits=3, symmetric=False, learnable=True)
+    quantizer = asked_for_gradients(calibrated(x, bits=3, symmetric=False))
     with torch.no_grad():
         quantizer.scale.mul_(0.5)  # so that values clip at both ends
     quantizer(x).square().sum().backward()
@@ -219,7 +246,7 @@ def test_gradients_reach_learnable_ranges():
 
 def test_a_learned_zero_point_is_used_as_an_integer():
     x = torch.linspace(-1, 1, 9)
-    quantizer = calibrated(x, bits=4, symmetric=False, learnable=True)
+    quantizer = asked_for_gradients(calibrated(x, bits=4, symmetric=False))
     x = x * 3  # clips at both ends
     expected, integers = quantizer(x).detach(), quantizer.to_integers(x)
     with torch.no_grad():

@@ -7,11 +7,11 @@ import torch
 from conftest import DEMO, ROOT
 from mmdet.models.backbones.swin import SwinTransformer
 from mmengine.config import Config
+from psaq_mm.presets import BASES, PRESETS, SECTIONS
 
 import psaq_mm
 from psaq_mm import UserError
 from psaq_mm.engine import load_config, read_sections
-from psaq_mm.presets import BASES, PRESETS, SECTIONS
 
 SHIPPED = sorted((ROOT / 'configs').glob('*_w?a?.py'))
 NAMES = ('default', 'evolve', 'fast', 'paper')

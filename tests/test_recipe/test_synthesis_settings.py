@@ -3,8 +3,8 @@ import pytest
 from mmengine.config import Config
 
 from psaq_mm.errors import UserError
-from psaq_mm.recipe import CalibrationSettings, SynthesisSettings
 from psaq_mm.prior import PatchSimilarityPrior, TotalVariationPrior
+from psaq_mm.recipe import CalibrationSettings, SynthesisSettings
 
 NOT_COUNTS = [0, -1, 1.5, '8', None, True, [8]]
 

@@ -8,9 +8,9 @@ from torch import nn
 
 import psaq_mm
 from psaq_mm.errors import UserError
-from psaq_mm.student import calibrate_ranges
 from psaq_mm.ops import named_quant_ops, set_quantization
 from psaq_mm.quantization import Quantizer
+from psaq_mm.student import calibrate_ranges
 
 
 def swin():

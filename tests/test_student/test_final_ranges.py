@@ -11,11 +11,11 @@ from torch import nn
 
 import psaq_mm
 from psaq_mm.errors import UserError
-from psaq_mm.student import calibrate_ranges, carry_ranges_over
-from psaq_mm.synthesis import mosaics
-from psaq_mm.student.final_ranges import activation_ranges, carry_over
 from psaq_mm.ops import apply_plan, named_quant_ops, quantization_enabled
 from psaq_mm.quantization import QuantSpec
+from psaq_mm.student import calibrate_ranges, carry_ranges_over
+from psaq_mm.student.final_ranges import activation_ranges, carry_over
+from psaq_mm.synthesis import mosaics
 
 ENDS = st.floats(-100, 100).map(lambda x: round(x, 3))
 

@@ -7,9 +7,9 @@ from mmdet.models.backbones.swin import SwinTransformer
 from torch import nn
 
 import psaq_mm
-from psaq_mm.student import measure_sqnr
 from psaq_mm.ops import apply_plan, named_quant_ops, set_quantization
 from psaq_mm.quantization import Quantizer, QuantSpec
+from psaq_mm.student import measure_sqnr
 
 
 def quantized(model, *names, bits=4):

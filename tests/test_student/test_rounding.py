@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from psaq_mm.student import calibrate_ranges, ops_left_to_nearest, ops_to_round, round_by_gptq
-from psaq_mm.student import rounding as weight_rounding
 from psaq_mm.ops import apply_plan, named_quant_ops
 from psaq_mm.quantization import QuantSpec, gptq_round, second_moments
+from psaq_mm.student import calibrate_ranges, ops_left_to_nearest, ops_to_round, round_by_gptq
+from psaq_mm.student import rounding as weight_rounding
 
 
 def specs(bits=4, granularity='per_channel', **weight):

@@ -5,10 +5,17 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mmdet.models.backbones.swin import SwinTransformer
+from mmengine.logging import MMLogger
 
-from psaq_mm.prior import AttentionRecord, TeacherRecord
+from psaq_mm.errors import UserError
+from psaq_mm.prior import AttentionRecord, PriorTerm, TeacherRecord, derived_seed
 from psaq_mm.recipe import SynthesisSettings
-from psaq_mm.synthesis import Synthesizer, learning_rate_factor
+from psaq_mm.registry import PRIORS
+from psaq_mm.synthesis import Synthesizer, learning_rate_factor, share_of
+from psaq_mm.synthesis.teacher import float_teacher, frozen
 
 LOWER = torch.tensor([-2., -1., 0.]).view(1, 3, 1, 1)
 UPPER = torch.tensor([2., 3., 0.5]).view(1, 3, 1, 1)
@@ -26,9 +33,9 @@ def attention(images):
     return TeacherRecord(attention=[AttentionRecord(output=tokens)])
 
 
-def synthesizer(seed=0, run=attention, **changes):
+def synthesizer(seed=0, run=attention, indices=None, **changes):
     settings = SynthesisSettings.from_dict({**SMALL, **changes})
-    return Synthesizer(settings, run, LOWER, UPPER, seed)
+    return Synthesizer(settings, run, LOWER, UPPER, seed, indices=indices)
 
 
 def finish(images):
@@ -47,7 +54,7 @@ def assert_same(one, other):
     assert torch.equal(one.images, other.images)
     assert one.losses == other.losses
     assert one.step_index == other.step_index == TOTAL
-    assert torch.equal(one.generator.get_state(), other.generator.get_state())
+    assert one.seed == other.seed
 
 
 # The schedule
@@ -176,6 +183,143 @@ def test_model_runs_once_a_step():
 
     finish(synthesizer(run=watch))
     assert shapes == [(2, 3, 28, 28)] * 6 + [(1, 3, 28, 28)] * 6
+
+
+# Image i depends on the seed and on i
+
+
+@pytest.fixture(scope='module')
+def swin():
+    """A small Swin, in float64: what differs then is not rounding."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = SwinTransformer(embed_dims=8, depths=(1, 2), num_heads=(1, 2), strides=(4, 2),
+                                out_indices=(0, 1), drop_path_rate=0.3)
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.double()
+
+
+def images_of_swin(swin, batch_size, indices=None, seed=0, **changes):
+    settings = SynthesisSettings.from_dict({**SMALL, **dict(
+        num_images=8, image_size=56, batch_size=batch_size), **changes})
+    with frozen(swin), float_teacher(swin, settings) as teacher:
+        return finish(Synthesizer(settings, lambda images: teacher(images)[0], LOWER.double(),
+                                  UPPER.double(), seed, indices=indices)).images
+
+
+@pytest.mark.parametrize('form', ['binned', 'v1'])
+def test_images_do_not_depend_on_batches_and_processes(form, swin):
+    """One process of 8, two of 4, 8 batches of one, and one image alone."""
+    rules = dict(priors=dict(SMALL['priors'],
+                             patch_similarity=dict(type='PatchSimilarityPrior', form=form)))
+    expected = images_of_swin(swin, 8, **rules)
+    assert expected.dtype == torch.float64
+    assert len({image.numpy().tobytes() for image in expected}) == 8
+    halves = [images_of_swin(swin, 4, share_of(8, rank, 2), **rules) for rank in range(2)]
+    for others in (torch.cat(halves), images_of_swin(swin, 1, **rules),
+                   images_of_swin(swin, 3, **rules)):
+        torch.testing.assert_close(others, expected, rtol=1e-9, atol=1e-9)
+    alone = images_of_swin(swin, 8, [5], **rules)
+    torch.testing.assert_close(alone, expected[5:6], rtol=1e-9, atol=1e-9)
+    more = images_of_swin(swin, 8, num_images=11, **rules)
+    torch.testing.assert_close(more[:8], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_runs_of_neighbouring_seeds_share_no_image():
+    noise = {}
+    for seed in range(3):
+        images = synthesizer(seed, num_images=4, batch_size=4, lr=1e-8)
+        images.step()
+        noise[seed] = images.current.detach()
+    everything = torch.cat(list(noise.values()))
+    distances = torch.cdist(everything.flatten(1), everything.flatten(1))
+    assert (distances + 1e3 * torch.eye(12)).min() > 10  # of sqrt(2 * 2352) = 69, before clamping
+
+
+def test_noise_is_drawn_from_the_seed_of_the_image():
+    images = synthesizer(5, num_images=3, batch_size=3, lr=1e-8)
+    images.step()
+    for index, image in enumerate(images.current.detach()):
+        generator = torch.Generator().manual_seed(derived_seed(5, index))
+        noise = torch.randn(3, 28, 28, generator=generator)
+        expected = torch.minimum(torch.maximum(noise, LOWER[0]), UPPER[0])
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
+
+
+def test_each_step_has_draws_of_its_own():
+    """Other flips and rolls for each image and in each step."""
+    seen = []
+
+    def watch(batch):
+        seen.append(batch.detach().clone())
+        return attention(batch)
+
+    images = synthesizer(run=watch, num_images=4, batch_size=4, steps=4, shifts=(224, ), lr=1e-8)
+    finish(images)
+    still = images.images
+    shifts = set()
+    for batch in seen[1:]:
+        for image, other in zip(batch, still):
+            found = [(flip, i, j) for flip in range(2) for i in range(28) for j in range(28)
+                     if torch.allclose((other.flip(-1) if flip else other).roll((i, j), (-2, -1)),
+                                       image, atol=1e-6)]
+            assert len(found) == 1
+            shifts.update(found)
+    assert len(shifts) > 9  # of 12
+    assert {flip for flip, _, _ in shifts} == {0, 1}
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_share_of(num_images, processes):
+    shares = [share_of(num_images, rank, processes) for rank in range(processes)]
+    assert [index for share in shares for index in share] == list(range(num_images))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_state_of_another_share():
+    first = synthesizer(indices=range(2))
+    first.step()
+    with pytest.raises(UserError, match='another share of the run: resume with as many proc'):
+        synthesizer(indices=range(1, 3)).load_state_dict(first.state_dict())
+
+
+@PRIORS.register_module(force=True)
+class GivesPrior(PriorTerm):
+    """A term of a user's: whatever the test asks."""
+
+    def __init__(self, shape='image', weight=1.):
+        super().__init__(weight)
+        self.shape = shape
+
+    def __call__(self, state):
+        each = state.images.pow(2).mean((1, 2, 3))
+        return dict(image=each, batch=each.mean(), column=each[:, None])[self.shape]
+
+
+def test_scalar_is_shared_equally():
+    """A mean over the images, taken as the loss of each, moves them as losses of their own do."""
+    each, batch = (finish(synthesizer(priors=dict(mine=dict(type='GivesPrior', shape=shape))))
+                   for shape in ('image', 'batch'))
+    torch.testing.assert_close(each.images, batch.images, rtol=0, atol=1e-3)
+    assert each.losses['mine'] == pytest.approx(batch.losses['mine'], rel=1e-4)
+
+
+def test_term_of_another_shape():
+    images = synthesizer(priors=dict(mine=dict(type='GivesPrior', shape='column')))
+    with pytest.raises(UserError, match=r'^synthesis.priors.mine must give one value for each of '
+                                        r'the 2 images, or a scalar, got \(2, 1\)$'):
+        images.step()
+
+
+def test_terms_that_couple_images_are_named(tmp_path):
+    logger = MMLogger.get_instance('coupling', log_file=str(tmp_path / 'log'))
+    synthesizer()
+    assert 'batches as a whole' not in (tmp_path / 'log').read_text()
+    synthesizer(priors=dict(norms=dict(type='BatchNormPrior')))
+    assert 'synthesis.priors.norms looks at batches as a whole' in (tmp_path / 'log').read_text()
+    assert logger is MMLogger.get_current_instance()
 
 
 # What goes wrong in a step

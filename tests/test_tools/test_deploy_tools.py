@@ -10,6 +10,7 @@ import torch
 from conftest import DEMO, ROOT, load_script
 
 import psaq_mm
+from psaq_mm.deploy.export_manifest import write_export
 from psaq_mm.engine import build_float_model, load_config
 
 pytest.importorskip('onnx')
@@ -141,9 +142,8 @@ def test_engine_absent(call_tool, data, tmp_path, monkeypatch):
 
 
 def test_graphs_of_another_checkpoint(call_tool, data, tmp_path):
-    (tmp_path / 'export.json').write_text(json.dumps(dict(
-        format='onnx', source=dict(sha256='0', checkpoint='other.pth'),
-        output_names=['feature_0'], graphs=[dict(file='model.onnx', size=None)])))
+    write_export(dict(format='onnx', source=dict(sha256='0', checkpoint='other.pth'),
+                      output_names=['feature_0'], graphs=[]), tmp_path)
     status, _, err = call_tool(
         'test', data / 'detector_w8a8.py', data / 'quantized.pth', '--work-dir', tmp_path,
         '--backend', 'onnxruntime', '--exported', tmp_path)

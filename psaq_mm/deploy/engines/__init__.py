@@ -1,15 +1,17 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""The engines that run exported graphs, one a file."""
+"""The engines that run exported graphs, one in each file."""
 from typing import Dict, Type
 
 from .engine import Engine
 from .onnxruntime_engine import ONNXRuntimeEngine
 from .openvino_engine import OpenVINOEngine
 
-ENGINES: Dict[str, Type[Engine]] = dict(onnxruntime=ONNXRuntimeEngine, openvino=OpenVINOEngine)
+_CLASSES = (ONNXRuntimeEngine, OpenVINOEngine)
+
+ENGINES: Dict[str, Type[Engine]] = {engine.name: engine for engine in _CLASSES}
 """Name of an engine to its class."""
 
-ENGINE_OF_FORMAT = dict(onnx='onnxruntime', openvino='openvino')
-"""The engine that a format is checked with."""
+FORMATS: Dict[str, Type[Engine]] = {engine.format: engine for engine in _CLASSES}
+"""Name of a format to the engine that checks it."""
 
-__all__ = ['ENGINES', 'ENGINE_OF_FORMAT', 'Engine', 'ONNXRuntimeEngine', 'OpenVINOEngine']
+__all__ = ['ENGINES', 'FORMATS', 'Engine', 'ONNXRuntimeEngine', 'OpenVINOEngine']

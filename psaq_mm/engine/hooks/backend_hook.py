@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Test a model with an engine in the place of its torch modules."""
+"""Test a model with an engine instead of its torch modules."""
 from pathlib import Path
 from typing import Optional
 
@@ -13,18 +13,17 @@ from psaq_mm.registry import HOOKS
 
 @HOOKS.register_module()
 class BackendHook(Hook):
-    """Puts exported graphs into the runner's model before it is tested.
+    """Puts exported graphs into the runner's model before a test.
 
     Args:
         backend (str): ``onnxruntime`` or ``openvino``.
-        folder (str, optional): Where ``tools/export.py`` wrote the graphs.
-            Defaults to None: they are exported now, into the work directory.
         checkpoint (str): The checkpoint that is tested.
-        sha256 (str): Its hash; graphs of another one are refused.
-        threads (int): Threads of the engine, 0 for as many as it likes.
-            Defaults to 0.
-        precision (str): ``fp32`` or ``bf16``, beside the integers. Defaults to
-            ``fp32``.
+        sha256 (str): Its digest; graphs of another checkpoint are refused.
+        folder (str, optional): Where ``tools/export.py`` wrote the graphs.
+            Defaults to None: export now, to the work directory.
+        threads (int): Threads of the engine; 0 lets it choose. Defaults to 0.
+        precision (str): ``fp32`` or ``bf16``, for what is not in integers.
+            Defaults to ``fp32``.
     """
 
     def __init__(self, backend: str, checkpoint: str, sha256: str, folder: Optional[str] = None,
@@ -33,7 +32,7 @@ class BackendHook(Hook):
         self.source = dict(checkpoint=checkpoint, sha256=sha256)
         self.threads, self.precision = threads, precision
         self.description = ''
-        """str: Engine, version, threads and precision, once it runs."""
+        """str: Engine, version, threads and precision; empty before the test."""
 
     def before_test(self, runner: Runner) -> None:
         from psaq_mm.deploy import ENGINES, Graphs, export_graphs
@@ -46,10 +45,11 @@ class BackendHook(Hook):
         graphs = Graphs(folder, self.backend, self.threads, self.precision, self.source['sha256'])
         graphs.install(model)
         self.description = graphs.describe()
-        runner.logger.info(f'{graphs.manifest["part"]}: run by {self.description}, from {folder}')
+        runner.logger.info(f'{graphs.manifest["modules"]}: run by {self.description}, '
+                           f'from {folder}')
 
 
 def describe_backend(runner: Runner) -> str:
-    """What ran the model of a runner."""
+    """Return what ran the model of a runner, in a few words."""
     found = [hook.description for hook in runner.hooks if isinstance(hook, BackendHook)]
     return found[0] if found else f'torch {torch.__version__}'

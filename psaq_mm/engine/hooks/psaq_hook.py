@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Dict
 from mmengine.hooks import Hook
 
 from psaq_mm.evolution import Evolver
+from psaq_mm.pipeline import Progress
 from psaq_mm.synthesis import Synthesizer
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ class PSAQHook(Hook):
 
     def after_rounding(self, runner: 'PSAQRunner') -> None:
         """When the weights of the student are their last ones."""
+
+    def after_progress(self, runner: 'PSAQRunner', progress: Progress) -> None:
+        """After each step or batch of every phase: how far it is, and its losses."""
 
     def after_quantize(self, runner: 'PSAQRunner') -> None:
         """When ``quantized.pth`` is written; in the main process alone."""

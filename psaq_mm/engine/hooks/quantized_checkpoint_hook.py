@@ -9,12 +9,15 @@ from torch import nn
 
 from psaq_mm.adapters import matching_adapter
 from psaq_mm.checkpoint import (
+    build_manifest,
     extract_state_dict,
     first_differences,
+    guarded,
     is_quantized,
     prepare_for_loading,
 )
 from psaq_mm.errors import UserError
+from psaq_mm.ops import named_quant_ops
 from psaq_mm.registry import HOOKS
 
 
@@ -26,7 +29,9 @@ class QuantizedCheckpointHook(Hook):
     hook: it puts the quantized ops of the manifest into the model and
     replaces the state dict by one that fits. A float checkpoint passes
     through, in the layout of the model if it was published in another. So
-    mmdet's and mmseg's own test scripts evaluate both.
+    mmdet's and mmseg's own test scripts evaluate both. What a runner saves of
+    a quantized model it is training is marked as quantized, its weights still
+    float, so that the runner resumes from it.
 
     Raises:
         UserError: If the checkpoint does not fit; mmengine by itself would
@@ -44,6 +49,11 @@ class QuantizedCheckpointHook(Hook):
         checkpoint['state_dict'] = prepare_for_loading(model, checkpoint, path)
         runner.logger.info(f'{path} is quantized: '
                            f'{len(checkpoint["psaq_mm"]["modules"])} modules')
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: Dict[str, Any]) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if next(named_quant_ops(model), None) is not None:
+            checkpoint.update(guarded(checkpoint['state_dict'], build_manifest(model)))
 
     @staticmethod
     def _convert(runner: Runner, model: nn.Module, checkpoint: Dict[str, Any]) -> None:

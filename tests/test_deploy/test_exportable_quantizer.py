@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from psaq_mm.deploy.activation_form import ActivationForm, FakeQuantizeForm, RoundForm
+from psaq_mm.deploy.exportable_quantizer import (
+    ExportableFakeQuantize,
+    ExportableQuantizer,
+    ExportableRounding,
+)
 from psaq_mm.errors import UserError
 from psaq_mm.quantization import Quantizer, QuantSpec
 
@@ -15,7 +19,7 @@ def quantizer(low, high, **spec):
     return made
 
 
-@pytest.mark.parametrize('form', [ActivationForm, FakeQuantizeForm, RoundForm])
+@pytest.mark.parametrize('form', [ExportableQuantizer, ExportableFakeQuantize, ExportableRounding])
 @pytest.mark.parametrize('bits', [2, 4, 6, 8])
 @pytest.mark.parametrize('symmetric', [False, True])
 def test_activation(form, bits, symmetric):
@@ -33,7 +37,7 @@ def test_rounded_operands():
     """Their integers are those of the quantizer less its zero point, exactly."""
     source = quantizer([-1.3], [2.9], bits=8, symmetric=False)
     x = torch.randn(999) * 2
-    form = RoundForm(source, 'x')
+    form = ExportableRounding(source, 'x')
     expected = source.to_integers(x / 4) - source.zero_point
     assert ((form.integers(x, 0.25) - expected).abs() > 0).float().mean() < 0.003
     assert form.integers(x).min() == -source.zero_point and torch.equal(
@@ -43,14 +47,14 @@ def test_rounded_operands():
 def test_several_ranges():
     source = quantizer([-1., 0.], [1., 2.], granularity='per_channel')
     with pytest.raises(UserError, match=r'fc .* per channel.*per_tensor'):
-        ActivationForm(source, 'fc (input)')
+        ExportableQuantizer(source, 'fc (input)')
 
 
 def test_learned_zero_point_is_rounded():
     source = quantizer([-1.], [1.], bits=8, symmetric=False)
     rounded = int(source.zero_point)
     source.zero_point += 0.4
-    form = ActivationForm(source, 'x')
+    form = ExportableQuantizer(source, 'x')
     assert form.zero_point.dtype == torch.uint8 and int(form.zero_point) == rounded
     assert torch.equal(form.scale, source.scale)
 
@@ -62,4 +66,4 @@ def test_ranges_that_fit_no_engine(change, word):
     for name, value in change.items():
         getattr(source, name).fill_(value)
     with pytest.raises(UserError, match=f'(?s)stages.0.*{word}'):
-        ActivationForm(source, 'stages.0')
+        ExportableQuantizer(source, 'stages.0')

@@ -1,12 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""A quantized convolution as products of two matrices of integers.
+"""A quantized convolution as a matrix product of integers, for onnxruntime.
 
-onnxruntime multiplies integers in a convolution only where the output is
-quantized too, which the checkpoint's arithmetic does not do, and computes it in
-float otherwise. Its products of matrices have integer operands and a float
-result. So the integers of a patch are put side by side, channels last: row by
-row, as all patches of a map do not fit a cache.
+onnxruntime convolves integers only if the output is quantized too. In our
+checkpoints it is not, and onnxruntime would convolve in float. Its matrix
+product takes integers and gives floats. So the integers of a patch are laid
+side by side, channels last. This is done one row of the output at a time, as
+the patches of a whole feature map do not fit a cache.
 """
+import copy
 from typing import Any, Callable
 
 import torch
@@ -16,38 +17,41 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from psaq_mm.ops import QuantConv2d, QuantOp
 
-from .activation_form import ActivationForm
+from .exportable_quantizer import ExportableQuantizer
 from .graph_ops import patch_product
 
 FEWEST_CHANNELS = 16
-"""With fewer, such as those of an image, a patch is too short to be copied, and
-the convolution too small to matter."""
+"""Convolutions of fewer channels stay as they are, such as those of an image: a
+patch is too short to be worth a copy, and the layer too small to matter."""
 
 
 def is_matrix_product(op: QuantOp) -> bool:
-    """Whether an op is a convolution that can be written so, its input's
-    quantizer being in the form that is traced."""
+    """Whether an op is a convolution that can be exported as a matrix product.
+
+    Args:
+        op (QuantOp): Its input quantizer is exportable already.
+    """
     return (isinstance(op, QuantConv2d) and 'input' in op.quantizers
-            and isinstance(op.quantizers['input'], ActivationForm)
+            and isinstance(op.quantizers['input'], ExportableQuantizer)
             and op.groups == 1 and op.in_channels >= FEWEST_CHANNELS
             and op.padding_mode == 'zeros' and not isinstance(op.padding, str))
 
 
 def matrix_product_forward(op: Any) -> Callable[[Tensor], Tensor]:
-    """The forward of a convolution as a product of matrices.
+    """Make the forward of a convolution as a matrix product.
 
     Args:
-        op (QuantConv2d): Of which :func:`is_matrix_product` is true; its weight
-            in the form of a matrix (kh * kw * in, out).
+        op (QuantConv2d): :func:`is_matrix_product` is true of it; its weight
+            is stored as a matrix (kh * kw * in, out).
 
     Returns:
-        Callable: Maps (B, C, H, W) to what the convolution gives.
+        Callable: Maps (B, C, H, W) to (B, out, h, w), as the convolution does.
     """
     quantizer = op.quantizers['input']
 
     def forward(x: Tensor) -> Tensor:
         out = _product(quantizer.to_integers(x).permute(0, 2, 3, 1), op)
-        factor, shift = op.__dict__.get('norm', (None, op.bias))
+        factor, shift = op.__dict__.get('batch_norm', (None, op.bias))
         if factor is not None:
             out = out * factor
         if shift is not None:
@@ -58,11 +62,11 @@ def matrix_product_forward(op: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _product(x: Tensor, op: Any) -> Tensor:
-    """The convolution, without its bias.
+    """Convolve integers, without the bias.
 
     Args:
         x (Tensor): Integers, shape (B, H, W, C).
-        op (QuantConv2d): Its quantizers in the form that is traced.
+        op (QuantConv2d): Its quantizers are exportable.
 
     Returns:
         Tensor: Shape (B, h, w, out).
@@ -87,16 +91,16 @@ def _product(x: Tensor, op: Any) -> Tensor:
     return out
 
 
-def take_in_batch_norms(model: nn.Module) -> None:
-    """Let convolutions in this form do the BatchNorm behind them, channels last.
+def fold_batch_norms(model: nn.Module) -> None:
+    """Fold BatchNorms into the convolutions before them, in place.
 
-    It multiplies each channel by a factor and adds a constant. Done within, the
-    integers of the next layer follow without being brought back and forth.
+    A BatchNorm multiplies each channel by a factor and adds a constant. Done
+    within a convolution that is a matrix product, this stays channels last.
 
     Args:
-        model (nn.Module): In evaluation mode; changed in place.
+        model (nn.Module): In evaluation mode.
     """
-    for module in model.modules():  # mmcv's ConvModule
+    for module in list(model.modules()):  # mmcv's ConvModule
         conv: Any = getattr(module, 'conv', None)
         norm = getattr(module, 'norm', None) if getattr(module, 'with_norm', False) else None
         if not isinstance(conv, QuantConv2d) or 'forward' not in conv.__dict__ \
@@ -110,5 +114,10 @@ def take_in_batch_norms(model: nn.Module) -> None:
             shift = -norm.running_mean * factor
             shift = shift if norm.bias is None else shift + norm.bias
             shift = shift if conv.bias is None else shift + conv.bias * factor
-        conv.__dict__['norm'] = (factor, shift)
+        # Into a copy that shares the weights: a convolution may be used with several
+        # BatchNorms, as RTMDet's is, which has one for each level.
+        conv = copy.copy(conv)
+        conv.__dict__['batch_norm'] = (factor, shift)
+        conv.__dict__['forward'] = matrix_product_forward(conv)
+        module.conv = conv
         setattr(module, str(module.norm_name), nn.Identity())

@@ -4,15 +4,15 @@ import pytest
 import torch
 from demo_models import demo_model
 
-from psaq_mm.deploy.hosts import graph_part
+from psaq_mm.deploy.hosts import find_subgraph
 from psaq_mm.quantization import sqnr_db
 
 
 def lowest(model, images, size, batch=1):
-    part = graph_part(model)
+    subgraph = find_subgraph(model)
     with torch.no_grad():
-        expected = part.run(images)
-        got = part.export_form(size, batch)(images)
+        expected = subgraph.run(images)
+        got = subgraph.exportable(size, batch)(images)
     assert [g.shape for g in got] == [e.shape for e in expected]
     return min(sqnr_db(e, g) for e, g in zip(expected, got))
 
@@ -49,7 +49,7 @@ def test_model_is_left_alone():
     """Exporting permutes channels of patch merging, in a copy."""
     model = demo_model('mask_rcnn_swin')
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    graph_part(model).export_form((64, 64))
+    find_subgraph(model).exportable((64, 64))
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)

@@ -6,8 +6,8 @@ from conftest import calibrated_op
 from mmcv.cnn import ConvModule
 from torch import nn
 
-from psaq_mm.deploy.conv_form import is_matrix_product
-from psaq_mm.deploy.export_forms import use_export_forms
+from psaq_mm.deploy.exportable_conv import is_matrix_product
+from psaq_mm.deploy.exportable_ops import make_exportable
 from psaq_mm.ops import QuantConv2d
 from psaq_mm.quantization import QuantSpec
 
@@ -29,7 +29,7 @@ def test_convolution(specs, options):
     x = torch.randn(2, 16, 11, 14)
     op = calibrated_op(QuantConv2d.from_float(nn.Conv2d(16, 6, **options), specs), x)
     expected, model = op(x), nn.Sequential(op)
-    use_export_forms(model, 'onnx')
+    make_exportable(model, 'onnx')
     assert 'forward' in op.__dict__
     got = model(x)
     assert got.shape == expected.shape
@@ -50,7 +50,7 @@ def test_others_stay_convolutions(layer, specs):
     x = torch.randn(1, layer.in_channels, 12, 12)
     op = calibrated_op(QuantConv2d.from_float(layer, specs), x)
     expected, model = op(x), nn.Sequential(op)
-    use_export_forms(model, 'onnx')
+    make_exportable(model, 'onnx')
     assert not is_matrix_product(op) and 'forward' not in op.__dict__
     assert torch.allclose(model(x), expected, atol=1e-4)
 
@@ -59,7 +59,7 @@ def test_openvino_has_convolutions_of_its_own():
     x = torch.randn(1, 16, 8, 8)
     op = calibrated_op(QuantConv2d.from_float(nn.Conv2d(16, 4, 3), SPECS), x)
     expected, model = op(x), nn.Sequential(op)
-    use_export_forms(model, 'openvino')
+    make_exportable(model, 'openvino')
     assert 'forward' not in op.__dict__
     assert torch.allclose(model(x), expected, atol=1e-4)
 
@@ -79,7 +79,7 @@ def test_batch_norm_is_taken_in(specs, bias):
     x = torch.randn(2, 16, 9, 8)
     module.conv = calibrated_op(QuantConv2d.from_float(module.conv, specs), x)
     expected = module(x)
-    use_export_forms(module, 'onnx')
+    make_exportable(module, 'onnx')
     assert isinstance(module.norm, nn.Identity) == (specs is SPECS)
     if 'output' not in specs:
         assert torch.allclose(module(x), expected, atol=1e-4)

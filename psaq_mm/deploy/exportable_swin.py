@@ -1,13 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A Swin Transformer in the form that engines run fastest.
 
-Modifications to what the hosts compute, none of which changes a result:
+It differs from the hosts' in these points, none of which changes a result:
 
-- Pad, roll and window partition are one gather, and all that in reverse is
-  another. Both stand where tokens are integers already, before the layers that
-  take them: a quarter of the bytes move.
+- Pad, roll and window partition are one gather; their reverse is another. Both
+  move integers, as they come between a quantizer and the layer behind it: a
+  quarter of the bytes.
 - Patch merging is one gather too.
-- Query, key and value are three linear layers: nothing needs to be copied apart.
+- Query, key and value are three linear layers, so that no copy separates them.
 - The mask of shifted windows is one of four, looked up by the kind of window.
 """
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from psaq_mm.ops import QuantOp
 
-from .activation_form import RoundForm
-from .export_forms import quantize_input, split_linear
+from .exportable_ops import quantize, split_linear
+from .exportable_quantizer import ExportableRounding
 from .window_order import (
     Grid,
     MergeOrder,
@@ -33,8 +33,24 @@ from .window_order import (
 Order = Union[WindowOrder, MergeOrder]
 
 
-class AttentionForm(nn.Module):
-    """Window attention on slots, its bias computed beforehand.
+class Moves(NamedTuple):
+    """Where tokens go in a block.
+
+    Args:
+        enter (Tensor): Token of each slot of the windows.
+        valid (Tensor, optional): 1 for slots with a token, 0 for padding; None
+            if there is no padding.
+        leave (Tensor): Slot of each token.
+        kind (Tensor): Kind of each window, an index into the masks.
+    """
+    enter: Tensor
+    valid: Optional[Tensor]
+    leave: Tensor
+    kind: Tensor
+
+
+class ExportableAttention(nn.Module):
+    """Window attention on tokens row by row, with a precomputed bias.
 
     Args:
         attention (nn.Module): The host's window attention, or its quantized
@@ -53,82 +69,100 @@ class AttentionForm(nn.Module):
         self.host = attention
         self.area = window[0] * window[1]
         self.q, self.k, self.v = split_linear(attention.qkv, 3)
-        bias = self._quantize('bias_table', bias.detach())
-        # Pairs of tokens that lie alike have the same bias: files hold it once, and engines
-        # spread it out as they load the graph.
+        bias = quantize(attention, 'bias_table', bias.detach())
+        # Pairs of tokens with the same offset have the same bias. Files hold it once, and
+        # engines expand it when they load the graph.
         table, index = torch.unique(bias.flatten(1), dim=1, return_inverse=True)
         self.register_buffer('table', table)
         self.register_buffer('index', index.int())
         self.register_buffer('masks', shift_masks(window, shift))
 
-    def _quantize(self, role: str, x: Tensor) -> Tensor:
-        return self.host.quantize(role, x) if isinstance(self.host, QuantOp) else x
-
     def _operand(self, role: str, x: Tensor, factor: float = 1.) -> Tuple[Tensor, float]:
-        """What is multiplied for ``factor * x``, and what the product has to be
-        multiplied by: a rounded operand's step goes with the other operand."""
-        form = self.host.quantizers[role] if isinstance(self.host, QuantOp) \
+        """Quantize ``factor * x`` for a matrix product.
+
+        Returns:
+            tuple: The operand, and the number that the product has to be
+            multiplied by. It is the step of a rounded operand, which is left
+            out here so that the steps of both operands are multiplied in once.
+        """
+        quantizer = self.host.quantizers[role] if isinstance(self.host, QuantOp) \
             and role in self.host.quantizers else None
-        if isinstance(form, RoundForm):
-            return form.integers(x, factor), form.step
-        return self._quantize(role, _times(x, factor)), 1.
+        if isinstance(quantizer, ExportableRounding):
+            return quantizer.integers(x, factor), quantizer.step
+        return quantize(self.host, role, _times(x, factor)), 1.
 
     def _heads(self, x: Tensor) -> Tensor:
-        """Shape (num_windows*B, heads, N, head_dim)."""
+        """Separate the heads: shape (num_windows*B, heads, N, head_dim)."""
         heads = self.host.num_heads
         return x.reshape(-1, self.area, heads, x.shape[-1] // heads).permute(0, 2, 1, 3)
 
-    def forward(self, x: Tensor, order: 'Moves', batch: int) -> Tensor:
+    def forward(self, x: Tensor, moves: Moves, batch: int) -> Tensor:
         """Args:
             x (Tensor): Tokens row by row, shape (B, L, C).
-            order (Moves): Where they go.
+            moves (Moves): Where they go.
             batch (int): B.
 
         Returns:
             Tensor: Shape (B, L, C).
         """
         channels = x.shape[-1]
-        if order.valid is None:
-            # Once more behind the gather, where it changes nothing: engines look for the
-            # integers beside the layer.
-            x = _gather(quantize_input(self.host.qkv, x), order.enter)
+        if moves.valid is None:
+            # Quantized again behind the gather, which changes nothing: engines look for the
+            # integers next to the layer.
+            x = _gather(quantize(self.host.qkv, 'input', x), moves.enter)
         else:
-            x = _gather(x, order.enter) * order.valid  # padding is zero
-        x = quantize_input(self.host.qkv, x)
-        # Before the heads part: engines do this in the linear layer.
+            x = _gather(x, moves.enter) * moves.valid  # padding is zero
+        x = quantize(self.host.qkv, 'input', x)
+        # Operands are quantized before the heads are separated: engines do it in the layer.
         q, q_step = self._operand('query', self.q(x), float(self.host.scale))
         k, k_step = self._operand('key', self.k(x))
         v, v_step = self._operand('value', self.v(x))
         q, k = self._heads(q), self._heads(_times(k, q_step * k_step))
         bias = self.table.index_select(1, self.index)
         bias = bias.reshape(1, self.host.num_heads, self.area, self.area)
-        logits = self._quantize('logits', q @ k.transpose(-2, -1)) + bias
+        logits = quantize(self.host, 'logits', q @ k.transpose(-2, -1)) + bias
         if self.masks is not None:
-            kind = order.kind.repeat(batch) if batch > 1 else order.kind
+            kind = moves.kind.repeat(batch) if batch > 1 else moves.kind
             logits = logits + self.masks[kind].unsqueeze(1)
         attention, step = self._operand('attention', logits.softmax(dim=-1))
         v = self._heads(_times(v, v_step * step))
         out = (attention @ v).transpose(1, 2).reshape(batch, -1, channels)
-        return self.host.proj(_gather(quantize_input(self.host.proj, out), order.leave))
+        return self.host.proj(_gather(quantize(self.host.proj, 'input', out), moves.leave))
 
 
-class BlockForm(nn.Module):
-    """One block. A host's subclass says what surrounds the attention."""
+class ExportableBlock(nn.Module):
+    """A block of Swin. A subclass for each host knows its attributes.
 
-    attention: AttentionForm
-    window: Window
-    shift: Window
+    Args:
+        block (nn.Module): The host's block, or its quantized op.
+        attention (nn.Module): Its window attention, or the quantized op of it.
+        bias (Tensor): Relative position bias, shape (heads, N, N).
+        window (tuple[int, int]): Height and width of a window.
+        shift (tuple[int, int]): Cyclic shift.
+    """
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """Tokens (B, L, C) as they enter the attention."""
+    def __init__(self, block: Any, attention: nn.Module, bias: Tensor, window: Window,
+                 shift: Window) -> None:
+        super().__init__()
+        self.host, self.window, self.shift = block, window, shift
+        self.attention = ExportableAttention(attention, bias, window, shift)
+
+    @property
+    def order_name(self) -> str:
+        """str: A name that is the same for blocks with the same windows."""
+        return 'window_{}_{}_shift_{}_{}'.format(*self.window, *self.shift)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half of the block with its residual, on (B, L, C)."""
         raise NotImplementedError
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the block: residuals and FFN."""
-        raise NotImplementedError
+    def forward(self, x: Tensor, moves: Moves, batch: int) -> Tensor:
+        x = x + self.attention(self.host.norm1(x), moves, batch)
+        x = self.feed_forward(quantize(self.host, 'attention_residual', x))
+        return quantize(self.host, 'ffn_residual', x)
 
 
-class MergeForm(nn.Module):
+class ExportableMerging(nn.Module):
     """Norm and linear layer of patch merging, on (B, L / 4, 4 * C).
 
     Args:
@@ -147,16 +181,8 @@ class MergeForm(nn.Module):
         return self.reduction(x if self.norm is None else self.norm(x))
 
 
-class Moves(NamedTuple):
-    """Where tokens go in a block."""
-    enter: Tensor  # row by row to windows
-    valid: Optional[Tensor]  # 1 or 0 for padding; None without padding
-    leave: Tensor  # windows to row by row
-    kind: Tensor
-
-
-class KeptOrder(nn.Module):
-    """An order for one size as buffers, so that tracing finds constants.
+class FixedOrder(nn.Module):
+    """An order of tokens for one size, in buffers: the trace sees constants.
 
     Args:
         order (WindowOrder or MergeOrder): The order.
@@ -178,45 +204,44 @@ class KeptOrder(nn.Module):
         return order
 
 
-class StageForm(nn.Module):
-    """Patch merging, if any, blocks, and the norm of the stage's output, if it
-    has one.
+class ExportableStage(nn.Module):
+    """Patch merging, blocks, and the norm of the stage's output.
 
     Args:
-        merge (MergeForm, optional): Patch merging before the blocks.
-        blocks (Sequence[BlockForm]): The blocks.
-        output (nn.Module, optional): The norm.
+        merge (ExportableMerging, optional): Patch merging before the blocks.
+        blocks (Sequence[ExportableBlock]): The blocks.
+        output (nn.Module, optional): The norm; None if the stage has no output.
     """
 
-    def __init__(self, merge: Optional[MergeForm], blocks: Sequence[BlockForm],
+    def __init__(self, merge: Optional[ExportableMerging], blocks: Sequence[ExportableBlock],
                  output: Optional[nn.Module]) -> None:
         super().__init__()
         self.merge, self.blocks, self.output = merge, nn.ModuleList(blocks), output
-        self.kept: Optional[nn.ModuleDict] = None
+        self.fixed: Optional[nn.ModuleDict] = None
 
     def size_after(self, height: Any, width: Any) -> Tuple[Any, Any]:
-        """Height and width of the tokens in the blocks."""
+        """Height and width of the feature map in the blocks."""
         if self.merge is None:
             return height, width
         return padded(height, 2) // 2, padded(width, 2) // 2
 
     def orders(self, height: Any, width: Any, roll_first: bool) -> Dict[str, Order]:
-        """Work out what moves where: ``merge``, and one for each shift of windows."""
+        """Compute the orders of tokens: ``merge``, and one for each kind of block."""
         found: Dict[str, Order] = {}
         if self.merge is not None:
             found['merge'] = merge_order(height, width, self.merge.neighbours)
         height, width = self.size_after(height, width)
         block: Any
         for block in self.blocks:
-            name = _order_of(block)
-            if name not in found:
-                found[name] = window_order(height, width, block.window, block.shift, roll_first)
+            if block.order_name not in found:
+                found[block.order_name] = window_order(height, width, block.window, block.shift,
+                                                       roll_first)
         return found
 
-    def keep(self, height: int, width: int, roll_first: bool) -> None:
-        """Work it out for one size, once and for all."""
-        self.kept = nn.ModuleDict({name: KeptOrder(order) for name, order in
-                                   self.orders(height, width, roll_first).items()})
+    def fix(self, height: int, width: int, roll_first: bool) -> None:
+        """Compute the orders of tokens once, for feature maps of one size."""
+        self.fixed = nn.ModuleDict({name: FixedOrder(order) for name, order in
+                                    self.orders(height, width, roll_first).items()})
 
     def forward(self, x: Tensor, height: Any, width: Any, roll_first: bool,
                 batch: int) -> Tensor:
@@ -230,12 +255,12 @@ class StageForm(nn.Module):
         Returns:
             Tensor: Tokens after the blocks.
         """
-        kept: Any = self.kept
-        orders: Any = self.orders(height, width, roll_first) if kept is None \
-            else {name: order() for name, order in kept.items()}
+        fixed: Any = self.fixed
+        orders: Any = self.orders(height, width, roll_first) if fixed is None \
+            else {name: order() for name, order in fixed.items()}
 
         def valid(name: str) -> Optional[Tensor]:
-            without = kept is not None and not kept[name].padded
+            without = fixed is not None and not fixed[name].padded
             return None if without else orders[name].valid.product()
 
         if self.merge is not None:
@@ -244,43 +269,39 @@ class StageForm(nn.Module):
             padding = valid('merge')
             x = x if padding is None else x * padding
             x = self.merge(x.reshape(batch, -1, channels))
-        # Blocks with the same windows share what is computed here.
+        # Computed once for all blocks with the same windows.
         moves = {name: Moves(order.token_of_slot.sum(), valid(name), order.slot_of_token.sum(),
                              order.kind.sum())
                  for name, order in orders.items() if name != 'merge'}
         block: Any
         for block in self.blocks:
-            attended = block.attention(block.normalize(x), moves[_order_of(block)], batch)
-            x = block.finish(x, attended)
+            x = block(x, moves[block.order_name], batch)
         return x
 
 
-def _order_of(block: BlockForm) -> str:
-    return 'window_{}_{}_shift_{}_{}'.format(*block.window, *block.shift)
-
-
-class SwinForm(nn.Module):
+class ExportableSwin(nn.Module):
     """The whole backbone.
 
     Args:
-        embed (Callable): Images (B, C, H, W) to tokens (B, h*w, C) and (h, w).
-        stages (Sequence[StageForm]): The stages.
+        embed (Callable): Maps images (B, C, H, W) to tokens (B, h*w, C) and
+            (h, w).
+        stages (Sequence[ExportableStage]): The stages.
         roll_first (bool): Whether the host rolls before it pads.
-        size (tuple[int, int], optional): Height and width of the tokens; None
-            if they vary. Defaults to None.
-        batch (int): Images at once. Defaults to 1.
+        size (tuple[int, int], optional): Height and width of the feature map
+            that ``embed`` gives; None if they vary. Defaults to None.
+        batch (int): Number of images at once. Defaults to 1.
     """
 
     def __init__(self, embed: Callable[[Tensor], Tuple[Tensor, Tuple[Any, Any]]],
-                 stages: Sequence[StageForm], roll_first: bool, size: Optional[Window] = None,
-                 batch: int = 1) -> None:
+                 stages: Sequence[ExportableStage], roll_first: bool,
+                 size: Optional[Window] = None, batch: int = 1) -> None:
         super().__init__()
         self.embed, self.stages, self.roll_first = embed, nn.ModuleList(stages), roll_first
         self.size, self.batch = size, batch
         if size is not None:
             height, width = size
             for stage in stages:
-                stage.keep(height, width, roll_first)
+                stage.fix(height, width, roll_first)
                 height, width = stage.size_after(height, width)
 
     def forward(self, images: Tensor) -> List[Tuple[Tensor, Any, Any]]:

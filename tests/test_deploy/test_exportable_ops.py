@@ -5,7 +5,8 @@ import torch
 from conftest import calibrated_op
 from torch import nn
 
-from psaq_mm.deploy.export_forms import WeightForm, split_linear, use_export_forms
+from psaq_mm.deploy.exportable_ops import linear_of_patches, make_exportable, split_linear
+from psaq_mm.deploy.exportable_quantizer import ExportableWeight
 from psaq_mm.ops import QuantConv2d, QuantLinear
 from psaq_mm.quantization import QuantSpec
 
@@ -17,7 +18,7 @@ def test_weight(symmetric, granularity, bits):
     spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity)
     op = calibrated_op(QuantLinear.from_float(nn.Linear(5, 4), dict(weight=spec)),
                        torch.randn(2, 5))
-    form = WeightForm(op, 'fc', as_matrix=True)
+    form = ExportableWeight(op, 'fc', as_matrix=True)
     assert form.integers.dtype == (torch.int8 if symmetric else torch.uint8)
     assert torch.equal(form.integers.int(), op.weight_quantizer.to_integers(op.weight).t())
     assert torch.equal(form().t(), op.quantized_weight())
@@ -36,12 +37,12 @@ def test_ops(target):
         model = nn.Sequential(calibrated_op(kind.from_float(layer, SPECS), x))
         expected = model(x)
         step = float(model[0].quantizers['output'].scale)
-        use_export_forms(model, target)
+        make_exportable(model, target)
         assert (model(x) - expected).abs().max() <= step * 1.001
     model = nn.Sequential(calibrated_op(QuantLinear.from_float(nn.Linear(6, 4), SPECS),
                                         torch.randn(2, 5, 6)))
     x, layer = torch.randn(2, 5, 6), model[0].float_module
-    use_export_forms(model, target, float_roles=('weight', 'input', 'output'))
+    make_exportable(model, target, float_roles=('weight', 'input', 'output'))
     assert torch.allclose(model(x), layer(x), atol=1e-6)
 
 
@@ -58,3 +59,33 @@ def test_split(granularity):
                        op.quantizers['weight'].scale)
     layers = split_linear(op.float_module, 3)
     assert torch.allclose(torch.cat([layer(x) for layer in layers], -1), op.float_module(x))
+
+
+def rows_of(x, kernel):
+    """Patches as nn.Unfold lays them out: channels first."""
+    return nn.functional.unfold(x, kernel, stride=kernel).transpose(1, 2)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('specs', [None, dict(
+    weight=QuantSpec(granularity='per_channel'), input=QuantSpec(symmetric=False),
+    output=QuantSpec(symmetric=False)), dict(weight=QuantSpec(symmetric=False))], ids=str)
+def test_patches(bias, specs):
+    conv, x = nn.Conv2d(3, 8, (4, 2), (4, 2), bias=bias), torch.randn(2, 3, 12, 10)
+    if specs is not None:
+        conv = calibrated_op(QuantConv2d.from_float(conv, specs), x)
+    expected = conv(x).flatten(2).transpose(1, 2)
+    linear = linear_of_patches(conv)
+    assert isinstance(linear, nn.Linear)
+    got = linear(rows_of(x, (4, 2)))
+    if specs is None or 'output' not in specs:
+        assert torch.allclose(got, expected, atol=1e-5)
+    else:  # a value between two integers may fall to either
+        step = float(conv.quantizers['output'].scale)
+        assert (got - expected).abs().max() <= step * 1.001
+    if specs is not None:
+        for role in specs:
+            assert torch.equal(linear.quantizers[role].scale, conv.quantizers[role].scale)
+        assert torch.equal(
+            linear.quantizers['weight'].to_integers(linear.weight),
+            conv.quantizers['weight'].to_integers(conv.weight).flatten(1))

@@ -1,0 +1,169 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Make the quantized ops of a model exportable, and split or reshape layers."""
+import copy
+from typing import Any, Callable, Collection, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from psaq_mm.ops import QuantLinear, QuantOp, named_quant_ops
+from psaq_mm.quantization import Quantizer
+
+from .exportable_conv import fold_batch_norms, is_matrix_product, matrix_product_forward
+from .exportable_quantizer import (
+    ExportableFakeQuantize,
+    ExportableQuantizer,
+    ExportableRounding,
+    ExportableWeight,
+)
+
+ATTENTION_ROLES = ('query', 'key', 'attention', 'value')
+"""Operands of the two matrix products of attention."""
+
+
+def make_exportable(model: nn.Module, target: str, float_roles: Collection[str] = ()) -> None:
+    """Replace the quantizers of a model by exportable ones, in place.
+
+    Args:
+        model (nn.Module): A copy in evaluation mode: afterwards it can no
+            longer be trained or saved.
+        target (str): ``onnx`` or ``openvino``.
+        float_roles (Collection[str]): Roles whose quantizers are left out.
+            Defaults to none.
+
+    Raises:
+        UserError: If a range fits no engine.
+    """
+    for name, op in list(named_quant_ops(model)):
+        for role, quantizer in list(op.quantizers.items()):
+            assert isinstance(quantizer, Quantizer)
+            if role in float_roles:
+                quantizer.enabled = False
+            if role == 'weight':
+                continue
+            exportable: nn.Module = nn.Identity()
+            if quantizer.enabled and quantizer.calibrated:
+                cls = ExportableQuantizer if target == 'onnx' else \
+                    ExportableRounding if role in ATTENTION_ROLES else ExportableFakeQuantize
+                exportable = cls(quantizer, f'{name} ({role})')
+            op.quantizers[role] = exportable
+        weight = op.weight_quantizer
+        if weight is None or not weight.enabled or not weight.calibrated:
+            continue
+        forward = None
+        if isinstance(op, QuantLinear):
+            forward = _linear_forward(op)
+        elif target == 'onnx' and is_matrix_product(op):
+            forward = matrix_product_forward(op)
+        op.quantizers['weight'] = ExportableWeight(op, f'{name} (weight)', forward is not None)
+        # Set on the instance: they replace the methods of the class.
+        op.__dict__['quantized_weight'] = op.quantizers['weight'].forward
+        if forward is not None:
+            op.__dict__['forward'] = forward
+    if target == 'onnx':
+        fold_batch_norms(model)
+
+
+def _linear_forward(op: Any) -> Callable[[Tensor], Tensor]:
+    """The forward of a linear layer whose weight is stored as a matrix (in, out)."""
+
+    def forward(x: Tensor) -> Tensor:
+        x = torch.matmul(op.quantize('input', x), op.quantizers['weight']())
+        if op.bias is not None:
+            # The bias gets all dimensions: with one, onnxruntime would fuse it into a float
+            # Gemm before it looks for integers.
+            x = x + op.bias.view([1] * (x.dim() - 1) + [-1])
+        return op.quantize('output', x)
+
+    return forward
+
+
+def quantize(module: Any, role: str, x: Tensor) -> Tensor:
+    """Quantize a tensor by the quantizer that a module has for a role, if any.
+
+    Args:
+        module (nn.Module): A quantized op, or a float module.
+        role (str): The role of the tensor.
+        x (Tensor): Any shape.
+
+    Returns:
+        Tensor: The same shape.
+    """
+    return module.quantize(role, x) if isinstance(module, QuantOp) else x
+
+
+def split_linear(layer: nn.Module, count: int) -> nn.ModuleList:
+    """Split a linear layer into several, each with its share of the outputs.
+
+    Engines then need no copies to separate the outputs. Integers, scales and
+    zero points stay the same. The new layers do not quantize their input: call
+    :func:`quantize` once for all of them.
+
+    Args:
+        layer (nn.Module): An ``nn.Linear``, or its quantized op.
+        count (int): How many layers; must divide the number of outputs.
+
+    Returns:
+        nn.ModuleList: The layers.
+    """
+    assert isinstance(layer, nn.Linear)
+    size = layer.out_features // count
+    layers = nn.ModuleList()
+    for index in range(count):
+        rows = slice(index * size, (index + 1) * size)
+        share = _linear(layer.weight[rows], None if layer.bias is None else layer.bias[rows])
+        layers.append(_copy_quantizers(layer, share, ('weight', 'output'), rows))
+    return layers
+
+
+def linear_of_patches(conv: nn.Module) -> nn.Module:
+    """Turn a convolution on patches that do not overlap into a linear layer.
+
+    Args:
+        conv (nn.Module): An ``nn.Conv2d`` whose stride is its kernel size,
+            without padding, or its quantized op.
+
+    Returns:
+        nn.Module: Maps patches (..., C * kh * kw), channels first, to
+        (..., out).
+    """
+    assert isinstance(conv, nn.Conv2d)
+    linear = _linear(conv.weight.flatten(1), conv.bias)
+    return _copy_quantizers(conv, linear, ('weight', 'input', 'output'))
+
+
+def _linear(weight: Tensor, bias: Optional[Tensor]) -> Any:
+    """A linear layer with copies of the given values."""
+    linear: Any = skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(bias)
+    return linear
+
+
+def _copy_quantizers(source: nn.Module, linear: nn.Linear, roles: Collection[str],
+                     rows: slice = slice(None)) -> nn.Module:
+    """Give a linear layer some quantizers of a quantized op: for outputs ``rows``.
+
+    Args:
+        source (nn.Module): A quantized op; a float module has no quantizers.
+        linear (nn.Linear): The layer.
+        roles (Collection[str]): Roles of the quantizers, where there are any.
+        rows (slice): Outputs of the op that the layer computes. Defaults to
+            all.
+
+    Returns:
+        nn.Module: The layer, or its quantized op.
+    """
+    if not isinstance(source, QuantOp):
+        return linear
+    op = QuantLinear.from_float(linear, {})
+    for role in roles:
+        if role in source.quantizers:
+            quantizer: Any = copy.deepcopy(source.quantizers[role])
+            if quantizer.axis is not None:
+                quantizer.load_state_dict({k: v[rows] for k, v in quantizer.state_dict().items()})
+            op.quantizers[role] = quantizer
+    return op

@@ -1,0 +1,95 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The part of a model that is exported as one graph."""
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+Size = Tuple[int, int]
+
+Run = Callable[[Tensor], Tuple[Tensor, ...]]
+"""Maps normalized images of shape (B, C, H, W) to the outputs of the graph."""
+
+
+class Subgraph:
+    """The part of a host's model that is exported as one graph.
+
+    Args:
+        model (nn.Module): The model, float or quantized. Only :meth:`install`
+            changes it.
+    """
+
+    input_name = 'images'
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def modules(self) -> str:
+        """str: Names of the modules in the graph, for messages."""
+        raise NotImplementedError
+
+    @property
+    def output_names(self) -> Tuple[str, ...]:
+        """tuple[str]: One name for each output."""
+        raise NotImplementedError
+
+    @property
+    def fixed_size(self) -> Optional[Size]:
+        """tuple[int, int], optional: Height and width of images, if the model
+        accepts one size only."""
+        return None
+
+    @property
+    def channels(self) -> int:
+        """int: Channels of an image."""
+        raise NotImplementedError
+
+    def run(self, images: Tensor) -> Tuple[Tensor, ...]:
+        """Compute the outputs of the graph with the model itself."""
+        raise NotImplementedError
+
+    def exportable(self, size: Optional[Size], batch: int = 1) -> nn.Module:
+        """Copy the modules into a form that can be traced.
+
+        Quantizers still simulate: :func:`make_exportable` replaces them.
+
+        Args:
+            size (tuple[int, int], optional): Height and width of the images;
+                None if they vary.
+            batch (int): Number of images at once. Defaults to 1.
+
+        Returns:
+            nn.Module: Maps images to a tuple of outputs; in evaluation mode.
+        """
+        raise NotImplementedError
+
+    def install(self, run: Run) -> None:
+        """Make the model call ``run`` instead of its modules, in place."""
+        raise NotImplementedError
+
+
+class FunctionModule(nn.Module):
+    """A module that calls a function, to be put into a model."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block a model is in evaluation mode, and no gradients are
+    kept. Then every module gets back the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

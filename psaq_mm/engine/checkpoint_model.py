@@ -1,0 +1,56 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""A model that comes with its weights, for hosts that would load them otherwise."""
+from typing import Any, Dict, List, Union
+
+from mmengine.model import BaseModel
+from torch import Tensor
+
+from psaq_mm.registry import MODELS
+
+from .model import init_model
+
+
+@MODELS.register_module()
+class CheckpointModel(BaseModel):
+    """The model of another config, with the weights of a checkpoint, quantized or not.
+
+    For what builds a model from a config and takes no module, such as ``DetInferencer`` and
+    ``MMSegInferencer``: a config that inherits yours says
+
+    .. code-block:: python
+
+        _base_ = 'my_model_w8a8.py'
+        model = dict(_delete_=True, type='psaq_mm.CheckpointModel',
+                     config='my_model_w8a8.py', checkpoint='quantized.pth')
+
+    and ``DetInferencer('that_config.py')``, without ``weights``, runs the quantized model.
+
+    Args:
+        config (str): The config that the checkpoint is of.
+        checkpoint (str): A float or a quantized checkpoint.
+        **kwargs: What hosts add to any model; not used.
+
+    Raises:
+        UserError: If a file cannot be read, or they do not belong together.
+    """
+
+    def __init__(self, config: str, checkpoint: str, **kwargs: Any) -> None:
+        model: Any = init_model(config, checkpoint)
+        super().__init__(data_preprocessor=model.data_preprocessor)
+        self.model = model
+        self._meta = {key: model.dataset_meta[key] for key in ('classes', 'palette')}
+
+    @property
+    def dataset_meta(self) -> Dict[str, Any]:
+        """dict: ``classes`` and ``palette`` of the checkpoint. A host that loads no weights
+        assigns those of COCO or Cityscapes: they are not taken over."""
+        return self._meta
+
+    @dataset_meta.setter
+    def dataset_meta(self, value: Any) -> None:
+        pass
+
+    def forward(self, inputs: Tensor, data_samples: Any = None,
+                mode: str = 'tensor') -> Union[Tensor, Dict[str, Tensor], List[Any]]:
+        """As the model's own."""
+        return self.model(inputs, data_samples, mode)

@@ -1,0 +1,273 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Predictions on image files: as pictures, and as plain values."""
+import itertools
+import os
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+
+import cv2
+import numpy as np
+import torch
+from matplotlib.font_manager import findfont
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.registry import VISUALIZERS, init_default_scope
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from psaq_mm.errors import UserError
+
+from .dataset_meta import inference_config, test_dataset
+
+IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
+CLEAR_SIDE = 640
+"""Pictures of smaller images are enlarged by a whole factor, to about this many pixels: the
+hosts write labels of a fixed size."""
+TOP = 5
+"""Classes that are shown of a classifier."""
+
+
+def find_images(paths: Sequence[str]) -> List[Path]:
+    """The image files among files and folders, each of which is opened once.
+
+    Args:
+        paths (Sequence[str]): Files, and folders to search with their subfolders.
+
+    Returns:
+        list[Path]: In the order of ``paths``; those of a folder sorted.
+
+    Raises:
+        UserError: If a path does not exist, a folder holds no image, or an image cannot be read.
+    """
+    found: List[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f'image {path} does not exist')
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(file for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES
+                        and not file.name.startswith('.') and file.is_file())
+        if not inside:
+            raise UserError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
+        found += inside
+    for path in found:
+        try:
+            with Image.open(path) as image:
+                image.load()  # all of it: a file that was cut short opens
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f'image {path} cannot be read: {error}') from error
+    return found
+
+
+def picture_paths(images: Sequence[Path], folder: str) -> List[Path]:
+    """A file in a folder for the picture of each image, named after it.
+
+    Raises:
+        UserError: If a picture would replace one of the images.
+    """
+    paths: Dict[Path, None] = {}  # in order, and quickly searched
+    for image in images:
+        names = itertools.chain([image.stem], (f'{image.stem}_{i}' for i in itertools.count(2)))
+        paths[next(path for path in (Path(folder) / f'{name}.png' for name in names)
+                   if path not in paths)] = None
+    own = {os.path.realpath(image) for image in images}
+    for path in paths:
+        if os.path.realpath(path) in own:
+            raise UserError(f'{path} is an image that was given, and would be overwritten; choose '
+                            'another --out-dir')
+    return list(paths)
+
+
+def input_pipeline(config: Config) -> Callable[[Path], Dict[str, Any]]:
+    """What makes a model's input of an image file, by the test set's section of a config.
+
+    Returns:
+        Callable: From a path to what ``model.test_step`` takes: a batch of one.
+
+    Raises:
+        UserError: If the config does not say how images are prepared.
+    """
+    dataset = test_dataset(inference_config(config)) or {}
+    if dataset.get('type') == 'psaq_mm.ImageFolder':
+        from psaq_mm.classification.image_folder import build_transform
+        transform = build_transform(dataset['model'], dataset.get('transform'))
+        return lambda path: dict(inputs=[transform(read_rgb(path, Image.fromarray))])
+    if not dataset.get('pipeline'):
+        raise UserError(f'config {config.filename} has no test_dataloader.dataset.pipeline that '
+                        'says how images are prepared')
+    init_default_scope(config.get('default_scope') or 'mmdet')
+    try:
+        pipeline = Compose(dataset['pipeline'])
+    except (ImportError, KeyError, TypeError, ValueError) as error:
+        raise UserError('test_dataloader.dataset.pipeline cannot be built '
+                        f'({type(error).__name__}): {error}') from error
+
+    def prepare(path: Path) -> Dict[str, Any]:
+        try:
+            sample: Any = pipeline(dict(img_path=str(path), img_id=0))
+        except Exception as error:  # transforms are anybody's
+            raise UserError(f'image {path} cannot be prepared by the test pipeline '
+                            f'({type(error).__name__}): {error}') from error
+        return {key: [value] for key, value in sample.items()}
+
+    return prepare
+
+
+def read_rgb(path: Path, convert: Callable[[np.ndarray], Any] = np.asarray) -> Any:
+    """Pixels of an image file, upright: uint8 RGB of shape (H, W, 3)."""
+    # As the hosts' own loaders do: it turns what a camera marked as turned.
+    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise UserError(f'image {path} cannot be read by OpenCV; convert it to PNG or JPEG')
+    return convert(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+
+
+def predict(model: nn.Module, inputs: Mapping[str, Any], score_thr: float = 0.3) -> Any:
+    """What a model predicts for one image.
+
+    Args:
+        model (nn.Module): From :func:`~psaq_mm.engine.init_model`.
+        inputs (Mapping): From :func:`input_pipeline`.
+        score_thr (float): Instances that score less are left out. Defaults to 0.3.
+
+    Returns:
+        Any: A data sample of the host, on the CPU; of a classifier, a dict with ``logits``.
+    """
+    with torch.no_grad():
+        sample = model.test_step(dict(inputs))[0]  # type: ignore[operator]
+    if isinstance(sample, dict):
+        return dict(logits=sample['logits'].cpu())
+    sample = sample.cpu()
+    if 'pred_instances' in sample:
+        sample.pred_instances = sample.pred_instances[sample.pred_instances.scores >= score_thr]
+    return sample
+
+
+def plain_prediction(sample: Any, classes: Sequence[str]) -> Dict[str, Any]:
+    """A prediction in plain values.
+
+    Args:
+        sample (Any): From :func:`predict`.
+        classes (Sequence[str]): Names of the classes.
+
+    Returns:
+        dict: Of a detector ``instances``, each with its ``bbox`` (x1, y1, x2, y2 in pixels),
+        ``score``, ``label`` and ``class``; of a segmentor ``pixels``, the share of each class
+        that occurs; of a classifier ``top``, its five likeliest classes.
+    """
+    if isinstance(sample, dict):
+        scores, labels = sample['logits'].softmax(0).sort(descending=True)
+        return dict(top=[{'class': str(classes[label]), 'label': int(label),
+                          'score': round(float(score), 4)}
+                         for score, label in zip(scores[:TOP], labels[:TOP])])
+    result: Dict[str, Any] = {}
+    if 'pred_instances' in sample:
+        found = sample.pred_instances
+        result['instances'] = [
+            {'class': str(classes[label]), 'label': int(label), 'score': round(float(score), 4),
+             'bbox': [round(float(value), 2) for value in box]}
+            for box, score, label in zip(found.get('bboxes', found.scores.new_zeros(
+                len(found.scores), 0)), found.scores, found.labels)]
+    if 'pred_sem_seg' in sample:
+        ids, counts = np.unique(np.asarray(sample.pred_sem_seg.data), return_counts=True)
+        result['pixels'] = {str(classes[label]) if label < len(classes) else f'label {label}':
+                            round(float(count / counts.sum()), 4)
+                            for label, count in zip(ids, counts)}
+    return result
+
+
+def build_visualizer(config: Config, meta: Mapping[str, Any]) -> Any:
+    """The config's own visualizer, or the host's; it stores nothing by itself.
+
+    Args:
+        config (Config): The model's.
+        meta (Mapping): ``classes`` and ``palette``.
+    """
+    scope = config.get('default_scope') or 'mmdet'
+    init_default_scope(scope)
+    given = config.get('visualizer') or dict(
+        type=dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer').get(scope, 'Visualizer'))
+    # mmengine hands out a visualizer again if one of its name was built before.
+    visualizer = VISUALIZERS.build({**given, 'name': uuid.uuid4().hex, 'vis_backends': None})
+    if 'alpha' not in given and hasattr(visualizer, 'alpha'):
+        visualizer.alpha = 0.6  # of 0.8 objects under masks can hardly be seen
+    visualizer.dataset_meta = dict(classes=meta['classes'], palette=meta['palette'])
+    return visualizer
+
+
+def draw(image: np.ndarray, sample: Any, visualizer: Any) -> np.ndarray:
+    """A prediction on its image, as the host draws it.
+
+    Args:
+        image (np.ndarray): RGB, of shape (H, W, 3).
+        sample (Any): From :func:`predict`; it is not changed.
+        visualizer (Any): From :func:`build_visualizer`.
+
+    Returns:
+        np.ndarray: RGB; small images are enlarged. Below those of a classifier stand its classes.
+    """
+    factor = max(1, round(CLEAR_SIDE / max(image.shape[:2])))
+    image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+    if isinstance(sample, dict):
+        lines = [f'{entry["class"]}  {100 * entry["score"]:.1f} %'
+                 for entry in plain_prediction(
+                     sample, visualizer.dataset_meta['classes'])['top']]
+        return np.concatenate([image, _text(lines, image.shape[1])])
+    sample = sample.clone()
+    options: Dict[str, Any] = {}
+    if 'pred_instances' in sample:
+        options['pred_score_thr'] = -1.  # the rest is left out already
+        order = sample.pred_instances.scores.argsort()  # the surest on top
+        found = sample.pred_instances = sample.pred_instances[order]
+        if 'bboxes' in found:
+            found.bboxes = found.bboxes * factor
+        if 'masks' in found:
+            found.masks = _enlarge(found.masks, factor)
+    for key in ('pred_sem_seg', 'pred_panoptic_seg'):
+        if key in sample:
+            data = getattr(sample, key)
+            name = 'sem_seg' if 'sem_seg' in data else 'data'
+            setattr(sample, key, type(data)(**{name: _enlarge(getattr(data, name), factor)}))
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002 - mmdet varies the colours of masks by it
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of boxes at the border
+        visualizer.add_datasample('prediction', image, sample, draw_gt=False, **options)
+    np.random.set_state(state)  # noqa: NPY002
+    drawn: np.ndarray = visualizer.get_image()
+    return drawn
+
+
+def _enlarge(planes: Any, factor: int) -> Any:
+    return torch.as_tensor(planes).repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+
+def side_by_side(panels: Sequence[Tuple[str, np.ndarray]], gap: int = 8) -> Image.Image:
+    """Pictures of one size in a row, a title over each.
+
+    Args:
+        panels (Sequence[tuple[str, np.ndarray]]): Title, and RGB picture.
+        gap (int): Pixels between two. Defaults to 8.
+
+    Returns:
+        Image: The row.
+    """
+    columns: List[np.ndarray] = []
+    for title, picture in panels:
+        column = np.concatenate([_text([title], picture.shape[1]), picture])
+        columns += [column, np.full((len(column), gap, 3), 255, np.uint8)]
+    return Image.fromarray(np.concatenate(columns[:-1], axis=1))
+
+
+def _text(lines: Sequence[str], width: int) -> np.ndarray:
+    """Lines in black on white, of shape (H, width, 3)."""
+    size = max(12, min(20, width // 24))
+    height = round(1.5 * size)
+    image = Image.new('RGB', (width, height * len(lines) + size // 4), 'white')
+    font = ImageFont.truetype(findfont('DejaVu Sans'), size)
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(image).text((size // 2, i * height + size // 4), line, 'black', font)
+    return np.asarray(image)

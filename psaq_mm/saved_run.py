@@ -1,0 +1,151 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The state of a run in a file, and what a resumed run continues from."""
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Union
+
+import torch
+from mmengine.dist import all_gather_object, get_world_size
+from mmengine.logging import print_log
+from torch import nn
+
+from .checkpoint import load_checkpoint_file, save_torch
+from .errors import UserError
+from .evolution import Evolver
+from .processes import stopping_together
+from .recipe import Recipe
+from .synthesis import Synthesizer
+
+
+class SavedRun:
+    """Saves and restores images and game, step by step.
+
+    The file holds images, optimizers, random generators, what the student has learned,
+    steps, losses and seconds: a resumed run ends with the same bits on the CPU.
+
+    Args:
+        path (str or Path): The file; each of several processes has its own.
+        resume (bool): Whether to continue from it.
+        recipe (Recipe): What the run does.
+        seed (int): Seed of the run.
+        identity (Mapping): What else two runs must have in common, by name.
+    """
+
+    def __init__(self, path: Union[str, Path], resume: bool, recipe: Recipe, seed: int,
+                 identity: Mapping[str, Any]) -> None:
+        self.path, self.resume = Path(path), resume
+        sections = {name: _comparable(section) for name, section in recipe.to_dict().items()}
+        self._of_images = dict({'number of processes': get_world_size()}, seed=seed, **identity,
+                               synthesis=sections.pop('synthesis'))
+        self._of_game = sections
+        self._images: Dict[str, Any] = {}  # the finished synthesis, saved again with the game
+        self._game: Dict[str, Any] = {}  # the game to continue
+
+    def save_images(self, images: Synthesizer, seconds: Mapping[str, float]) -> None:
+        """Save the images in the making."""
+        self._images = images.state_dict()
+        self._save(seconds)
+
+    def save_game(self, game: Evolver, seconds: Mapping[str, float],
+                  extra: Mapping[str, Any]) -> None:
+        """Save the game, and with it what hooks keep."""
+        self._save(seconds, game=game.state_dict(), fingerprint_of_game=self._of_game,
+                   extra=dict(extra))
+
+    def _save(self, seconds: Mapping[str, float], **state: Any) -> None:
+        save_torch(dict(fingerprint=self._of_images, seconds=dict(seconds), images=self._images,
+                        **state), self.path)
+
+    def restore_images(self, images: Synthesizer) -> Dict[str, float]:
+        """Continue the synthesis.
+
+        Args:
+            images (Synthesizer): A fresh one.
+
+        Returns:
+            dict[str, float]: Seconds of each phase so far.
+
+        Raises:
+            UserError: If the file is damaged, or of another run: what differs is named.
+        """
+        if not self.resume:
+            return {}
+        with stopping_together():
+            state = self._read() if self.path.exists() else None
+        if state is None:
+            print_log(f'--resume: there is no {self.path}; starting from the first step',
+                      logger='current', level=logging.WARNING)
+            return {}
+        images.load_state_dict(state['images'])
+        self._images = state['images']
+        print_log(f'resumed {self.path} at step {images.step_index} of {images.total_steps}',
+                  logger='current')
+        seconds = dict(state['seconds'])
+        if 'game' in state:
+            others = _differing(state['fingerprint_of_game'], self._of_game)
+            if others:
+                print_log(f'{self.path} is of a run with another {", ".join(others)}: its images '
+                          'are used, the evolution starts again', logger='current',
+                          level=logging.WARNING)
+                seconds.pop('evolution', None)
+            else:
+                self._game = state
+        return seconds
+
+    def restore_game(self, game: Evolver) -> Optional[Dict[str, Any]]:
+        """Continue the game.
+
+        Args:
+            game (Evolver): A fresh one.
+
+        Returns:
+            dict, optional: What hooks kept; None if the game starts anew.
+        """
+        state, self._game = self._game, {}
+        # The processes save each for itself; one that was stopped earlier, or whose file is
+        # missing, would go on with another student than the rest.
+        steps = all_gather_object(state['game']['step_index'] if state else 0)
+        if len(set(steps)) > 1:
+            print_log('the saved states of the processes are of different steps of the '
+                      f'evolution ({", ".join(map(str, steps))}): it starts again',
+                      logger='current', level=logging.WARNING)
+            return None
+        if not state:
+            return None
+        game.load_state_dict(state['game'])
+        print_log(f'resumed the evolution at step {game.step_index} of {game.total_steps}',
+                  logger='current')
+        return state['extra']
+
+    def _read(self) -> Dict[str, Any]:
+        state = load_checkpoint_file(str(self.path))
+        if not isinstance(state, dict) or not {'fingerprint', 'images', 'seconds'} <= {*state}:
+            raise UserError(f'{self.path} is not the state of a quantization run; remove it, or '
+                            'run without --resume')
+        others = _differing(state['fingerprint'], self._of_images)
+        if others:
+            raise UserError(f'--resume: {self.path} was written by a run with another '
+                            f'{", ".join(others)}; use the same, or run without --resume')
+        return state
+
+
+def hash_of_weights(model: nn.Module) -> str:
+    """SHA-256 of all names and values of a state dict, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+        if value.numel():
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _comparable(section: Mapping[str, Any]) -> Dict[str, Any]:
+    """A section without what no saved step depends on: weights are rounded anew."""
+    return {key: _comparable(value) if isinstance(value, Mapping) else value
+            for key, value in section.items() if key not in ('save_interval', 'rounding')}
+
+
+def _differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> List[str]:
+    """Names of what a run has not in common with that of a saved state."""
+    return [name for name, value in own.items() if saved.get(name) != value]
