@@ -25,7 +25,7 @@ from .adapters.tested_size import SizeFound, tested_size
 from .errors import UserError
 from .evolution import Evolver, check_evolution, evolver
 from .ops import named_quant_ops, plan_quantization
-from .processes import stopping_together
+from .processes import count_of_this_process, stopping_together
 from .recipe import Recipe
 from .recipe.checks import sides
 from .saved_run import SavedRun, hash_of_weights
@@ -178,6 +178,15 @@ class Pipeline:
     def notify(self, point: str, **arguments: Any) -> None:
         """Called at each point of a run; for subclasses."""
 
+    def _begin(self, phase: str, done: int, of: int, **arguments: Any) -> None:
+        with stopping_together():
+            self.notify(f'before_{phase}', **arguments)
+            self._report(phase, done, of)
+
+    def _end(self, phase: str, **arguments: Any) -> None:
+        with stopping_together():
+            self.notify(f'after_{phase}', **arguments)
+
     def extra_state(self) -> Dict[str, Any]:
         """What is saved beside the state, in plain values and tensors; for subclasses."""
         return {}
@@ -221,8 +230,7 @@ class Pipeline:
                 synthesizer(self.teacher, settings, self.seed, indices) as images:
             if self.saved is not None:
                 self.seconds.update(self.saved.restore_images(images))
-            self.notify('before_synthesis', synthesizer=images)
-            self._report('synthesis', images.step_index, images.total_steps)
+            self._begin('synthesis', images.step_index, images.total_steps, synthesizer=images)
             with stopping_together():
                 try:
                     while not images.done:
@@ -237,7 +245,7 @@ class Pipeline:
                         self._save_images(images, stopped=True)
                     raise
             self.images = torch.cat(all_gather_object(images.images))
-            self.notify('after_synthesis', synthesizer=images)
+            self._end('synthesis', synthesizer=images)
 
     def _calibrate(self) -> None:
         quantization, batch_size = self.recipe.quantization, self.recipe.calibration.batch_size
@@ -245,7 +253,8 @@ class Pipeline:
             if quantization.channel_limit is not None:
                 equalize(self.teacher, self.images, quantization, batch_size)
             self.student = prepare(self.teacher, quantization)
-            with self._batches('calibration', len(self.images)) as progress:
+            with self._batches('calibration',
+                               count_of_this_process(len(self.images))) as progress:
                 calibrate(self.student, self.images, batch_size, progress)
 
     def _evolve(self) -> None:
@@ -258,22 +267,22 @@ class Pipeline:
             extra = None if self.saved is None else self.saved.restore_game(game)
             if extra is not None:
                 self.load_extra_state(extra)
-            self.notify('before_evolution', evolver=game)
-            self._report('evolution', game.step_index, game.total_steps)
+            self._begin('evolution', game.step_index, game.total_steps, evolver=game)
             try:
                 while not game.done:
                     losses = game.step()
-                    self.notify('after_evolution_step', evolver=game, losses=losses)
-                    self._report('evolution', game.step_index, game.total_steps, losses)
-                    if game.step_index % settings.save_interval == 0 or game.done:
-                        self._save_game(game)
+                    with stopping_together():
+                        self.notify('after_evolution_step', evolver=game, losses=losses)
+                        self._report('evolution', game.step_index, game.total_steps, losses)
+                        if game.step_index % settings.save_interval == 0 or game.done:
+                            self._save_game(game)
             except BaseException:
                 self.notify('interrupt_evolution', evolver=game)
                 if game.step_index:
                     self._save_game(game, stopped=True)
                 raise
             game.finish()
-            self.notify('after_evolution', evolver=game)
+            self._end('evolution', evolver=game)
 
     def _set_final_ranges(self) -> None:
         own, size = (self.images.shape[-2], self.images.shape[-1]), self.final_size
@@ -298,8 +307,8 @@ class Pipeline:
     def _round_weights(self) -> None:
         if not ops_to_round(self.student):
             return
-        with self._phase('rounding'), \
-                self._batches('rounding', mosaic_count(self.images, self.final_size)) as progress:
+        total = count_of_this_process(mosaic_count(self.images, self.final_size))
+        with self._phase('rounding'), self._batches('rounding', total) as progress:
             round_weights(self.student, self.images, self.recipe.calibration.batch_size, progress)
 
     @contextmanager
@@ -331,10 +340,9 @@ class Pipeline:
             self.notify(f'after_{phase}_batch', count=count)
             self._report(phase, done, total)
 
-        self.notify(f'before_{phase}', total=total)
-        self._report(phase, 0, total)
+        self._begin(phase, 0, total, total=total)
         yield count_up
-        self.notify(f'after_{phase}')
+        self._end(phase)
 
     def _report(self, phase: str, done: int, total: int,
                 losses: Optional[Mapping[str, float]] = None) -> None:

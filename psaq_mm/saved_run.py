@@ -71,12 +71,12 @@ class SavedRun:
         """
         if not self.resume:
             return {}
-        if not self.path.exists():
+        with stopping_together():
+            state = self._read() if self.path.exists() else None
+        if state is None:
             print_log(f'--resume: there is no {self.path}; starting from the first step',
                       logger='current', level=logging.WARNING)
             return {}
-        with stopping_together():
-            state = self._read()
         images.load_state_dict(state['images'])
         self._images = state['images']
         print_log(f'resumed {self.path} at step {images.step_index} of {images.total_steps}',
