@@ -19,7 +19,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.logging import print_log
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import find_adapter
 from .adapters.tested_size import SizeFound, tested_size
@@ -40,7 +40,7 @@ from .student import (
     recalibration_count,
     round_weights,
 )
-from .student.history import require_float
+from .student.history import require_float, require_images
 from .synthesis import (
     Synthesizer,
     check_synthesis,
@@ -74,7 +74,8 @@ class Progress:
 def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
              test_size: Optional[Size] = None,
              progress: Optional[Callable[[Progress], None]] = None,
-             state_file: Union[None, str, Path] = None, resume: bool = False) -> nn.Module:
+             state_file: Union[None, str, Path] = None, resume: bool = False,
+             images: Optional[Tensor] = None) -> nn.Module:
     """Quantize a float model without data: all that ``tools/quantize.py`` does.
 
         student = psaq_mm.quantize(model, psaq_mm.Recipe.shipped('w4a4'))
@@ -94,6 +95,8 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
             Defaults to None: it is not.
         resume (bool): Whether to go on from ``state_file``; an interrupted run then ends
             with the same bits on the CPU. Defaults to False.
+        images (Tensor, optional): Normalized images of shape (N, C, H, W), in the place of
+            synthetic ones. Defaults to None: images are made from the model.
 
     Returns:
         nn.Module: The student: another model, quantized, in evaluation mode.
@@ -109,7 +112,7 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
     else:
         found = SizeFound(None, 'the model has no config')
     return Pipeline(copy.deepcopy(model), recipe or Recipe(), seed, found, progress,
-                    state_file, resume).run()
+                    state_file, resume, images=images).run()
 
 
 def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
@@ -128,14 +131,40 @@ def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
     check_synthesis(model, recipe.synthesis)
     plan = plan_quantization(model, recipe.quantization, find_adapter(model))
     check_evolution(model, recipe.evolution, plan)
-    size = recipe.calibration.size
-    if size is not None:
-        try:
-            find_adapter(model).check_image_size(model, size)
-        except UserError as error:
-            raise UserError(str(error).replace('synthesis.', 'calibration.')) from error
+    if recipe.calibration.size is not None:
+        _check_size(model, recipe.calibration.size, 'calibration.image_size')
     recipe.synthesis.require_images_for(processes)
     recipe.evolution.require_even_batches(processes)
+
+
+def _check_size(model: nn.Module, size: Size, where: str) -> None:
+    try:
+        find_adapter(model).check_image_size(model, size)
+    except UserError as error:
+        raise UserError(str(error).replace('synthesis.image_size', where)) from error
+
+
+def check_images(model: nn.Module, images: object) -> Tensor:
+    """Raise unless a model can take these images in the place of synthetic ones.
+
+    Args:
+        model (nn.Module): The float model.
+        images (Tensor): Should be normalized images of shape (N, C, H, W).
+
+    Returns:
+        Tensor: The images.
+
+    Raises:
+        UserError: If the model cannot, or a value is not finite.
+    """
+    found = require_images(images, 'quantize')
+    channels = find_adapter(model).valid_range(model)[0].shape[1]
+    if found.shape[1] != channels:
+        raise UserError(f'the model takes images of {channels} channels, got {found.shape[1]}')
+    if not found.isfinite().all():
+        raise UserError('images have values that are not finite')
+    _check_size(model, (found.shape[-2], found.shape[-1]), 'the size of the images')
+    return found
 
 
 class Pipeline:
@@ -153,13 +182,16 @@ class Pipeline:
         resume (bool): As of :func:`quantize`. Defaults to False.
         identity (Mapping, optional): What a resumed run must have in common with the first,
             beside seed and settings, by name. Defaults to None: a hash of the weights.
+        images (Tensor, optional): As of :func:`quantize`; the same in all processes.
+            Defaults to None.
     """
 
     def __init__(self, teacher: nn.Module, recipe: Recipe, seed: int = 0,
                  test_size: Optional[SizeFound] = None,
                  progress: Optional[Callable[[Progress], None]] = None,
                  state_file: Union[None, str, Path] = None, resume: bool = False,
-                 identity: Optional[Mapping[str, Any]] = None) -> None:
+                 identity: Optional[Mapping[str, Any]] = None,
+                 images: Optional[Tensor] = None) -> None:
         self.teacher, self.recipe, self.seed = teacher, recipe, seed
         self.test_size = test_size or SizeFound(None, 'no config')
         self.progress = progress
@@ -171,6 +203,7 @@ class Pipeline:
         """nn.Module: The teacher itself until the student is made of a copy of it."""
         self.images = torch.empty(0)
         """Tensor: The images, normalized, on the CPU; of all processes."""
+        self._given_images = images
         self.seconds: Dict[str, float] = {}
         """dict[str, float]: Wall seconds of each phase."""
         self._running: Dict[str, float] = {}
@@ -195,6 +228,10 @@ class Pipeline:
         """
         with stopping_together():
             check(self.teacher, self.recipe, get_world_size())
+            if self._given_images is not None:
+                check_images(self.teacher, self._given_images)
+        if self.state_file is not None:  # while the teacher is as it was given
+            self._identify()
         self.recipe = replace(self.recipe,
                               synthesis=sized_for(self.teacher, self.recipe.synthesis))
         self._make_images()
@@ -212,6 +249,10 @@ class Pipeline:
         return size or (self.images.shape[-2], self.images.shape[-1])
 
     def _make_images(self) -> None:
+        if self._given_images is not None:
+            self.images = self._given_images.detach().cpu()
+            self._restore_synthesis(None)
+            return
         processes, settings = get_world_size(), self.recipe.synthesis
         indices = share_of(settings.num_images, get_rank(), processes)
         settings = replace(settings, batch_size=-(-settings.batch_size // processes))
@@ -331,12 +372,19 @@ class Pipeline:
 
     # Saved states
 
+    def _identify(self) -> None:
+        """Complete ``identity``."""
+        if self.identity is None:
+            self.identity = dict(weights=_hash_of(self.teacher.state_dict()))
+        given = self._given_images
+        self.identity = dict(self.identity, images=given if given is None
+                             else _hash_of(dict(images=given)))
+
     @property
     def _fingerprint(self) -> Dict[str, Any]:
         """What a resumed run must have in common with the first, by name."""
-        if self.identity is None:
-            self.identity = dict(weights=_hash_of_weights(self.teacher))
-        return dict({'number of processes': get_world_size()}, seed=self.seed, **self.identity,
+        return dict({'number of processes': get_world_size()}, seed=self.seed,
+                    **(self.identity or {}),
                     synthesis=_comparable(self.recipe.to_dict()['synthesis']))
 
     @property
@@ -375,7 +423,8 @@ class Pipeline:
             print_log(f'stopped at step {game.step_index} of {game.total_steps} of the '
                       'evolution; --resume continues from here', logger='current')
 
-    def _restore_synthesis(self, images: Synthesizer) -> None:
+    def _restore_synthesis(self, images: Optional[Synthesizer]) -> None:
+        """Go on from the saved state, if there is one; None if the images are given."""
         if not self.resume or self.state_file is None:
             return
         path = self.state_file
@@ -386,10 +435,11 @@ class Pipeline:
         with stopping_together():
             state = load_checkpoint_file(str(path))
             _require_same_run(path, state, self._fingerprint)
-        images.load_state_dict(state['synthesizer'])
         seconds = dict(state['seconds'])
-        print_log(f'resumed {path} at step {images.step_index} of {images.total_steps}',
-                  logger='current')
+        if images is not None:
+            images.load_state_dict(state['synthesizer'])
+            print_log(f'resumed {path} at step {images.step_index} of {images.total_steps}',
+                      logger='current')
         if 'evolver' in state:
             others = _differing(state['evolution_fingerprint'], self._evolution_fingerprint)
             if others:
@@ -423,12 +473,13 @@ def _comparable(section: Mapping[str, Any]) -> Any:
             for key, value in section.items() if key not in ('save_interval', 'rounding')}
 
 
-def _hash_of_weights(model: nn.Module) -> str:
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-                      if value.numel() else b'')
+        if value.numel():
+            flat = value.detach().cpu().contiguous().view(-1)
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
