@@ -24,10 +24,9 @@ class SynthesisLoop(PhaseLoop):
             ``runner.images``.
         """
         runner = self.runner
-        settings = dict(runner.settings['synthesis'])
+        settings = runner.settings['synthesis']
         whole = SynthesisSettings.from_dict(settings)
         whole.require_images_for(runner.world_size)
-        settings['batch_size'] = -(-whole.batch_size // runner.world_size)
         indices = share_of(whole.num_images, runner.rank, runner.world_size)
         with runner.phase('synthesis'), \
                 api.synthesizer(runner.teacher, runner.run_seed, indices,
