@@ -138,7 +138,8 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
     for name, value in sorted(tensors.items()):
         digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
         if value.numel():
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            flat = value.detach().cpu().contiguous().view(-1)
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
