@@ -17,7 +17,7 @@ from torch import nn
 import psaq_mm
 from psaq_mm import UserError, api
 from psaq_mm.adapters import find_adapter
-from psaq_mm.checkpoint import MANIFEST_KEY
+from psaq_mm.checkpoint import MANIFEST_KEY, load_checkpoint_file
 from psaq_mm.ops import QuantOp, named_quant_ops
 from psaq_mm.prior import PatchSimilarityPrior
 from psaq_mm.quantization import Quantizer
@@ -592,7 +592,7 @@ def test_what_is_recorded(model, tmp_path):
     path = tmp_path / 'quantized.pth'
     psaq_mm.save(model, path, meta=dict(dataset_meta=dict(classes=('a', 'b'))), seed=3,
                  source='swin.pth')
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = load_checkpoint_file(path)
     assert checkpoint['meta'] == dict(dataset_meta=dict(classes=['a', 'b']))
     assert checkpoint[MANIFEST_KEY]['seed'] == 3
     assert checkpoint[MANIFEST_KEY]['source'] == 'swin.pth'
