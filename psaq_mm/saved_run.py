@@ -139,7 +139,7 @@ def hash_of(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
         if value.numel():
             flat = value.detach().cpu().contiguous().view(-1)
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
