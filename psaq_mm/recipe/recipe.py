@@ -63,13 +63,8 @@ class Recipe:
         Raises:
             UserError: If a section or key is unknown, or a value is out of range.
         """
-        if not isinstance(changes, Mapping):
-            raise UserError(f'the changes of a recipe must be a dict, got {changes!r}')
-        known = [f.name for f in fields(self)]
+        self._require_sections(changes, 'the changes of a recipe')
         for section, values in changes.items():
-            if section not in known:
-                raise UserError(f'unknown section {section!r}.{nearest(str(section), known)} '
-                                f'Known sections: {", ".join(known)}')
             if values is not None and not isinstance(values, Mapping):
                 raise UserError(f'{section} must be a dict, got {values!r}')
         given = {section: values for section, values in changes.items() if values is not None}
@@ -86,17 +81,25 @@ class Recipe:
         Raises:
             UserError: If a key is unknown or a value is out of range.
         """
-        known = dict(quantization=QuantizationSettings, synthesis=SynthesisSettings,
-                     calibration=CalibrationSettings, evolution=EvolutionSettings)
+        cls._require_sections(values, 'a recipe')
+        return cls(quantization=QuantizationSettings.from_dict(values.get('quantization')),
+                   synthesis=SynthesisSettings.from_dict(values.get('synthesis')),
+                   calibration=CalibrationSettings.from_dict(values.get('calibration')),
+                   evolution=EvolutionSettings.from_dict(values.get('evolution')))
+
+    @classmethod
+    def _require_sections(cls, values: Any, what: str) -> None:
+        """Raise unless these are sections, by their names."""
+        if not isinstance(values, Mapping):
+            raise UserError(f'{what} must be a dict, got {values!r}')
+        known = [f.name for f in fields(cls)]
         for section in values:
             if section not in known:
                 raise UserError(f'unknown section {section!r}.{nearest(str(section), known)} '
                                 f'Known sections: {", ".join(known)}')
-        return cls(**{section: kind.from_dict(values.get(section))  # type: ignore[attr-defined]
-                      for section, kind in known.items()})
 
 
 def _require_known(what: str, name: Any, known: Mapping[str, Any]) -> None:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f'{what} must be one of {", ".join(sorted(known))}, '
                         f'got {name!r}.{nearest(str(name), known)}')

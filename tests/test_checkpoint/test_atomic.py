@@ -71,6 +71,19 @@ def test_saved_contents(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['a.bin', 'a.json', 'a.pth']
 
 
+def test_json_is_json(tmp_path):
+    """It has no NaN and no Infinity: only Python reads them."""
+    save_json(dict(ap=float('nan'), ranges=[float('inf'), (1.5, -float('inf'))], n=3, name='nan'),
+              tmp_path / 'a.json')
+
+    def refuse(name):
+        raise AssertionError(f'{name} is no JSON')
+
+    assert json.loads((tmp_path / 'a.json').read_text(), parse_constant=refuse) == dict(
+        ap=None, ranges=[None, [1.5, None]], n=3, name='nan')
+
+
+
 def test_relative_path_and_longest_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_bytes(b'x', 'plain')

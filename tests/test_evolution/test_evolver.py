@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,15 +11,15 @@ from mmdet.models.backbones.swin import SwinTransformer
 from test_learner import changed, network, quantized, ranges, run_taps, tensors
 
 import psaq_mm
-from psaq_mm import api
+from psaq_mm import evolution
 from psaq_mm.adapters import TapRecord
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import Evolver, Student
+from psaq_mm.evolution import Evolver, StudentLearner, check_evolution
 from psaq_mm.evolution.image_buffer import ImageBuffer
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.prior import AttentionRecord, TeacherRecord, derived_seed, uniform
 from psaq_mm.quantization import QuantSpec
-from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
+from psaq_mm.recipe import EvolutionSettings, QuantizationSettings, SynthesisSettings
 from psaq_mm.synthesis import learning_rate_factor
 from psaq_mm.synthesis.sample_step import augment, prior_losses
 
@@ -28,7 +29,7 @@ PRIORS = dict(patch_similarity=dict(type='PatchSimilarityPrior'),
 SYNTHESIS = dict(image_size=28, shifts=(15, 30), warmup=0.5, priors=PRIORS)
 # Two rounds of two steps of the images and three of the student.
 SMALL = dict(rounds=2, sample_steps=2, student_steps=3, batch_size=2, weight_lr=0.01,
-             range_lr=1e-2, buffer_size=2, patience=5)
+             range_lr=1e-2, buffer_size=2, patience=5, zoom=1., contrast=1.)
 TOTAL = 10
 
 
@@ -63,7 +64,7 @@ def game(seed=0, watch=lambda who: None, spoil=lambda who, taps: taps, synthesis
 
     settings = EvolutionSettings(**{**SMALL, **rules})
     return cls(settings, SynthesisSettings.from_dict({**SYNTHESIS, **dict(synthesis)}), teacher,
-               Student(model, forward, settings), images, LOWER, UPPER, seed)
+               StudentLearner(model, forward, settings), images, LOWER, UPPER, seed)
 
 
 def play(evolver, count=None):
@@ -225,12 +226,12 @@ def test_batches_of_the_student(fraction, new):
     def among(image, images):
         return bool((image == images).flatten(1).all(1).any())
 
-    learnt_from = batches[3:9]  # after one measurement and the images' steps, before the next
-    for batch in learnt_from:
+    learned_from = batches[3:9]  # after one measurement and the images' steps, before the next
+    for batch in learned_from:
         assert len(batch) == 4
         assert all(among(image, evolver.buffer.newest) for image in batch[:new])
         assert all(among(image, evolver.buffer.images) for image in batch[new:])
-    rest = torch.cat([batch[new:] for batch in learnt_from])
+    rest = torch.cat([batch[new:] for batch in learned_from])
     assert not len(rest) or any(among(image, first_images()) for image in rest)
 
 
@@ -249,12 +250,12 @@ def test_views_of_the_student():
 
     plain, measured = batches()
     for views in (dict(zoom=3.), dict(contrast=0.2), dict(zoom=3., contrast=0.2)):
-        learnt, after = batches(**views)
+        learned, after = batches(**views)
         assert all(torch.equal(a, b) for a, b in zip(measured, after)) and len(after) == 2
-        for a, b in zip(learnt, plain):
+        for a, b in zip(learned, plain):
             assert a.shape == b.shape and not torch.equal(a, b)
             assert a.min() >= -2 and a.max() <= 2.5
-        spread = [sum(float(x.std((2, 3)).mean()) for x in xs) for xs in (learnt, plain)]
+        spread = [sum(float(x.std((2, 3)).mean()) for x in xs) for xs in (learned, plain)]
         if 'contrast' in views:
             assert spread[0] < 0.9 * spread[1]
 
@@ -425,7 +426,7 @@ def test_calibrated_student_that_is_not_finite():
     evolver.script = [math.nan]
     before = state_of(evolver)
     with pytest.raises(FloatingPointError, match=r'^evolution, step 0 \(round 1\): the '
-                       'discrepancy is nan; nothing was learnt yet'):
+                       'discrepancy is nan; nothing was learned yet'):
         evolver.step()
     assert evolver.consistent
     assert_equal_trees(state_of(evolver), before)
@@ -437,8 +438,8 @@ def test_best_student_of_a_real_game():
     assert values[-1] != min(values)  # such rates make it worse at some time
     evolver.finish()
     assert evolver.measure() == min(values)
-    learnt = [*evolver.student.weights, *evolver.student.ranges.tensors]
-    assert not any(tensor.requires_grad for tensor in learnt)
+    learned = [*evolver.student.weights, *evolver.student.ranges.tensors]
+    assert not any(tensor.requires_grad for tensor in learned)
 
 
 def test_student_gets_better():
@@ -574,9 +575,9 @@ def test_state_is_a_copy(steps, uninterrupted):
 # Through the interface, on a Swin
 
 
-PRIOR_56 = dict(image_size=56, priors=PRIORS)
-RULES = dict(rounds=2, sample_steps=2, student_steps=4, batch_size=2, weight_lr=0.01,
-             range_lr=1e-2, synthesis=PRIOR_56)
+PRIOR_56 = SynthesisSettings(image_size=56, priors=PRIORS)
+RULES = EvolutionSettings(rounds=2, sample_steps=2, student_steps=4, batch_size=2,
+                          weight_lr=0.01, range_lr=1e-2, zoom=1., contrast=1.)
 
 
 def swin():
@@ -602,9 +603,10 @@ def pair(swin_images):
 
 def swin_pair(images):
     teacher = swin()
-    student = psaq_mm.quantize(copy.deepcopy(teacher), weight=dict(bits=4),
-                               activation=dict(bits=4))
-    return psaq_mm.calibrate(student, images), teacher
+    settings = QuantizationSettings.from_dict(dict(
+        weight=dict(bits=4, rounding='nearest'), activation=dict(bits=4, margin=0.), roles={},
+        overrides={}, channel_limit=None))
+    return psaq_mm.calibrate(psaq_mm.prepare(teacher, settings), images), teacher
 
 
 def distance(student, teacher, images):
@@ -622,8 +624,8 @@ def own_parameters(model):
 def test_evolve(pair, swin_images):
     student, teacher = pair
     before, losses = distance(student, teacher, swin_images), []
-    assert psaq_mm.evolve(student, teacher, swin_images, progress=losses.append,
-                          **{**RULES, 'student_steps': 25}) is student
+    assert psaq_mm.evolve(student, teacher, swin_images, replace(RULES, student_steps=25),
+                          PRIOR_56, progress=losses.append) is student
     assert distance(student, teacher, swin_images) < 0.9 * before
     assert len(losses) == 2 * 27 and losses[-1]['round'] < before
 
@@ -632,7 +634,7 @@ def test_evolve(pair, swin_images):
 def test_evolve_learns_what_it_says(learn, pair, swin_images):
     student, teacher = pair
     before, ranges_before = tensors(student), ranges(student)
-    psaq_mm.evolve(student, teacher, swin_images, learn=learn, **RULES)
+    psaq_mm.evolve(student, teacher, swin_images, replace(RULES, learn=learn), PRIOR_56)
     moved, moved_ranges = changed(before, tensors(student)), changed(ranges_before,
                                                                      ranges(student))
     own = own_parameters(student)
@@ -646,6 +648,33 @@ def test_evolve_learns_what_it_says(learn, pair, swin_images):
     else:
         assert scales <= moved_ranges
         assert not any(n.endswith('weight.zero_point') for n in moved_ranges)
+    # What was learned is noted where it is: later steps leave it.
+    for name, op in named_quant_ops(student):
+        assert op.weight_settled is (f'{name}.weight' in moved)
+        assert all(q.learned is (learn != 'weights') for q in op.quantizers.values())
+
+
+def test_what_was_not_kept_is_not_noted(pair, swin_images):
+    """If no round was better, the student is as calibrated."""
+    student, teacher = pair
+    before = tensors(student)
+    rules = replace(RULES, weight_lr=1., range_lr=1., patience=1, sample_steps=0)
+    psaq_mm.evolve(student, teacher, swin_images, rules, PRIOR_56)
+    assert not changed(before, tensors(student))
+    for _, op in named_quant_ops(student):
+        assert not op.weight_settled and not any(q.learned for q in op.quantizers.values())
+
+
+def test_interrupted_game_is_noted(pair, swin_images):
+    """What the student holds then was learned all the same."""
+    student, teacher = pair
+    with pytest.raises(KeyboardInterrupt), \
+            evolution.evolver(student, teacher, swin_images, RULES, PRIOR_56) as evolver:
+        play(evolver, 4)
+        raise KeyboardInterrupt
+    for _, op in named_quant_ops(student):
+        assert op.weight_settled is ('weight' in op.quantizers)
+        assert all(q.learned for q in op.quantizers.values())
 
 
 def test_models_are_as_before(pair, swin_images):
@@ -659,7 +688,7 @@ def test_models_are_as_before(pair, swin_images):
     weights = {k: v.clone() for k, v in teacher.state_dict().items()}
     modes = {m: m.training for model in pair for m in model.modules()}
     asked = {p: p.requires_grad for model in pair for p in model.parameters()}
-    with api.evolver(student, teacher, swin_images, **RULES) as evolver:
+    with evolution.evolver(student, teacher, swin_images, RULES, PRIOR_56) as evolver:
         assert not any(m.training for m in modes)
         assert not any(p.requires_grad for p in teacher.parameters())
         play(evolver)
@@ -674,11 +703,12 @@ def test_models_are_as_before(pair, swin_images):
 def test_game_that_fails(pair, swin_images):
     """The student is unchanged, and the models are as before."""
     student, teacher = pair
-    teacher.stages[1].blocks[0].norm2.weight.data[3] = math.inf
+    for model in pair:
+        model.stages[1].blocks[0].norm2.weight.data[3] = math.inf
     teacher.train()
     before, ranges_before = tensors(student), ranges(student)
     with pytest.raises(FloatingPointError, match=r'^evolution, step 0 \(round 1\): '):
-        psaq_mm.evolve(student, teacher, swin_images, **RULES)
+        psaq_mm.evolve(student, teacher, swin_images, RULES, PRIOR_56)
     assert teacher.training and not student.training
     assert all(p.requires_grad for p in (*teacher.parameters(), *student.parameters()))
     assert not changed(before, tensors(student))
@@ -689,10 +719,10 @@ def test_game_that_fails(pair, swin_images):
 @pytest.mark.parametrize('steps', [0, 4, 8])
 def test_restored_game_on_a_swin(steps, swin_images):
     games = [swin_pair(swin_images) for _ in range(2)]
-    with api.evolver(*games[0], swin_images, **RULES) as first:
+    with evolution.evolver(*games[0], swin_images, RULES, PRIOR_56) as first:
         state = through_file(play(first, steps).state_dict())
         play(first).finish()
-    with api.evolver(*games[1], swin_images, seed=7, **RULES) as second:
+    with evolution.evolver(*games[1], swin_images, RULES, PRIOR_56, seed=7) as second:
         second.load_state_dict(state)
         play(second).finish()
     assert second.losses == first.losses
@@ -702,7 +732,7 @@ def test_restored_game_on_a_swin(steps, swin_images):
 
 def test_evolved_student_is_saved(pair, swin_images, tmp_path):
     student, teacher = pair
-    psaq_mm.evolve(student, teacher, swin_images, **RULES)
+    psaq_mm.evolve(student, teacher, swin_images, RULES, PRIOR_56)
     psaq_mm.save(student, tmp_path / 'q.pth')
     loaded = psaq_mm.load(swin(), tmp_path / 'q.pth')
     with torch.no_grad():
@@ -712,24 +742,58 @@ def test_evolved_student_is_saved(pair, swin_images, tmp_path):
 
 def test_user_errors(pair, swin_images):
     student, teacher = pair
-    for model in (swin(), psaq_mm.quantize(swin())):
-        with pytest.raises(UserError, match='the student is not calibrated: call psaq_mm.quant'):
-            psaq_mm.evolve(model, teacher, swin_images, **RULES)
+    prepared = psaq_mm.prepare(swin(), QuantizationSettings(channel_limit=None))
+    for model, message in (
+            (swin(), '^psaq_mm.evolve needs a student, .*: call psaq_mm.prepare first$'),
+            (prepared, '^psaq_mm.evolve needs a calibrated student, and patch_embed.projection '
+                       r'\((input|weight)\) has no range: call psaq_mm.calibrate first$')):
+        with pytest.raises(UserError, match=message):
+            psaq_mm.evolve(model, teacher, swin_images, RULES, PRIOR_56)
     with pytest.raises(UserError, match='evolution.taps has weights for none of the groups of '
                                         'this model: backbone'):
-        psaq_mm.evolve(student, teacher, swin_images, taps=dict(logits=1.), **RULES)
-    with pytest.raises(UserError, match="unknown key evolution.round. Did you mean 'rounds'"):
-        psaq_mm.evolve(student, teacher, swin_images, round=3)
-    with pytest.raises(UserError, match='synthesis.steps must be a positive integer'):
-        psaq_mm.evolve(student, teacher, swin_images, rounds=1, synthesis=dict(steps=0))
+        psaq_mm.evolve(student, teacher, swin_images, replace(RULES, taps=dict(logits=1.)))
+    with pytest.raises(UserError, match=r'^psaq_mm.evolve: evolution.rounds is 0, .* rounds such '
+                                        r"as 5 \(preset 'evolve'\), or leave this step out$"):
+        psaq_mm.evolve(student, teacher, swin_images, EvolutionSettings())
+    with pytest.raises(UserError, match=r'^psaq_mm.evolve \(as teacher\) needs the float model'):
+        psaq_mm.evolve(student, student, swin_images, RULES)
+    for images in (swin_images[0], swin_images[:0], swin_images.byte(), None):
+        with pytest.raises(UserError, match='^psaq_mm.evolve needs float images of shape'):
+            psaq_mm.evolve(student, teacher, images, RULES)
+
+
+def test_teacher_of_another_student(pair, swin_images):
+    student, teacher = pair
+    before = tensors(student)
+    with torch.no_grad():
+        teacher.stages[1].blocks[0].norm1.bias[3] += 0.1
+    with pytest.raises(UserError, match='^the teacher is not the float model of the student: '
+                                        r'stages.1.blocks.0.norm1.bias differs; psaq_mm.equalize '
+                                        'comes before psaq_mm.prepare'):
+        psaq_mm.evolve(student, teacher, swin_images, RULES)
+    del teacher.norm0
+    other = swin()
+    del other.norm1
+    with pytest.raises(UserError, match=': norm1.weight is missing; '):
+        psaq_mm.evolve(student, other, swin_images, RULES)
+    assert not changed(before, tensors(student))
+
+
+def test_student_may_learn_on(pair, swin_images):
+    """Its weights are no longer the teacher's, and it is still its student."""
+    student, teacher = pair
+    for seed in range(2):
+        before = tensors(student)
+        psaq_mm.evolve(student, teacher, swin_images, RULES, PRIOR_56, seed=seed)
+        assert changed(before, tensors(student)) == own_parameters(student)
 
 
 def test_check_evolution():
     weights, none = {'x': dict(weight=QuantSpec())}, {'x': dict(input=QuantSpec())}
-    api.check_evolution(swin(), EvolutionSettings(rounds=1), none)
-    api.check_evolution(swin(), EvolutionSettings(rounds=1, learn='weights'), weights)
-    api.check_evolution(swin(), EvolutionSettings(rounds=0, taps=dict(logits=1.)), weights)
+    check_evolution(swin(), EvolutionSettings(rounds=1), none)
+    check_evolution(swin(), EvolutionSettings(rounds=1, learn='weights'), weights)
+    check_evolution(swin(), EvolutionSettings(rounds=0, taps=dict(logits=1.)), weights)
     with pytest.raises(UserError, match='weights for none of the groups'):
-        api.check_evolution(swin(), EvolutionSettings(rounds=1, taps=dict(logits=1.)), weights)
+        check_evolution(swin(), EvolutionSettings(rounds=1, taps=dict(logits=1.)), weights)
     with pytest.raises(UserError, match="^evolution.learn='weights', but no weight is quantized"):
-        api.check_evolution(swin(), EvolutionSettings(rounds=1, learn='weights'), none)
+        check_evolution(swin(), EvolutionSettings(rounds=1, learn='weights'), none)

@@ -9,7 +9,7 @@ from torch import nn
 
 from psaq_mm.adapters import TapRecord
 from psaq_mm.errors import UserError
-from psaq_mm.evolution import Student
+from psaq_mm.evolution import StudentLearner
 from psaq_mm.ops import apply_plan, named_quant_ops
 from psaq_mm.quantization import QuantSpec
 from psaq_mm.recipe import EvolutionSettings
@@ -30,13 +30,13 @@ def network():
     return net.eval()
 
 
-def quantized(net, images, bits=3, learnable=False):
+def quantized(net, images, bits=3):
     """A calibrated copy, whose last layer is float; ranges leave some values out."""
     student = copy.deepcopy(net)
     rule = dict(type='PercentileObserver', percentile=0.98)
     specs = dict(weight=QuantSpec(bits, True, 'per_channel'),
                  input=QuantSpec(bits, False, observer=rule))
-    apply_plan(student, {'0': specs, '3': specs}, learnable)
+    apply_plan(student, {'0': specs, '3': specs})
     calibrate_ranges(student, images, student)
     for parameter in student.parameters():
         parameter.requires_grad_(False)
@@ -50,7 +50,7 @@ def run_taps(net, images):
 
 def student_of(net, images, **rules):
     model = quantized(net, images)
-    return Student(model, lambda batch, regions: run_taps(model, batch),
+    return StudentLearner(model, lambda batch, regions: run_taps(model, batch),
                    EvolutionSettings(**{**RULES, **rules}))
 
 
@@ -119,21 +119,21 @@ def test_discrepancy_is_that_of_the_taps(net, teacher, images):
     assert steps(student, teacher, images) == [pytest.approx(float(expected.mean()), rel=1e-5)]
 
 
-LEARNT_WEIGHTS = {'0.weight', '0.bias', '3.weight', '3.bias'}
-LEARNT_RANGES = {'0.weight.scale', '3.weight.scale', '0.input.scale', '3.input.scale',
+LEARNED_WEIGHTS = {'0.weight', '0.bias', '3.weight', '3.bias'}
+LEARNED_RANGES = {'0.weight.scale', '3.weight.scale', '0.input.scale', '3.input.scale',
                  '0.input.zero_point', '3.input.zero_point'}
 
 
-@pytest.mark.parametrize('learn, weights, learnt_ranges', [
-    ('ranges', set(), LEARNT_RANGES), ('weights', LEARNT_WEIGHTS, set()),
-    ('both', LEARNT_WEIGHTS, LEARNT_RANGES)])
-def test_what_is_learnt(learn, weights, learnt_ranges, net, teacher, images):
+@pytest.mark.parametrize('learn, weights, learned_ranges', [
+    ('ranges', set(), LEARNED_RANGES), ('weights', LEARNED_WEIGHTS, set()),
+    ('both', LEARNED_WEIGHTS, LEARNED_RANGES)])
+def test_what_is_learned(learn, weights, learned_ranges, net, teacher, images):
     """That and nothing else: norms and float layers stay, statistics too."""
     student = student_of(net, images, learn=learn)
     before = tensors(student.model), ranges(student.model)
     steps(student, teacher, images, 3)
     assert changed(before[0], tensors(student.model)) == weights
-    assert changed(before[1], ranges(student.model)) == learnt_ranges
+    assert changed(before[1], ranges(student.model)) == learned_ranges
 
 
 def test_first_step_is_the_learning_rate(net, teacher, images):
@@ -155,7 +155,7 @@ def test_layers_of_more_bits_move_less(net, teacher, images):
     moved = []
     for bits in (3, 8):
         model = quantized(net, images, bits)
-        student = Student(model, lambda batch, regions, model=model: run_taps(model, batch),
+        student = StudentLearner(model, lambda batch, regions, model=model: run_taps(model, batch),
                           EvolutionSettings(**RULES))
         steps(student, teacher, images)
         moved.append(float((model[3].weight - net[3].weight).abs().median()))
@@ -166,7 +166,7 @@ def test_what_has_no_quantized_weight_stays(net, teacher, images):
     """There is no step that its learning rate could be relative to."""
     model = quantized(net, images)
     del model[3].quantizers['weight']
-    student = Student(model, lambda batch, regions: run_taps(model, batch),
+    student = StudentLearner(model, lambda batch, regions: run_taps(model, batch),
                       EvolutionSettings(**RULES))
     before = tensors(model)
     steps(student, teacher, images, 2)
@@ -178,8 +178,8 @@ def test_nothing_to_learn(net, images):
     for _, op in named_quant_ops(model):
         del op.quantizers['weight']
     with pytest.raises(UserError, match="^evolution.learn='weights', but no weight is quantized"):
-        Student(model, None, EvolutionSettings(**RULES, learn='weights'))
-    assert not Student(model, None, EvolutionSettings(**RULES)).weights
+        StudentLearner(model, None, EvolutionSettings(**RULES, learn='weights'))
+    assert not StudentLearner(model, None, EvolutionSettings(**RULES)).weights
 
 
 def test_straight_through_gradient(net, teacher, images):
@@ -202,11 +202,11 @@ def test_straight_through_gradient(net, teacher, images):
 
 def test_gradients_are_asked_only_while_learning(net, images):
     student = student_of(net, images)
-    learnt = [*student.weights, *student.ranges.tensors]
+    learned = [*student.weights, *student.ranges.tensors]
     assert len(student.weights) == 4 and len(student.ranges.tensors) == 6
     for enabled in (True, False):
         student.require_grad(enabled)
-        assert all(tensor.requires_grad is enabled for tensor in learnt)
+        assert all(tensor.requires_grad is enabled for tensor in learned)
         assert not student.model[5].weight.requires_grad
         assert not student.model[1].weight.requires_grad
 
@@ -219,10 +219,10 @@ def test_no_gradient_is_left_behind(net, teacher, images):
                                         student.ranges.offsets))
 
 
-def test_shared_layers_are_learnt_once(net, images):
+def test_shared_layers_are_learned_once(net, images):
     model = quantized(net, images)
     model.again = model[3]
-    student = Student(model, lambda batch, regions: run_taps(model, batch),
+    student = StudentLearner(model, lambda batch, regions: run_taps(model, batch),
                       EvolutionSettings(**RULES))
     assert len(student.weights) == 4
     assert len(student.ranges.tensors) == 6
@@ -234,16 +234,6 @@ def test_layer_without_a_gradient(net, teacher, images):
     before = tensors(student.model)
     steps(student, teacher, images, 2)
     assert changed(before, tensors(student.model)) == {'0.weight', '0.bias'}
-
-
-def test_ranges_that_are_parameters(net, teacher, images):
-    model = quantized(net, images, learnable=True)
-    student = Student(model, lambda batch, regions: run_taps(model, batch),
-                      EvolutionSettings(**RULES))
-    plain = student_of(net, images)
-    assert steps(student, teacher, images, 3) == steps(plain, teacher, images, 3)
-    other = ranges(plain.model)
-    assert all(torch.equal(value, other[name]) for name, value in ranges(model).items())
 
 
 # What goes wrong
@@ -275,7 +265,7 @@ def test_gradient_that_is_not_finite(net, teacher, images):
             record.taps['logits.0'].register_hook(lambda grad: grad * math.nan)
         return record
 
-    student, other = (Student(model, forward, EvolutionSettings(**RULES)),
+    student, other = (StudentLearner(model, forward, EvolutionSettings(**RULES)),
                       student_of(net, images))
     steps(student, teacher, images, 2)
     steps(other, teacher, images, 2)
@@ -307,13 +297,13 @@ def test_restored_student_gives_the_same_bits(learn, count, net, teacher, images
         assert steps(first, teacher, images) == steps(second, teacher, images)
 
 
-def test_take_goes_back(net, teacher, images):
+def test_restore_goes_back(net, teacher, images):
     student = student_of(net, images)
     steps(student, teacher, images, 2)
-    learnt = student.learnt()
+    learned = student.learned()
     before = tensors(student.model), ranges(student.model)
     steps(student, teacher, images, 3)  # the copy does not follow
-    assert changed(before[0], tensors(student.model)) == LEARNT_WEIGHTS
-    student.take(learnt)
+    assert changed(before[0], tensors(student.model)) == LEARNED_WEIGHTS
+    student.restore(learned)
     assert not changed(before[0], tensors(student.model))
     assert not changed(before[1], ranges(student.model))

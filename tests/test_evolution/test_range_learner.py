@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Ranges learnt in relative steps, against autograd of the same thing said plainly."""
+"""Ranges learned in relative steps, against autograd of the same thing said plainly."""
 import copy
 
 import pytest
@@ -18,7 +18,6 @@ def quantizer(scale, zero_point=0., bits=8, symmetric=False):
         made = Quantizer(QuantSpec(bits, symmetric))
     made._store('scale', scale.clone())
     made._store('zero_point', torch.full_like(scale, zero_point))
-    made.enabled = True
     return made
 
 
@@ -29,7 +28,7 @@ def quantizers():
             quantizer([0.03, 40.], 7., bits=4)]
 
 
-def test_what_is_learnt(quantizers):
+def test_what_is_learned(quantizers):
     """Scales and zero points; a symmetric range has no zero point to learn."""
     learner = RangeLearner(quantizers)
     assert [tuple(t.shape) for t in learner.tensors] == [(), (), (3, ), (2, ), (2, )]
@@ -140,8 +139,21 @@ def test_making_a_learner_changes_no_range(quantizers):
         learner.apply()
 
 
+def test_whether_a_range_has_moved(quantizers):
+    learner = RangeLearner(quantizers)
+    learner.apply()
+    assert learner.moved is False
+    start = learner.state_dict()
+    with torch.no_grad():
+        learner.offsets[4] = -1e-3
+    assert learner.moved is True
+    learner.load_state_dict(start)
+    assert learner.moved is False
+
+
 def test_nothing_to_learn():
     learner = RangeLearner([])
+    assert learner.moved is False
     learner.require_grad(True)
     learner.collect_gradients()
     learner.apply()
