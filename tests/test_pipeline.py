@@ -177,11 +177,11 @@ def test_progress(changes, phases):
                                                     key=phases.index)
     for phase in phases:
         of_phase = [call for call in calls if call.phase == phase]
-        done = [call.done for call in of_phase]
-        assert done == sorted(set(done)) and done[-1] == of_phase[0].total, phase
-        assert len({call.total for call in of_phase}) == 1
-        assert of_phase[0].total == STEPS.get(phase, of_phase[0].total)
-        assert all(bool(call.losses) == (phase in STEPS) for call in of_phase)
+        done, total = [call.done for call in of_phase], of_phase[0].total
+        assert done[0] == 0 and done == sorted(set(done)) and done[-1] == total, phase
+        assert {call.total for call in of_phase} == {STEPS.get(phase, total)}
+        assert not of_phase[0].losses
+        assert all(bool(call.losses) == (phase in STEPS) for call in of_phase[1:])
     with pytest.raises(dataclasses.FrozenInstanceError):
         calls[0].done = 0
 
@@ -221,9 +221,9 @@ def test_resumed_run_gives_the_same_bits(phase, done, uninterrupted, tmp_path):
                                resume=True)
     assert_same(student, expected)
     first = {call.phase: call.done for call in reversed(calls)}
-    assert first.get('synthesis') == (done + 1 if phase == 'synthesis' and done < 8 else None)
-    if phase == 'evolution':
-        assert first.get('evolution') == (done + 1 if done < 6 else None)
+    assert first['synthesis'] == (done if phase == 'synthesis' else STEPS['synthesis'])
+    assert first['evolution'] == dict(evolution=done, final_ranges=STEPS['evolution']).get(
+        phase, 0)
 
 
 def test_state_is_saved_now_and_then(uninterrupted, tmp_path):
@@ -234,8 +234,8 @@ def test_state_is_saved_now_and_then(uninterrupted, tmp_path):
     def progress(call):
         if file.exists():
             state = torch.load(file, weights_only=True)
-            steps.append((state['synthesizer']['step_index'],
-                          state.get('evolver', {}).get('step_index')))
+            steps.append((state['images']['step_index'],
+                          state.get('game', {}).get('step_index')))
 
     psaq_mm.quantize(model, chosen, 7, progress=progress, state_file=str(file))
     assert list(dict.fromkeys(steps)) == [(3, None), (6, None), (8, None), (8, 2), (8, 4), (8, 6)]
@@ -289,6 +289,6 @@ def test_images_serve_another_game(change, name, uninterrupted, tmp_path, lines)
                                resume=True)
     assert any(f'another {name}: its images are used, the evolution starts again' in line
                for line in lines)
-    assert [call.done for call in calls if call.phase == 'evolution'][0] == 1
-    assert not any(call.phase == 'synthesis' for call in calls)
+    assert [call.done for call in calls if call.phase == 'evolution'][0] == 0
+    assert [call.done for call in calls if call.phase == 'synthesis'] == [STEPS['synthesis']]
     assert_same(student, psaq_mm.quantize(model, other, 7))

@@ -5,7 +5,7 @@ from conftest import DEMO, ROOT
 from mmengine.config import Config
 
 from psaq_mm import UserError
-from psaq_mm.engine import load_config, read_sections
+from psaq_mm.engine import load_config, read_recipe
 
 QUANTIZED = sorted((ROOT / 'configs').glob('*_w?a?.py'))
 BASES = sorted((ROOT / 'configs' / '_base_').glob('*w?a?.py'))
@@ -30,14 +30,14 @@ def test_bits_of_a_base(tmp_path, bits, percentile):
     config = tmp_path / 'x.py'
     config.write_text(f"_base_ = ['{DEMO}/mask_rcnn_swin_demo.py', "
                       f"'{ROOT}/configs/_base_/{bits}.py']\n")
-    sections = read_sections(load_config(config))
-    quantization = sections.quantization
+    recipe = read_recipe(load_config(config))
+    quantization = recipe.quantization
     assert quantization.spec_for('x', 'weight').bits == int(bits[1])
     assert quantization.spec_for('x', 'input').bits == int(bits[3])
     assert quantization.spec_for('x', 'input').observer == dict(
         type='PercentileObserver', percentile=percentile)
     assert quantization.spec_for('x', 'input').margin == (2 if bits == 'w8a8' else 0)
-    assert sections.evolution.weight_lr == 0.01
+    assert recipe.evolution.weight_lr == 0.01
 
 
 @pytest.mark.parametrize('preset', ['default', 'evolve', 'fast', 'paper'])
@@ -45,15 +45,15 @@ def test_bits_of_a_base(tmp_path, bits, percentile):
 def test_every_base_takes_every_preset(tmp_path, base, preset):
     config = tmp_path / 'x.py'
     config.write_text(f"_base_ = ['{DEMO}/mask_rcnn_swin_demo.py', '{base}']\n")
-    sections = read_sections(load_config(config, dict(preset=preset)))
-    assert sections.quantization.spec_for('x', 'input').observer['type'] in (
+    recipe = read_recipe(load_config(config, dict(preset=preset)))
+    assert recipe.quantization.spec_for('x', 'input').observer['type'] in (
         'MinMaxObserver', 'PercentileObserver')
 
 
 @pytest.mark.parametrize('path', QUANTIZED, ids=lambda p: p.stem)
 def test_shipped_config(path):
     config = load_config(path)
-    settings = read_sections(config).quantization
+    settings = read_recipe(config).quantization
     bits = path.stem.rsplit('_', 1)[1]
     assert f'w{settings.spec_for("x", "weight").bits}a{settings.spec_for("x", "input").bits}' \
         == bits
@@ -79,7 +79,7 @@ def test_bases_clash_with_no_host_config(host, base, tmp_path):
     config = tmp_path / 'mine.py'
     for reference in (f'psaq_mm::_base_/{base.name}', str(base)):
         config.write_text(f"_base_ = ['{host}', '{reference}']\n")
-        read_sections(load_config(config))
+        read_recipe(load_config(config))
 
 
 def test_bases_work_by_path_without_our_loader(tmp_path, demo_config):
@@ -87,7 +87,7 @@ def test_bases_work_by_path_without_our_loader(tmp_path, demo_config):
     config = tmp_path / 'mine.py'
     config.write_text(f"_base_ = ['{demo_config}', '{ROOT / 'configs/_base_/w4a4.py'}']\n")
     loaded = Config.fromfile(str(config))
-    assert loaded.quantization.weight.bits == 4
+    assert loaded.recipe == 'w4a4' and loaded.preset == 'default'
     assert loaded.custom_hooks[0].type == 'psaq_mm.QuantizedCheckpointHook'
 
 
@@ -97,25 +97,25 @@ def test_inheritance_and_options_override(tmp_path, demo_config):
         f"_base_ = ['{demo_config}', 'psaq_mm::_base_/w8a8.py']\n"
         "quantization = dict(weight=dict(bits=4), exclude=['*.downsample.*'])\n"
         "synthesis = dict(priors=dict(total_variation=dict(weight=0.2)))\n")
-    sections = read_sections(load_config(config, {
+    recipe = read_recipe(load_config(config, {
         'quantization.activation.granularity': 'per_channel',
         'quantization.weight.observer.type': 'MSEObserver',
         'synthesis.image_size': (224, 448), 'synthesis.num_images': 5,
         'synthesis.priors.patch_similarity.weight': 2.0, 'calibration.batch_size': 3}))
-    weight = sections.quantization.spec_for('x', 'weight')
+    weight = recipe.quantization.spec_for('x', 'weight')
     assert (weight.bits, weight.observer['type']) == (4, 'MSEObserver')
-    assert sections.quantization.spec_for('x', 'input').granularity == 'per_channel'
-    assert sections.quantization.exclude == ('*.downsample.*', )
-    assert sections.synthesis.size == (224, 448)
-    assert sections.synthesis.batches() == [5]
-    weights = {k: t.weight for k, t in sections.synthesis.build_priors().items()}
+    assert recipe.quantization.spec_for('x', 'input').granularity == 'per_channel'
+    assert recipe.quantization.exclude == ('*.downsample.*', )
+    assert recipe.synthesis.size == (224, 448)
+    assert recipe.synthesis.batches() == [5]
+    weights = {k: t.weight for k, t in recipe.synthesis.build_priors().items()}
     assert weights == dict(patch_similarity=2.0, total_variation=0.2)
-    assert sections.calibration.batch_size == 3
+    assert recipe.calibration.batch_size == 3
 
 
 def test_priors_can_be_dropped(quantization_config):
     options = {'synthesis.priors.patch_similarity': None}
-    settings = read_sections(load_config(quantization_config, options)).synthesis
+    settings = read_recipe(load_config(quantization_config, options)).synthesis
     assert list(settings.build_priors()) == ['total_variation']
 
 
@@ -127,4 +127,53 @@ def test_priors_can_be_dropped(quantization_config):
     ('synthesys.steps', "Did you mean 'synthesis'?")])
 def test_unknown_keys_name_the_nearest(key, hint, quantization_config):
     with pytest.raises(UserError, match=hint.replace('?', r'\?')):
-        read_sections(load_config(quantization_config, {key: 4}))
+        read_recipe(load_config(quantization_config, {key: 4}))
+
+
+@pytest.mark.parametrize('key, value, hint', [
+    ('recipe', 'w4a5', r"recipe must be one of w3a3, .*, got 'w4a5'. Did you mean 'w4a8'\?"),
+    ('preset', 'evolv', r"preset must be one of default, .*, got 'evolv'. Did you mean 'evolve'"),
+    ('synthesis', 'few', "synthesis must be a dict, got 'few'")])
+def test_unknown_names(key, value, hint, quantization_config):
+    with pytest.raises(UserError, match=hint) as caught:
+        read_recipe(load_config(quantization_config, {key: value}))
+    assert str(quantization_config) in str(caught.value)
+
+
+def test_config_stays_as_it_is(quantization_config):
+    """Reading a recipe writes nothing into the config: what is dumped is what was given."""
+    config = load_config(quantization_config, {'synthesis.steps': 3})
+    before = config.to_dict()
+    read_recipe(config)
+    assert config.to_dict() == before
+    assert config.synthesis == dict(steps=3) and 'quantization' not in config
+
+
+@pytest.mark.parametrize('preset, rounds', [('default', 0), ('evolve', 5), ('fast', 0)])
+def test_dumped_config(preset, rounds, tmp_path, demo_config):
+    """It gives the same recipe, a preset on top of it takes effect, and what was removed
+    stays removed, in options too."""
+    config = tmp_path / 'mine.py'
+    config.write_text(
+        f"_base_ = ['{demo_config}', 'psaq_mm::_base_/w4a4.py']\n"
+        "quantization = dict(roles=dict(_delete_=True, input=dict(margin=1.)), "
+        "overrides=dict(_delete_=True))\n"
+        "synthesis = dict(priors=dict(total_variation=None))\n")
+    first = load_config(config, {'synthesis.steps': 7})
+    recipe = read_recipe(first)
+    assert dict(recipe.quantization.roles) == dict(input=dict(margin=1.))
+    assert not recipe.quantization.overrides
+    assert list(recipe.synthesis.build_priors()) == ['patch_similarity']
+    first.dump(str(tmp_path / 'dumped.py'))
+    again = read_recipe(load_config(tmp_path / 'dumped.py'))
+    assert again == recipe
+    changed = read_recipe(load_config(tmp_path / 'dumped.py', dict(preset=preset)))
+    assert changed == read_recipe(load_config(config, {'synthesis.steps': 7, 'preset': preset}))
+    assert changed.evolution.rounds == rounds and changed.synthesis.steps == 7
+    assert dict(changed.quantization.roles) == dict(input=dict(margin=1.))
+    # Inherited, dumped and changed once more: what is removed in a base file stays so.
+    heir = tmp_path / 'heir.py'
+    heir.write_text(f"_base_ = '{tmp_path / 'dumped.py'}'\n"
+                    "quantization = dict(roles=dict(attention=dict(bits=8)))\n")
+    assert dict(read_recipe(load_config(heir)).quantization.roles) == dict(
+        input=dict(margin=1.), attention=dict(bits=8))
