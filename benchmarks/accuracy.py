@@ -53,6 +53,7 @@ from experiment import (
     add_test_options,
     cell,
     experiment,
+    mark_of,
     measured_file,
     metrics_of,
     quiet,
@@ -115,9 +116,10 @@ def print_table(float_model: Dict[str, float], found: Found, scope: str, setting
     print(f'\nseconds to quantize, scope `{scope}`, mean over bits and seeds\n')
     print('| | seconds |\n|---|---|')
     for row in rows:
-        seconds = [v['seconds'] for s in settings for v in found(row, s)]
-        if seconds:
-            print(f'| {row} | {sum(seconds) / len(seconds):.0f} |')
+        values = [v for s in settings for v in found(row, s)]
+        if values:
+            mean = sum(v['seconds'] for v in values) / len(values)
+            print(f'| {row} | {mean:.0f}{mark_of(values)} |')
 
 
 def plot(title: str, float_model: Dict[str, float], found: Found, settings: List[str],
@@ -140,7 +142,7 @@ def plot(title: str, float_model: Dict[str, float], found: Found, settings: List
             mean = sum(points) / len(points)
             axes.errorbar(sum(v['seconds'] for v in values) / len(values), mean,
                           [[mean - min(points)], [max(points) - mean]], fmt='o', capsize=3,
-                          color=f'C{index}', label=row)
+                          color=f'C{index}', label=row + mark_of(values))
         axes.set_xscale('log')
         axes.set_title(f'{title}, {setting.upper()}', fontsize=10)
         axes.set_xlabel('seconds to quantize')

@@ -445,6 +445,11 @@ def metrics_of(float_model: Mapping[str, float]) -> List[str]:
     return [key for key in METRICS if key in float_model or key in beside]
 
 
+def mark_of(rows: List[Dict[str, Any]]) -> str:
+    """Follows what is from before 0.2."""
+    return ' †' if any('old' in row for row in rows) else ''
+
+
 def cell(rows: List[Dict[str, float]], key: str, seeds: int = 0) -> str:
     """Mean of a metric over seeds, in points, and its spread in brackets; how many
     seeds they are if it is not as many as there should be. What † says is printed by
@@ -453,7 +458,7 @@ def cell(rows: List[Dict[str, float]], key: str, seeds: int = 0) -> str:
     if not values:
         return ''
     missing = f', {len(values)} of {seeds} seeds' if len(values) < seeds else ''
-    mark = ' †' if 'old' in rows[0] else ''
+    mark = mark_of(rows)
     if len(values) == 1:
         return f'{values[0]:.1f}{missing}{mark}'
     return f'{statistics.mean(values):.2f} ({min(values):.1f} to {max(values):.1f}{missing}){mark}'
