@@ -8,9 +8,9 @@ from conftest import single_stage
 from demo_models import demo_model
 from mmdet.structures import DetDataSample
 from small_detectors import small_detector
+from small_models import naive_student
 from torch import nn
 
-import psaq_mm
 from psaq_mm.adapters import find_adapter
 from psaq_mm.deploy import export_graphs
 from psaq_mm.deploy.export import choose_sizes
@@ -128,8 +128,7 @@ def test_convolutions_that_levels_share(tmp_path, bits):
     pytest.importorskip('onnxruntime')
     model = small_detector('rtmdet', tmp_path)
     images = parity_images(SIZE, *find_adapter(model).valid_range(model), batch=2)
-    psaq_mm.quantize(model, scope='model', weight=dict(bits=bits))
-    psaq_mm.calibrate(model, images)
+    model = naive_student(model, images, scope='model', weight=dict(bits=bits))
     found = export_graphs(model, tmp_path / 'graphs', 'onnx', [SIZE])
     rows = found['graphs'][0]['parity']['outputs']
     assert [row['output'] for row in rows] == [f'{k}_{i}' for k in ('scores', 'deltas')
