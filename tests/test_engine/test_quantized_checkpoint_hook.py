@@ -102,7 +102,7 @@ class Mean(BaseMetric):
         return dict(mean=sum(results) / len(results))
 
 
-def toy_runner(folder, hook=True, epochs=2, **kwargs):
+def toy_runner(folder, hook=True, epochs=2, more_hooks=(), **kwargs):
     data = dict(batch_size=4, num_workers=0, dataset=Data(),
                 sampler=dict(type='DefaultSampler', shuffle=False),
                 collate_fn=dict(type='default_collate'))
@@ -111,7 +111,7 @@ def toy_runner(folder, hook=True, epochs=2, **kwargs):
         train_cfg=dict(by_epoch=True, max_epochs=epochs), test_cfg=dict(),
         test_evaluator=Evaluator(Mean()),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
-        custom_hooks=[dict(type='psaq_mm.QuantizedCheckpointHook')] * hook,
+        custom_hooks=[dict(type='psaq_mm.QuantizedCheckpointHook')] * hook + [*more_hooks],
         default_scope='mmengine', experiment_name=f'toy_{time.monotonic_ns()}', **kwargs)
 
 
@@ -184,3 +184,9 @@ def test_damaged_file_in_a_stock_runner(student, tmp_path):
     (tmp_path / 'damaged.pth').write_bytes(data)
     with pytest.raises(UserError, match='damaged.pth is damaged'):
         toy_runner(tmp_path, load_from=str(tmp_path / 'damaged.pth')).test()
+
+
+def test_averaging_of_a_float_copy_is_refused(student, tmp_path):
+    runner = toy_runner(tmp_path, load_from=str(student[1]), more_hooks=[dict(type='EMAHook')])
+    with pytest.raises(UserError, match='Remove EMAHook from custom_hooks'):
+        runner.test()

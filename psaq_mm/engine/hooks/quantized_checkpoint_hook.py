@@ -3,7 +3,7 @@
 import os
 from typing import Any, Dict
 
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -48,6 +48,9 @@ class QuantizedCheckpointHook(Hook):
             self._convert(runner, model, checkpoint)
             return
         path = str(getattr(runner, '_load_from', None) or 'the checkpoint')
+        if any(isinstance(hook, EMAHook) for hook in runner.hooks):
+            raise UserError(f'{path} is quantized, and EMAHook averages a float copy of the '
+                            'model, which it would test. Remove EMAHook from custom_hooks.')
         if DIGEST_KEY in checkpoint and os.path.isfile(path):  # mmengine has not looked at it
             with open(path, 'rb') as file:
                 require_undamaged(file, path)
