@@ -1,11 +1,11 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Configs: every shipped one loads, bases combine, mistakes are named."""
 import pytest
-from conftest import DEMO, ROOT
+from conftest import ROOT
 from mmengine.config import Config
 
 from psaq_mm import UserError
-from psaq_mm.engine import load_config, read_sections
+from psaq_mm.engine import load_config, read_recipe
 
 QUANTIZED = sorted((ROOT / 'configs').glob('*_w?a?.py'))
 BASES = sorted((ROOT / 'configs' / '_base_').glob('*w?a?.py'))
@@ -24,36 +24,10 @@ def test_all_configs_are_there():
     assert names == detectors | classifiers
 
 
-@pytest.mark.parametrize('bits, percentile', [('w8a8', 0.999), ('w4a4', 0.999), ('w3a3', 0.99)])
-def test_bits_of_a_base(tmp_path, bits, percentile):
-    """Where integers are few, ranges clip more; weights learn as fast, counted in steps."""
-    config = tmp_path / 'x.py'
-    config.write_text(f"_base_ = ['{DEMO}/mask_rcnn_swin_demo.py', "
-                      f"'{ROOT}/configs/_base_/{bits}.py']\n")
-    sections = read_sections(load_config(config))
-    quantization = sections.quantization
-    assert quantization.spec_for('x', 'weight').bits == int(bits[1])
-    assert quantization.spec_for('x', 'input').bits == int(bits[3])
-    assert quantization.spec_for('x', 'input').observer == dict(
-        type='PercentileObserver', percentile=percentile)
-    assert quantization.spec_for('x', 'input').margin == (2 if bits == 'w8a8' else 0)
-    assert sections.evolution.weight_lr == 0.01
-
-
-@pytest.mark.parametrize('preset', ['default', 'evolve', 'fast', 'paper'])
-@pytest.mark.parametrize('base', BASES, ids=lambda p: p.stem)
-def test_every_base_takes_every_preset(tmp_path, base, preset):
-    config = tmp_path / 'x.py'
-    config.write_text(f"_base_ = ['{DEMO}/mask_rcnn_swin_demo.py', '{base}']\n")
-    sections = read_sections(load_config(config, dict(preset=preset)))
-    assert sections.quantization.spec_for('x', 'input').observer['type'] in (
-        'MinMaxObserver', 'PercentileObserver')
-
-
 @pytest.mark.parametrize('path', QUANTIZED, ids=lambda p: p.stem)
 def test_shipped_config(path):
     config = load_config(path)
-    settings = read_sections(config).quantization
+    settings = read_recipe(config).quantization
     bits = path.stem.rsplit('_', 1)[1]
     assert f'w{settings.spec_for("x", "weight").bits}a{settings.spec_for("x", "input").bits}' \
         == bits
@@ -79,7 +53,7 @@ def test_bases_clash_with_no_host_config(host, base, tmp_path):
     config = tmp_path / 'mine.py'
     for reference in (f'psaq_mm::_base_/{base.name}', str(base)):
         config.write_text(f"_base_ = ['{host}', '{reference}']\n")
-        read_sections(load_config(config))
+        read_recipe(load_config(config))
 
 
 def test_bases_work_by_path_without_our_loader(tmp_path, demo_config):
@@ -87,7 +61,7 @@ def test_bases_work_by_path_without_our_loader(tmp_path, demo_config):
     config = tmp_path / 'mine.py'
     config.write_text(f"_base_ = ['{demo_config}', '{ROOT / 'configs/_base_/w4a4.py'}']\n")
     loaded = Config.fromfile(str(config))
-    assert loaded.quantization.weight.bits == 4
+    assert (loaded.recipe, loaded.preset) == ('w4a4', 'default')
     assert loaded.custom_hooks[0].type == 'psaq_mm.QuantizedCheckpointHook'
 
 
@@ -97,25 +71,25 @@ def test_inheritance_and_options_override(tmp_path, demo_config):
         f"_base_ = ['{demo_config}', 'psaq_mm::_base_/w8a8.py']\n"
         "quantization = dict(weight=dict(bits=4), exclude=['*.downsample.*'])\n"
         "synthesis = dict(priors=dict(total_variation=dict(weight=0.2)))\n")
-    sections = read_sections(load_config(config, {
+    recipe = read_recipe(load_config(config, {
         'quantization.activation.granularity': 'per_channel',
         'quantization.weight.observer.type': 'MSEObserver',
         'synthesis.image_size': (224, 448), 'synthesis.num_images': 5,
         'synthesis.priors.patch_similarity.weight': 2.0, 'calibration.batch_size': 3}))
-    weight = sections.quantization.spec_for('x', 'weight')
+    weight = recipe.quantization.spec_for('x', 'weight')
     assert (weight.bits, weight.observer['type']) == (4, 'MSEObserver')
-    assert sections.quantization.spec_for('x', 'input').granularity == 'per_channel'
-    assert sections.quantization.exclude == ('*.downsample.*', )
-    assert sections.synthesis.size == (224, 448)
-    assert sections.synthesis.batches() == [5]
-    weights = {k: t.weight for k, t in sections.synthesis.build_priors().items()}
+    assert recipe.quantization.spec_for('x', 'input').granularity == 'per_channel'
+    assert recipe.quantization.exclude == ('*.downsample.*', )
+    assert recipe.synthesis.size == (224, 448)
+    assert recipe.synthesis.batches() == [5]
+    weights = {k: t.weight for k, t in recipe.synthesis.build_priors().items()}
     assert weights == dict(patch_similarity=2.0, total_variation=0.2)
-    assert sections.calibration.batch_size == 3
+    assert recipe.calibration.batch_size == 3
 
 
 def test_priors_can_be_dropped(quantization_config):
     options = {'synthesis.priors.patch_similarity': None}
-    settings = read_sections(load_config(quantization_config, options)).synthesis
+    settings = read_recipe(load_config(quantization_config, options)).synthesis
     assert list(settings.build_priors()) == ['total_variation']
 
 
@@ -127,4 +101,4 @@ def test_priors_can_be_dropped(quantization_config):
     ('synthesys.steps', "Did you mean 'synthesis'?")])
 def test_unknown_keys_name_the_nearest(key, hint, quantization_config):
     with pytest.raises(UserError, match=hint.replace('?', r'\?')):
-        read_sections(load_config(quantization_config, {key: 4}))
+        read_recipe(load_config(quantization_config, {key: 4}))
