@@ -48,10 +48,10 @@ def test_bad_counts(key, value):
         SynthesisSettings.from_dict({key: value})
 
 
-@pytest.mark.parametrize('value', [0, -1, 1.5, '8', True, [8], 'x', (1, 2, 3), (), (224, 0), (224, -1),
-                                   (224, 2.5), ('224', 224), {'h': 224}])
+@pytest.mark.parametrize('value', [0, -1, 1.5, '8', True, [8], 'x', (1, 2, 3), (), (224, 0),
+                                   (224, -1), (224, 2.5), ('224', 224), {'h': 224}])
 def test_bad_image_size(value):
-    with pytest.raises(UserError, match='^synthesis.image_size must be None, a positive integer '):
+    with pytest.raises(UserError, match='^synthesis.image_size must be None, a positive integer'):
         SynthesisSettings.from_dict(dict(image_size=value))
 
 
