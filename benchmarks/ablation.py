@@ -2,7 +2,7 @@
 """Which rules of the game earn their cost: the preset ``evolve``, one change at a time.
 
 ``game`` is that preset, without ``channel_limit`` and by twice the prior's steps, as all that
-is here but ``default``.
+is here but ``default`` and ``default_but_roi_inputs_as_rest``.
 
     python benchmarks/ablation.py                          # all variants, the demo detector
     python benchmarks/ablation.py --variants compete learn_ranges --settings w4a4
@@ -20,145 +20,148 @@ a run that was cut off goes on. ``--no-metrics`` measures the SQNR of feature ma
 images alone, in seconds instead of a minute.
 """
 import argparse
+import functools
 from typing import Any, Dict, List
 
 from experiment import (
+    ALL_STEPS,
     METRICS,
     MIN_MAX,
     NEAREST,
-    NO_GAME,
     NO_PATCH_SIMILARITY,
-    STEPS,
+    PLAIN,
+    ROI_INPUTS_AS_REST,
+    UNLIMITED,
     V1_FORM,
-    Recipe,
+    Changes,
+    Experiment,
     Results,
     Subject,
     add_options,
     add_test_options,
-    bits_of,
     cell,
+    experiment,
     measured_file,
-    merged,
     metrics_of,
     quiet,
-    roi_inputs_as_rest,
-    rules_of,
 )
 
-EVOLUTION: Dict[str, Dict[str, Any]] = dict(
-    game=dict(),
-    prior=NO_GAME,
+
+def rules(**values: Any) -> Changes:
+    """Changes of the game."""
+    return dict(evolution=values)
+
+
+def images(**values: Any) -> Changes:
+    """Changes of the images."""
+    return dict(synthesis=values)
+
+
+def overrides(pattern: str, **values: Any) -> Changes:
+    """Changes of the quantizer for some layers."""
+    return dict(quantization=dict(overrides={pattern: values}))
+
+
+def softmax_range_by(**observer: Any) -> Changes:
+    """Another rule for softmax outputs, of segmentors too."""
+    rule = dict(attention=dict(observer=dict(observer, _delete_=True)))
+    return dict(quantization=dict(roles=rule, overrides={'@segmentor': rule}))
+
+
+GAME: Dict[str, Changes] = dict(
+    game={},
     # what it learns from
-    no_views=dict(zoom=1., contrast=1.),
-    zoom_alone=dict(contrast=1.),
-    contrast_alone=dict(zoom=1.),
-    wider_views=dict(zoom=5., contrast=0.1),
+    no_views=rules(zoom=1., contrast=1.),
+    zoom_alone=rules(contrast=1.),
+    contrast_alone=rules(zoom=1.),
+    wider_views=rules(zoom=5., contrast=0.1),
     # images that move too, and compete
-    compete=dict(sample_steps=5),
-    compete_unbounded=dict(sample_steps=5, adversarial_fraction=None),
-    fraction_01=dict(sample_steps=5, adversarial_fraction=0.1),
-    move_alone=dict(sample_steps=5, adversarial_fraction=0.),
-    no_buffer=dict(sample_steps=5, buffer_size=0),
-    newest_alone=dict(sample_steps=5, new_fraction=1.),
+    compete=rules(sample_steps=5),
+    compete_unbounded=rules(sample_steps=5, adversarial_fraction=None),
+    fraction_01=rules(sample_steps=5, adversarial_fraction=0.1),
+    move_alone=rules(sample_steps=5, adversarial_fraction=0.),
+    no_buffer=rules(sample_steps=5, buffer_size=0),
+    newest_alone=rules(sample_steps=5, new_fraction=1.),
     # what the student learns
-    learn_ranges=dict(learn='ranges'),
-    learn_weights=dict(learn='weights'),
-    fast_ranges=dict(range_lr=5e-3),
-    slow_weights=dict(weight_lr=0.005),
-    fast_weights=dict(weight_lr=0.02),
+    learn_ranges=dict(NEAREST, **rules(learn='ranges')),
+    learn_weights=rules(learn='weights'),
+    fast_ranges=rules(range_lr=5e-3),
+    slow_weights=rules(weight_lr=0.005),
+    fast_weights=rules(weight_lr=0.02),
     # where it is compared
-    backbone_alone=dict(taps=dict(neck=0., scores=0., deltas=0.)),
-    no_neck=dict(taps=dict(neck=0.)),
-    no_scores_deltas=dict(taps=dict(scores=0., deltas=0.)),
-    with_rois=dict(taps=dict(rois=1.)),
-    plain_scores=dict(losses=dict(scores='relative_l1')),
-    confident_deltas=dict(losses=dict(deltas='confident_smooth_l1')),
-    kl_logits=dict(losses=dict(logits='softmax_kl')),
-    squared=dict(losses=dict(backbone='relative_l2', neck='relative_l2',
-                             scores='relative_l2', deltas='relative_l2')),
+    backbone_alone=rules(taps=dict(neck=0., scores=0., deltas=0.)),
+    no_neck=rules(taps=dict(neck=0.)),
+    no_scores_deltas=rules(taps=dict(scores=0., deltas=0.)),
+    with_rois=rules(taps=dict(rois=1.)),
     # cost
-    half_steps=dict(student_steps=10),
-    double_steps=dict(student_steps=40))
-
-IMAGES: Dict[str, Dict[str, Any]] = dict(
+    half_steps=rules(student_steps=10),
+    double_steps=rules(student_steps=40),
+    # the images
     prior_10_points=V1_FORM,
-    prior_1024_bins=dict(priors=dict(patch_similarity=dict(
-        type='PatchSimilarityPrior', weight=1.0, form='binned', bins=1024))),
+    prior_1024_bins=images(priors=dict(patch_similarity=dict(bins=1024))),
     no_patch_similarity=NO_PATCH_SIMILARITY,
-    prior_half_steps=STEPS['default'],
-    prior_double_steps=dict(steps=200),
-    images_4=dict(num_images=4),
-    images_16=dict(num_images=16))
-"""Changes of the images, with the game as it is."""
-
-LABELS = dict(prior_10_points='v1', no_patch_similarity='tv')
-"""Variants whose images ``accuracy.py`` makes too; of the others, their name."""
+    prior_half_steps=images(steps=50),
+    prior_double_steps=images(steps=200),
+    images_4=images(num_images=4),
+    images_16=images(num_images=16))
+"""Changes of the preset ``evolve``."""
 
 EIGHT = dict(weight=dict(bits=8), activation=dict(bits=8))
+SQUARED = dict(type='MSEObserver', min_factor=0.02, candidates=100)
+ABSOLUTE = dict(SQUARED, type='MAEObserver')
 
-
-def softmax_range_by(observer: str) -> Dict[str, Any]:
-    """Another rule for softmax outputs, with the arguments that the bases give it."""
-    return dict(roles=dict(attention=dict(
-        observer=dict(type=observer, min_factor=0.02, candidates=100))))
-
-
-QUANTIZER: Dict[str, Dict[str, Any]] = dict(
-    min_max_inputs=dict(roles=dict(input=MIN_MAX)),
-    squared_attention=softmax_range_by('MSEObserver'),
-    absolute_attention=softmax_range_by('MAEObserver'),
-    min_max_attention=dict(roles=dict(attention=MIN_MAX)),
-    percentile_everywhere=dict(overrides={
+QUANTIZER: Dict[str, Changes] = dict(
+    prior={},
+    min_max_inputs=dict(quantization=dict(roles=dict(input=MIN_MAX))),
+    squared_attention=softmax_range_by(**SQUARED),
+    absolute_attention=softmax_range_by(**ABSOLUTE),
+    min_max_attention=softmax_range_by(type='MinMaxObserver'),
+    percentile_everywhere=dict(quantization=dict(overrides={
         pattern: dict(input=dict(observer=dict(type='PercentileObserver', percentile=0.999)))
-        for pattern in ('*attn*.proj', '*patch_embed*')}),
-    percentile_99=dict(roles=dict(input=dict(observer=dict(percentile=0.99)))),
-    percentile_999=dict(roles=dict(input=dict(observer=dict(percentile=0.999)))),
-    no_margin=dict(activation=dict(margin=0.), roles=dict(attention=dict(margin=0.))),
-    patch_embed_as_rest=dict(patch_embed_bits=None),
+        for pattern in ('*attn*.proj', '@patch_embed')})),
+    percentile_99=dict(quantization=dict(roles=dict(input=dict(observer=dict(percentile=0.99))))),
+    percentile_999=dict(quantization=dict(roles=dict(input=dict(
+        observer=dict(percentile=0.999))))),
+    no_margin=dict(quantization=dict(activation=dict(margin=0.),
+                                     roles=dict(attention=dict(margin=0.)))),
+    patch_embed_as_rest=dict(quantization=dict(patch_embed_bits=None)),
     # scope model
-    predictors_as_rest=dict(predictor_bits=None),
-    neck_in_8_bits=dict(overrides={'neck*': EIGHT}),
-    box_head_in_8_bits=dict(overrides={'*bbox_head*': EIGHT}),
-    mask_head_in_8_bits=dict(overrides={'*mask_head*': EIGHT}),
-    backbone_in_8_bits=dict(overrides={'backbone*': EIGHT}),
-    roi_heads_in_8_bits=dict(overrides={'@roi_head': EIGHT}),
-    roi_weights_in_8_bits=dict(overrides={'@roi_head': dict(weight=dict(bits=8))}),
-    roi_inputs_in_8_bits=dict(overrides={'@roi_head': dict(activation=dict(bits=8))}),
-    gptq=dict(weight=dict(rounding='gptq')))
+    predictors_as_rest=dict(quantization=dict(predictor_bits=None)),
+    neck_in_8_bits=overrides('neck*', **EIGHT),
+    box_head_in_8_bits=overrides('*bbox_head*', **EIGHT),
+    mask_head_in_8_bits=overrides('*mask_head*', **EIGHT),
+    backbone_in_8_bits=overrides('backbone*', **EIGHT),
+    roi_heads_in_8_bits=overrides('@roi_head', **EIGHT),
+    roi_weights_in_8_bits=overrides('@roi_head', weight=dict(bits=8)),
+    roi_inputs_in_8_bits=overrides('@roi_head', activation=dict(bits=8)),
+    gptq=dict(quantization=dict(weight=dict(rounding='gptq'))))
 """Changes of the quantizer, without the game; only with the last are weights not rounded
 to nearest."""
 
-WITH_GAME: Dict[str, Dict[str, Any]] = dict(
-    absolute_attention_and_game=merged(QUANTIZER['absolute_attention'], NEAREST),
-    squared_attention_and_game=merged(QUANTIZER['squared_attention'], NEAREST),
-    nearest_and_game=NEAREST)
+WITH_GAME: Dict[str, List[Changes]] = dict(
+    absolute_attention_and_game=[QUANTIZER['absolute_attention'], NEAREST],
+    squared_attention_and_game=[QUANTIZER['squared_attention'], NEAREST],
+    nearest_and_game=[NEAREST])
 """Such changes with the game; what learns nothing in it is rounded to nearest."""
 
-
-AS_SHIPPED = ('default_but_roi_inputs_as_rest', 'default')
+AS_SHIPPED: Dict[str, Changes] = dict(
+    default_but_roi_inputs_as_rest=ROI_INPUTS_AS_REST, default={})
 """Variants that differ from the preset ``default`` in what their names say alone."""
 
 
-def recipe_of(subject: Subject, variant: str, setting: str, scope: str) -> Recipe:
+def experiment_of(variant: str, setting: str, scope: str) -> Experiment:
     """How a variant's student is made."""
     if variant in AS_SHIPPED:
-        recipe = subject.shipped('default', setting, scope)
-        return recipe if variant == 'default' else roi_inputs_as_rest(recipe)
-    changes = IMAGES.get(variant, {})
-    rules = EVOLUTION['prior' if variant in QUANTIZER else
-                      variant if variant in EVOLUTION else 'game']
-    label = LABELS.get(variant, variant) if changes else 'prior'
-    fixed_weights = rules.get('rounds') == 0 or rules.get('learn') == 'ranges'
-    quantization = merged(bits_of(setting, subject.name), dict(scope=scope, channel_limit=None),
-                          NEAREST if fixed_weights else {},
-                          {**QUANTIZER, **WITH_GAME}.get(variant, {}))
-    return roi_inputs_as_rest(
-        subject.recipe(label, quantization, merged(rules_of(setting), rules), changes))
+        return experiment(setting, scope, AS_SHIPPED[variant])
+    if variant in QUANTIZER:
+        return experiment(setting, scope, PLAIN, ALL_STEPS, QUANTIZER[variant])
+    changes = WITH_GAME[variant] if variant in WITH_GAME else [GAME[variant]]
+    return experiment(setting, scope, UNLIMITED, ALL_STEPS, *changes, preset='evolve')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    variants = [*EVOLUTION, *IMAGES, *QUANTIZER, *WITH_GAME, *AS_SHIPPED]
+    variants = [*GAME, *QUANTIZER, *WITH_GAME, *AS_SHIPPED]
     add_options(parser, ['w4a4', 'w3a3'])
     add_test_options(parser)
     parser.add_argument('--variants', nargs='+', choices=variants,
@@ -167,19 +170,12 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     results = Results(measured_file(args.measured, args.model, args.scenes))
-    subject = Subject(args.model, args.work_dir, scenes=args.scenes)
+    subject = Subject(args.model, args.work_dir, args.scenes)
     float_model = results.float_model(subject)
-
-    def recipe(variant: str, setting: str, scope: str) -> Recipe:
-        return recipe_of(subject, variant, setting, scope)
-
-    def measure(variant: str, made: Recipe, seed: int) -> Dict[str, float]:
-        student, seconds = subject.student(made, seed)
-        return dict(subject.evaluate(student, not args.no_metrics), seconds=seconds)
-
     if not args.table:
-        needed = 'sqnr' if args.no_metrics else next(iter(float_model))
-        results.fill(args.variants, args.settings, args.scope, args.seeds, recipe, measure, needed)
+        results.fill(args.variants, args.settings, args.scope, args.seeds, experiment_of,
+                     functools.partial(subject.measure, metrics=not args.no_metrics),
+                     'sqnr' if args.no_metrics else next(iter(float_model)))
     keys = metrics_of(float_model)
     print(f'{args.model}, scope `{args.scope}`, seeds {args.seeds}: '
           'mean (lowest to highest seed)\n')
@@ -187,13 +183,13 @@ def main() -> None:
     print(f'| | {" | ".join(heads)} | seconds |')
     print('|---' * (len(heads) + 2) + '|')
     for variant in args.variants:
-        rows: List[Any] = [
-            results.over_seeds(args.seeds, recipe(variant, s, args.scope), variant, s, args.scope)
-            for s in args.settings]
+        rows = [results.over_seeds(args.seeds, experiment_of(variant, s, args.scope),
+                                   variant, s, args.scope) for s in args.settings]
         seconds = [v['seconds'] for r in rows for v in r]
         if seconds:
             cells = [cell(r, k, len(args.seeds)) for r in rows for k in keys]
             print(f'| {variant} | {" | ".join(cells)} | {sum(seconds) / len(seconds):.0f} |')
+    results.print_note()
 
 
 if __name__ == '__main__':

@@ -34,100 +34,68 @@ kept in benchmarks/measured as soon as it is there, with a fingerprint of what i
 measured of; a run that was cut off goes on, and what is outdated is measured again.
 """
 import argparse
+import functools
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List
 
 from experiment import (
+    ALL_STEPS,
     METRICS,
     MIN_MAX,
-    NO_GAME,
     NO_PATCH_SIMILARITY,
-    STEPS,
+    PLAIN,
     V1_FORM,
-    Recipe,
+    Changes,
+    Experiment,
     Results,
     Subject,
     add_options,
     add_test_options,
-    bits_of,
     cell,
+    experiment,
+    mark_of,
     measured_file,
-    merged,
     metrics_of,
-    plain,
     quiet,
-    rules_of,
 )
 
-ROWS = ('noise', 'tv', 'real1', 'real32', 'minmax', 'v1', 'prior', 'real32-gptq', 'real32+',
-        'paper', 'fast', 'default', 'double', 'evolve')
-AS_SHIPPED = ('real32-gptq', 'real32+', 'fast', 'default', 'double', 'evolve')
-NAIVE = dict(activation=dict(margin=0.),
-             roles=dict(input=MIN_MAX, attention=dict(MIN_MAX, margin=0.)))
+NAIVE: Changes = dict(quantization=dict(
+    activation=dict(margin=0.), overrides=dict(_delete_=True),
+    roles=dict(input=MIN_MAX, attention=dict(MIN_MAX, margin=0.))))
+SMALLER_PAPER: Changes = dict(
+    synthesis=dict(num_images=8, batch_size=8, steps=100),
+    evolution=dict(rounds=5, sample_steps=5, student_steps=20, batch_size=4))
 
 
-class Rows:
-    """Makes the student of a row.
-
-    Args:
-        model (str): In ``experiment.MODELS``.
-        work_dir (Path): Where images are kept.
-        scenes (int): Of :class:`experiment.Subject`. Defaults to 0.
-    """
-
-    def __init__(self, model: str, work_dir: Path, scenes: int = 0) -> None:
-        self.subject = Subject(model, work_dir, scenes=scenes)
-        self._paper: Optional[Subject] = None
-        self.work_dir = work_dir
-
-    def recipe(self, row: str, setting: str, scope: str) -> Recipe:
-        """How the student of a row is made."""
-        recipe = self._recipe(row, setting, scope)
-        return recipe if row in AS_SHIPPED else plain(recipe)
-
-    def _recipe(self, row: str, setting: str, scope: str) -> Recipe:
-        if row in STEPS:
-            return self.subject.shipped(row, setting, scope)
-        quantization = merged(bits_of(setting, self.subject.name), dict(scope=scope))
-        evolution: Dict = merged(rules_of(setting), NO_GAME)
-        if row == 'noise':
-            return self.subject.recipe('noise8', quantization, evolution)
-        if row.startswith('real'):
-            if row.endswith('+'):
-                evolution = merged(rules_of(setting), dict(sample_steps=0))
-            images = row.replace('-gptq', '').rstrip('+')
-            return self.subject.recipe(images, quantization, evolution)
-        if row == 'tv':
-            return self.subject.recipe('tv', quantization, evolution, NO_PATCH_SIMILARITY)
-        if row == 'v1':
-            return self.subject.recipe('v1', quantization, evolution, V1_FORM)
-        if row == 'paper':
-            rules = self.subject.config.evolution
-            evolution = merged(rules_of(setting), dict(
-                rounds=rules.rounds, sample_steps=5, student_steps=rules.student_steps,
-                batch_size=rules.batch_size))
-            # The same images as those of v1: the prior does not depend on the quantizer.
-            return self.paper.recipe('v1', merged(quantization, NAIVE), evolution,
-                                     dict(V1_FORM, num_images=8, batch_size=8))
-        if row == 'minmax':
-            quantization = merged(quantization, NAIVE)
-        return self.subject.recipe('prior', quantization, evolution)
-
-    def measure(self, row: str, recipe: Recipe, seed: int) -> Dict[str, float]:
-        """What the student of a row keeps, and the seconds it took."""
-        maker = self.paper if row == 'paper' else self.subject
-        student, seconds = maker.student(recipe, seed)
-        return dict(self.subject.evaluate(student), seconds=seconds)
-
-    @property
-    def paper(self) -> Subject:
-        """Subject: The same model with the settings of the preset ``paper``."""
-        if self._paper is None:
-            self._paper = Subject(self.subject.name, self.work_dir, 'paper')
-        return self._paper
+def row(*changes: Changes, **options: str) -> Dict[str, Any]:
+    """Arguments of :func:`experiment`, beside the setting and the scope."""
+    return dict(options, changes=changes)
 
 
-Found = Callable[[str, str], List[Dict[str, float]]]
+ROWS = {
+    'noise': row(PLAIN, images='noise8'),
+    'tv': row(PLAIN, ALL_STEPS, NO_PATCH_SIMILARITY),
+    'real1': row(PLAIN, images='real1'),
+    'real32': row(PLAIN, images='real32'),
+    'minmax': row(PLAIN, ALL_STEPS, NAIVE),
+    'v1': row(PLAIN, ALL_STEPS, V1_FORM),
+    'prior': row(PLAIN, ALL_STEPS),
+    'real32-gptq': row(images='real32'),
+    'real32+': row(images='real32', preset='evolve'),
+    'paper': row(PLAIN, SMALLER_PAPER, NAIVE, preset='paper'),
+    'fast': row(preset='fast'),
+    'default': row(),
+    'double': row(ALL_STEPS),
+    'evolve': row(preset='evolve')}
+
+
+def experiment_of(name: str, setting: str, scope: str) -> Experiment:
+    """How the student of a row is made."""
+    options = dict(ROWS[name])
+    return experiment(setting, scope, *options.pop('changes'), **options)
+
+
+Found = Callable[[str, str], List[Dict[str, Any]]]
 """Row and setting to the values of all seeds that are there."""
 
 
@@ -148,9 +116,10 @@ def print_table(float_model: Dict[str, float], found: Found, scope: str, setting
     print(f'\nseconds to quantize, scope `{scope}`, mean over bits and seeds\n')
     print('| | seconds |\n|---|---|')
     for row in rows:
-        seconds = [v['seconds'] for s in settings for v in found(row, s)]
-        if seconds:
-            print(f'| {row} | {sum(seconds) / len(seconds):.0f} |')
+        values = [v for s in settings for v in found(row, s)]
+        if values:
+            mean = sum(v['seconds'] for v in values) / len(values)
+            print(f'| {row} | {mean:.0f}{mark_of(values)} |')
 
 
 def plot(title: str, float_model: Dict[str, float], found: Found, settings: List[str],
@@ -173,7 +142,7 @@ def plot(title: str, float_model: Dict[str, float], found: Found, settings: List
             mean = sum(points) / len(points)
             axes.errorbar(sum(v['seconds'] for v in values) / len(values), mean,
                           [[mean - min(points)], [max(points) - mean]], fmt='o', capsize=3,
-                          color=f'C{index}', label=row)
+                          color=f'C{index}', label=row + mark_of(values))
         axes.set_xscale('log')
         axes.set_title(f'{title}, {setting.upper()}', fontsize=10)
         axes.set_xlabel('seconds to quantize')
@@ -188,25 +157,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     add_options(parser, ['w8a8', 'w6a6', 'w4a8', 'w4a4', 'w3a3'])
     add_test_options(parser)
-    parser.add_argument('--rows', nargs='+', choices=ROWS, default=list(ROWS))
+    parser.add_argument('--rows', nargs='+', choices=list(ROWS), default=list(ROWS))
     parser.add_argument('--plot', type=Path, metavar='PNG',
                         help='draw accuracy against seconds there')
     args = parser.parse_args()
     quiet()
     results = Results(measured_file(args.measured, args.model, args.scenes))
-    rows = Rows(args.model, args.work_dir, args.scenes)
-    float_model = results.float_model(rows.subject)
+    subject = Subject(args.model, args.work_dir, args.scenes)
+    float_model = results.float_model(subject)
     if not args.table:
-        results.fill(args.rows, args.settings, args.scope, args.seeds, rows.recipe, rows.measure,
-                     next(iter(float_model)))
+        results.fill(args.rows, args.settings, args.scope, args.seeds, experiment_of,
+                     subject.measure, next(iter(float_model)))
 
-    def found(row: str, setting: str) -> List[Dict[str, float]]:
-        return results.over_seeds(args.seeds, rows.recipe(row, setting, args.scope),
+    @functools.lru_cache(maxsize=None)
+    def found(row: str, setting: str) -> List[Dict[str, Any]]:
+        return results.over_seeds(args.seeds, experiment_of(row, setting, args.scope),
                                   row, setting, args.scope)
 
     print(f'{args.model}, seeds {args.seeds}')
     print_table(float_model, found, args.scope, args.settings, args.rows,
                 len(args.seeds))
+    results.print_note()
     if args.plot:
         plot(f'{args.model}, {args.scope}', float_model, found, args.settings, args.rows,
              args.plot)

@@ -6,12 +6,11 @@ quantized modules, against their float32 weights; the files are those written.
 
     python benchmarks/checkpoint_size.py
 """
-import copy
 import tempfile
 from pathlib import Path
 
 import torch
-from experiment import BCCD
+from experiment import BCCD, RANGES_ALONE, experiment, quiet
 from mmengine.config import Config
 from torch import nn
 
@@ -28,9 +27,8 @@ def measure(name: str, model: nn.Module) -> None:
         torch.save(dict(state_dict=model.state_dict()), f'{folder}/float.pth')
         float_file = Path(folder, 'float.pth').stat().st_size
         for bits in (8, 4):
-            student = psaq_mm.quantize(copy.deepcopy(model), weight=dict(bits=bits),
-                                       activation=dict(bits=8))
-            psaq_mm.calibrate(student, torch.randn(1, 3, 64, 64))  # sizes only
+            recipe = experiment(f'w{bits}a8', 'backbone', RANGES_ALONE).recipe
+            student = psaq_mm.quantize(model, recipe, images=torch.randn(1, 3, 64, 64))
             psaq_mm.save(student, f'{folder}/quantized.pth')
             file = Path(folder, 'quantized.pth').stat().st_size
             size = size_of_quantized(student)
@@ -41,6 +39,7 @@ def measure(name: str, model: nn.Module) -> None:
 
 
 def main() -> None:
+    quiet()
     print('| model | bits | float MB | quantized MB | ratio | float file MB | file MB |')
     print('|---|---|---|---|---|---|---|')
     configs = dict(demo=ROOT / 'demo' / 'mask_rcnn_swin_demo.py',

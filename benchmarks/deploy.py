@@ -30,6 +30,7 @@ from typing import Any, Callable, Dict, List, Tuple
 import numpy as np
 import torch
 from deploy_figures import MEASURED, PEERS, full_table, keep, name_of
+from experiment import RANGES_ALONE, experiment
 from timing import interleave, median_ratio
 from torch import nn
 
@@ -106,8 +107,8 @@ def variants(model: nn.Module, images: torch.Tensor) -> Dict[str, Tuple[nn.Modul
     """
 
     def quantized(scope: str) -> nn.Module:
-        student = psaq_mm.quantize(copy.deepcopy(model), scope=scope)
-        return psaq_mm.calibrate(student, images)
+        return psaq_mm.quantize(model, experiment('w8a8', scope, RANGES_ALONE).recipe,
+                                images=images)
 
     backbone = quantized('backbone')
     found = {'ours': (backbone, ()), 'ours, float attention': (backbone, ATTENTION_ROLES)}

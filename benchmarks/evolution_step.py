@@ -7,17 +7,16 @@ A step of the student, and one of the images, as tools/quantize.py takes them,
 against the same passes written down bare: no draws, buffer, optimizer, bounds or
 checks. Interleaved in one process, on the demo detector at W4A4.
 """
-import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Dict
 
 import torch
-from experiment import ROOT, Subject, bits_of, merged, quiet
+from experiment import ROOT, UNLIMITED, Subject, experiment, quiet
 from timing import interleave, median_ratio, pin, timing_parser
 
 import psaq_mm
-from psaq_mm import api
-from psaq_mm.evolution import Evolver
+from psaq_mm.evolution import Evolver, evolver
 from psaq_mm.prior import PriorState
 
 
@@ -36,7 +35,8 @@ def bare_sample(game: Evolver, images: torch.Tensor) -> None:
     game.student.require_grad(False)
     images = images.clone().requires_grad_(True)
     record, taps = game.teacher(images)
-    state = PriorState(images=images, attention=record.attention, generator=game.generator)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
+    state = PriorState(images=images, attention=record.attention, generators=generators)
     prior = torch.stack([term(state) for term in game.terms.values()]).sum()
     torch.autograd.grad(prior, images, retain_graph=True)
     term = -torch.log1p(game.student.discrepancy(taps, images)).mean()
@@ -50,19 +50,16 @@ def main() -> None:
     quiet()
     pin(args.core)
     subject = Subject('demo', args.work_dir)
-    sections = subject.config.to_dict()
-    images = subject.noise(8, 0)
-    student = copy.deepcopy(subject.model)
-    psaq_mm.quantize(student, **merged(sections['quantization'], bits_of('w4a4')))
-    psaq_mm.calibrate(student, images)
+    recipe = experiment('w4a4', 'backbone', UNLIMITED, preset='evolve').recipe
+    images = subject.noise(8, 0, (224, 224))
+    student = psaq_mm.calibrate(psaq_mm.prepare(subject.model, recipe.quantization), images)
     total = 4 * (args.rounds + 2)
     for kind, steps, bare in (
             ('student', dict(sample_steps=0, student_steps=total), bare_student),
             ('sample', dict(sample_steps=total, student_steps=0), bare_sample)):
-        rules = merged(sections['evolution'], steps, dict(rounds=1))
-        with api.evolver(student, subject.model, images, synthesis=sections['synthesis'],
-                         **rules) as game:
-            batch = images[:rules['batch_size']]
+        rules = replace(recipe.evolution, rounds=1, **steps)
+        with evolver(student, subject.model, images, rules, recipe.synthesis) as game:
+            batch = images[:rules.batch_size]
             sides: Dict[str, Callable[[], object]] = dict(
                 step=game.step, bare=lambda game=game, batch=batch, bare=bare: bare(game, batch))
             seconds = interleave(sides, args.rounds)

@@ -4,7 +4,6 @@ sources, students of all kinds, and what is measured on real test images."""
 import argparse
 import contextlib
 import copy
-import dataclasses
 import functools
 import hashlib
 import io
@@ -17,6 +16,7 @@ import re
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import (
     Any,
@@ -33,17 +33,19 @@ from typing import (
 
 import torch
 import torch.nn.functional as F
-from mmengine.config import Config, ConfigDict
+from mmengine.config import ConfigDict
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 import psaq_mm
-from psaq_mm import api
+from psaq_mm import Recipe, SynthesisSettings
 from psaq_mm.adapters import Adapter, find_adapter
-from psaq_mm.checkpoint import load_float_weights, save_json
-from psaq_mm.engine import build_float_model, load_config, read_sections
 from psaq_mm.adapters.tested_size import tested_size
+from psaq_mm.checkpoint import load_float_weights, save_json
+from psaq_mm.engine import build_float_model, load_config
+from psaq_mm.pipeline import Pipeline
+from psaq_mm.synthesis import sized_for
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'demo'
@@ -68,35 +70,38 @@ METRICS = {'coco/bbox_mAP': ('box AP', 100), 'coco/segm_mAP': ('mask AP', 100),
            'accuracy/top1': ('top-1', 1), 'sqnr': ('SQNR', 1)}
 """Key to its name in tables and its factor to points (or decibel)."""
 
-MIN_MAX = dict(observer=dict(type='MinMaxObserver'))
+Changes = Mapping[str, Any]
+"""Of a recipe: section to what differs, as of :meth:`psaq_mm.Recipe.changed`."""
+
+MIN_MAX = dict(observer=dict(_delete_=True, type='MinMaxObserver'))
 """Of a role in ``quantization``: the naive range."""
 
-NEAREST = dict(weight=dict(rounding='nearest'))
-"""Of ``quantization``: weights without GPTQ."""
+NEAREST: Changes = dict(quantization=dict(weight=dict(rounding='nearest')))
+"""Weights without GPTQ."""
 
-NO_GAME = dict(rounds=0)
-"""Of ``evolution``."""
+ROI_INPUTS_AS_REST: Changes = dict(quantization=dict(overrides={'@roi_head': dict(input=dict(
+    _delete_=True, observer=dict(type='PercentileObserver', percentile=0.9995)))}))
+"""Without the width and margin that the preset gives inputs of RoI heads."""
 
-ROI_WIDTH = ('bits', 'margin')
-"""What the preset says of inputs of RoI heads beside their range rule."""
+UNLIMITED: Changes = dict(quantization=dict(
+    ROI_INPUTS_AS_REST['quantization'], channel_limit=None))
+"""Wide channels as they are, and inputs of RoI heads as the rest."""
 
-NO_PATCH_SIMILARITY = dict(priors=dict(patch_similarity=None))
-"""Of ``synthesis``: total variation alone. Its images have the label ``tv``."""
+PLAIN: Changes = dict(quantization=dict(UNLIMITED['quantization'], **NEAREST['quantization']))
+"""As rows are that compare images."""
 
-V1_FORM = dict(priors=dict(patch_similarity=dict(
-    type='PatchSimilarityPrior', weight=1.0, form='v1', points=10)))
-"""Of ``synthesis``: V1's form of the prior. Its images have the label ``v1``."""
+RANGES_ALONE: Changes = dict(PLAIN, calibration=dict(image_size=None))
+"""Where only time or size is measured: what else is done to weights changes neither."""
 
-ALL_STEPS = 100
-"""In each phase, of the images that are compared. Presets take half of them, or less."""
+NO_PATCH_SIMILARITY: Changes = dict(synthesis=dict(priors=dict(patch_similarity=None)))
+"""Total variation alone."""
 
-STEPS = {preset: dict(steps=psaq_mm.shipped('w8a8', preset)['synthesis']['steps'])
-         for preset in ('fast', 'default', 'evolve')}
-"""Of ``synthesis``, for each preset."""
+V1_FORM: Changes = dict(synthesis=dict(priors=dict(patch_similarity=dict(
+    _delete_=True, type='PatchSimilarityPrior', weight=1.0, form='v1', points=10))))
+"""V1's form of the prior."""
 
-STEPS_LABELS = dict(fast='prior_quarter_steps', default='prior_half_steps',
-                    evolve='prior_half_steps')
-"""Of images in so many steps; of those in all steps ``prior``."""
+ALL_STEPS: Changes = dict(synthesis=dict(steps=100))
+"""Of images that are compared. Presets take half of them, or less."""
 
 MEASURED = ROOT / 'benchmarks' / 'measured'
 """Where values are kept, a file for each model."""
@@ -104,72 +109,53 @@ MEASURED = ROOT / 'benchmarks' / 'measured'
 TRAINING = DEMO / 'data' / 'families'
 """A few scenes of the training split, beside all of them."""
 
+SYNTHETIC = 'synthetic'
 
-class Recipe(NamedTuple):
-    """How a student is made, in plain values, so that what is measured can be
-    kept with what it was measured of.
+OLD = 'before 0.2'
+"""In the place of a fingerprint: measured when images were made otherwise."""
+
+
+class Experiment(NamedTuple):
+    """How a student is made, and from which images.
 
     Args:
-        images (str): ``noise8``, ``real32`` (or other numbers), or a label of
-            synthetic images.
-        quantization (dict): The whole section.
-        evolution (dict): The same; no rounds, no game.
-        synthesis (dict): The same.
+        images (str): ``synthetic``, or ``noise8``, ``real32`` (or other numbers).
+        recipe (Recipe): All settings.
     """
     images: str
-    quantization: Dict[str, Any]
-    evolution: Dict[str, Any]
-    synthesis: Dict[str, Any]
+    recipe: Recipe
 
     @property
     def fingerprint(self) -> str:
         """str: Changes with everything that the student depends on."""
-        rules = {k: v for k, v in self.evolution.items() if k != 'save_interval'}
-        quantization = {k: v for k, v in self.quantization.items()
-                        if k != 'channel_limit' or v is not None}
-        if quantization['scope'] == 'backbone' or roi_inputs_are_as_rest(quantization):
-            quantization['overrides'] = without_roi_width(quantization['overrides'])
-        if not self.rounds_by_gptq:
-            weight = {k: v for k, v in quantization['weight'].items() if k != 'rounding'}
-            quantization = dict(quantization, weight=weight)
-        return fingerprint_of([self.images, quantization,
-                               rules if rules['rounds'] else {}, self.synthesis])
-
-    @property
-    def rounds_by_gptq(self) -> bool:
-        """bool: Whether weights are rounded so, as far as settings tell: some learn nothing."""
-        rules = self.evolution
-        learn = rules['rounds'] and rules['learn'] != 'ranges'
-        all_learn = learn and (self.quantization['scope'] == 'backbone' or rules['taps']['rois'])
-        return self.quantization['weight']['rounding'] == 'gptq' and not all_learn
+        sections = self.recipe.to_dict()
+        for name in ('synthesis', 'evolution'):
+            sections[name].pop('save_interval')
+        if not self.recipe.evolution.rounds:
+            del sections['evolution']
+        if self.images != SYNTHETIC and not (
+                self.recipe.evolution.rounds and self.recipe.evolution.sample_steps):
+            sections['synthesis'] = dict(image_size=sections['synthesis']['image_size'])
+        return fingerprint_of([self.images, sections])
 
 
-def roi_inputs_are_as_rest(quantization: Mapping[str, Any]) -> bool:
-    """Whether inputs of RoI heads have the width and room of other inputs."""
-    rest = quantization['activation']
-    own = quantization['overrides'].get('@roi_head', {}).get('input', {})
-    return all(own[key] == rest.get(key) for key in ROI_WIDTH if key in own)
+def experiment(setting: str, scope: str, *changes: Changes, preset: str = 'default',
+               images: str = SYNTHETIC) -> Experiment:
+    """A shipped recipe with changes.
 
-
-def without_roi_width(overrides: Mapping[str, Any]) -> Dict[str, Any]:
-    """``overrides`` that say nothing of the width and room of inputs of RoI heads."""
-    result = copy.deepcopy(dict(overrides))
-    for key in ROI_WIDTH:
-        result.get('@roi_head', {}).get('input', {}).pop(key, None)
-    return result
-
-
-def roi_inputs_as_rest(recipe: Recipe) -> Recipe:
-    """Without the width and room that the preset gives inputs of RoI heads."""
-    overrides = without_roi_width(recipe.quantization['overrides'])
-    return recipe._replace(quantization=dict(recipe.quantization, overrides=overrides))
-
-
-def plain(recipe: Recipe) -> Recipe:
-    """As rows are that compare images: without that, float weights as they are, and without
-    GPTQ."""
-    quantization = merged(recipe.quantization, NEAREST, dict(channel_limit=None))
-    return roi_inputs_as_rest(recipe._replace(quantization=quantization))
+    Args:
+        setting (str): Such as ``w4a8``.
+        scope (str): ``backbone`` or ``model``.
+        *changes (Mapping): One on top of the other.
+        preset (str): Of :meth:`psaq_mm.Recipe.shipped`. Defaults to ``default``.
+        images (str): As of :class:`Experiment`. Defaults to ``synthetic``.
+    """
+    recipe = Recipe.shipped(setting, preset).changed(dict(quantization=dict(scope=scope)))
+    if images.startswith('real'):  # they have the size of test images
+        recipe = recipe.changed(dict(calibration=dict(image_size=None)))
+    for change in changes:
+        recipe = recipe.changed(change)
+    return Experiment(images, recipe)
 
 
 def fingerprint_of(values: Any) -> str:
@@ -183,14 +169,11 @@ class Subject:
     Args:
         name (str): In :data:`MODELS`.
         work_dir (Path): Where images are kept between runs.
-        preset (str): Preset of settings, but for the steps of the prior. Defaults to
-            ``evolve``, which says all.
         scenes (int): Test scenes of a demo model; the first 120 are those of its
             config. Defaults to 0: that config's test set.
     """
 
-    def __init__(self, name: str, work_dir: Path, preset: str = 'evolve',
-                 scenes: int = 0) -> None:
+    def __init__(self, name: str, work_dir: Path, scenes: int = 0) -> None:
         file, self.checkpoint = MODELS[name]
         if not file.exists():
             sys.exit(f'{file} is not here: nothing to measure or to compare with')
@@ -198,15 +181,8 @@ class Subject:
             sys.exit(f'--scenes: {name} has no scenes that could be rendered; leave it out')
         self.name, self.work_dir, self.scenes = name, work_dir / name, scenes
         self.work_dir.mkdir(parents=True, exist_ok=True)
-        config = self.work_dir / f'{name}_{preset}.py'
-        config.write_text(f"_base_ = ['{file}', 'psaq_mm::_base_/w8a8.py']\n"
-                          f"preset = '{preset}'\nsynthesis = dict(steps={ALL_STEPS})\n")
-        self.config = load_config(config)
-        self.sections = read_sections(self.config)
-        self.size = self.sections.synthesis.size
-        if name in ('swin', 'deit'):
-            self.size = (112, 112)
-        self.test_size = tested_size(self.config).size
+        self.config = load_config(file)
+        self.test_size = tested_size(self.config)
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -323,74 +299,40 @@ class Subject:
         with torch.no_grad():
             return preprocess(batch, False)['inputs']
 
-    def noise(self, count: int, seed: int) -> Tensor:
+    def noise(self, count: int, seed: int, size: Tuple[int, int]) -> Tensor:
         """Gaussian noise within the valid pixels."""
         lower, upper = self.adapter.valid_range(self.model)
         generator = torch.Generator().manual_seed(seed)
-        images = torch.randn(count, lower.shape[1], *self.size, generator=generator)
+        images = torch.randn(count, lower.shape[1], *size, generator=generator)
         return torch.minimum(torch.maximum(images, lower), upper)
 
-    def synthetic(self, label: str, seed: int, synthesis: Mapping[str, Any]) -> Tensor:
-        """Images by the prior, kept in a file.
-
-        Args:
-            label (str): Name of these settings.
-            seed (int): Seed of the run.
-            synthesis (Mapping): The whole section.
-        """
-        file = self.work_dir / f'{label}_{fingerprint_of(synthesis)}_{seed}.pt'
+    def synthetic(self, settings: SynthesisSettings, seed: int) -> Tuple[Tensor, float]:
+        """Images by the prior, kept in a file, and the seconds that they took."""
+        values = {k: v for k, v in asdict(settings).items() if k != 'save_interval'}
+        file = self.work_dir / f'images_{fingerprint_of(values)}_{seed}.pt'
         if not file.exists():
             start = time.perf_counter()
-            images = psaq_mm.synthesize(self.model, seed=seed, **synthesis)
+            images = psaq_mm.synthesize(self.model, settings, seed)
             torch.save(dict(images=images, seconds=time.perf_counter() - start), file)
         saved = torch.load(file)
-        self.seconds = saved['seconds']
-        return saved['images']
+        return saved['images'], saved['seconds']
 
-    def recipe(self, images: str, quantization: Mapping[str, Any] = {},
-               evolution: Mapping[str, Any] = {}, synthesis: Mapping[str, Any] = {}) -> Recipe:
-        """The preset's sections, with changes.
-
-        Args:
-            images (str): As of :class:`Recipe`.
-            quantization (Mapping): Changes of the section. Defaults to none.
-            evolution (Mapping): The same; :data:`NO_GAME` for none.
-            synthesis (Mapping): The same.
-        """
-        sections = self.config.to_dict()
-        prior = merged(dataclasses.asdict(self.sections.synthesis),
-                       dict(image_size=self.size), synthesis)
-        return Recipe(images, merged(sections['quantization'], quantization),
-                      merged(sections['evolution'], evolution), prior)
-
-    def shipped(self, preset: str, setting: str, scope: str) -> Recipe:
-        """A preset as it is, with the steps that it takes.
-
-        Args:
-            preset (str): In :data:`STEPS`.
-            setting (str): Such as ``w4a8``.
-            scope (str): ``backbone`` or ``model``.
-        """
-        return self.recipe(
-            STEPS_LABELS[preset], merged(bits_of(setting, self.name), dict(scope=scope)),
-            merged(rules_of(setting), {} if preset == 'evolve' else NO_GAME), STEPS[preset])
-
-    def images_of(self, recipe: Recipe, seed: int) -> Tensor:
-        """What a student is calibrated on; ``seconds`` is the time it took."""
-        self.seconds = 0.
-        number = re.fullmatch(r'(noise|real)(\d+)', recipe.images)
+    def images_of(self, made: Experiment, seed: int) -> Tuple[Tensor, float]:
+        """What a student is made from, and the seconds that the images took."""
+        settings = sized_for(self.model, made.recipe.synthesis)
+        number = re.fullmatch(r'(noise|real)(\d+)', made.images)
         if number is None:
-            return self.synthetic(recipe.images, seed, recipe.synthesis)
-        source = self.noise if number[1] == 'noise' else self.real_images
-        return source(int(number[2]), seed)
+            return self.synthetic(settings, seed)
+        if number[1] == 'noise':
+            return self.noise(int(number[2]), seed, settings.size), 0.
+        return self.real_images(int(number[2]), seed), 0.
 
-    def student(self, recipe: Recipe, seed: int,
+    def student(self, made: Experiment, seed: int,
                 model: Optional[nn.Module] = None) -> Tuple[nn.Module, float]:
-        """A quantized copy of the model: calibrated, evolved, and with its last
-        ranges and rounding at test size, as tools/quantize.py does it.
+        """A quantized copy of the model, as tools/quantize.py makes it.
 
         Args:
-            recipe (Recipe): How.
+            made (Experiment): How.
             seed (int): Of the images and of the game.
             model (nn.Module, optional): One that computes the same as the float
                 model, to make the student of. Defaults to None: that itself.
@@ -398,62 +340,15 @@ class Subject:
         Returns:
             tuple: The student, and the seconds it took with its images.
         """
-        images = self.images_of(recipe, seed)
-        start = time.perf_counter()
-        teacher = copy.deepcopy(self.model if model is None else model)
-        psaq_mm.equalize(teacher, images, **recipe.quantization)
-        student = copy.deepcopy(teacher)
-        psaq_mm.quantize(student, **recipe.quantization)
-        psaq_mm.calibrate(student, images)
-        rules = recipe.evolution
-        if rules['rounds']:
-            psaq_mm.evolve(student, teacher, images, seed=seed, synthesis=recipe.synthesis,
-                           **rules)
-        size = None if recipe.images.startswith('real') else self.test_size
-        if size is not None:
-            learnt = bool(rules['rounds']) and rules['learn'] != 'weights'
-            other_size = tuple(images.shape[-2:]) != tuple(size)
-            if other_size or (rules['rounds'] and not learnt):
-                api.refit(student, images, size, learnt)
-        psaq_mm.round_weights(student, images, size, teacher)
-        return student, self.seconds + time.perf_counter() - start
+        images, seconds = self.images_of(made, seed)
+        pipeline = Pipeline(copy.deepcopy(self.model if model is None else model), made.recipe,
+                            seed, self.test_size, images=images)
+        return pipeline.run(), seconds + sum(pipeline.seconds.values())
 
-
-def merged(*sections: Mapping[str, Any]) -> Dict[str, Any]:
-    """Sections of a config, later ones over earlier ones, key by key."""
-    result: Dict[str, Any] = {}
-    for section in sections:
-        for key, value in section.items():
-            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-            result[key] = merged(result[key], value) if both and 'type' not in value \
-                else copy.deepcopy(value)
-    return result
-
-
-def base_of(setting: str, model: str = '') -> Dict[str, Any]:
-    """The base of a setting such as ``w4a8``, for a model of :data:`MODELS`; widths that
-    have none take the closest one that has."""
-    folder = ROOT / 'configs' / '_base_'
-    base = folder / f'{setting}.py'
-    if not base.exists():
-        bits = int(setting[3])
-        base = folder / ('w3a3.py' if bits <= 3 else 'w4a4.py' if bits == 4 else 'w4a8.py')
-    own = folder / f'{base.stem}_segmentor.py'
-    if model == 'upernet' and own.exists():
-        base = own
-    return dict(Config.fromfile(str(base)).to_dict())
-
-
-def bits_of(setting: str, model: str = '') -> Dict[str, Any]:
-    """What a setting says of ``quantization``."""
-    weight, activation = int(setting[1]), int(setting[3])
-    return merged(base_of(setting, model)['quantization'],
-                  dict(weight=dict(bits=weight), activation=dict(bits=activation)))
-
-
-def rules_of(setting: str) -> Dict[str, Any]:
-    """What a setting says of ``evolution``."""
-    return dict(base_of(setting).get('evolution', {}))
+    def measure(self, made: Experiment, seed: int, metrics: bool = True) -> Dict[str, float]:
+        """What the student of an experiment keeps, and the seconds it took."""
+        student, seconds = self.student(made, seed)
+        return dict(self.evaluate(student, metrics), seconds=seconds)
 
 
 class Results:
@@ -468,26 +363,29 @@ class Results:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.values: Dict[str, Dict[str, Any]] = {}
+        self._old = False
         self._read()
 
     def _read(self) -> None:
         if self.file.exists():
             self.values.update(json.loads(self.file.read_text()))
 
-    def get(self, recipe: Optional[Recipe], *key: Any) -> Optional[Dict[str, float]]:
-        """What is there for a key and its recipe, None if nothing is."""
+    def get(self, made: Optional[Experiment], *key: Any, old: bool = False) \
+            -> Optional[Dict[str, float]]:
+        """What is there for a key and its experiment, or from before 0.2; None if nothing is."""
         value = self.values.get('/'.join(map(str, key)))
-        if value is None or (recipe and value.get('recipe') != recipe.fingerprint):
+        expected = OLD if old else made and made.fingerprint
+        if value is None or value.get('recipe') != expected:
             return None
         return {k: v for k, v in value.items() if k != 'recipe'}
 
-    def add(self, found: Mapping[str, float], recipe: Optional[Recipe], *key: Any) -> None:
+    def add(self, found: Mapping[str, float], made: Optional[Experiment], *key: Any) -> None:
         """Keep what was measured for a key, and show it."""
         name = '/'.join(map(str, key))
         self._read()
         rounded = {k: float(f'{v:.6g}') for k, v in found.items()
                    if k in METRICS or k == 'seconds'}
-        self.values[name] = {**rounded, **(dict(recipe=recipe.fingerprint) if recipe else {})}
+        self.values[name] = {**rounded, **(dict(recipe=made.fingerprint) if made else {})}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         save_json(dict(sorted(self.values.items())), self.file)
         shown = ', '.join(f'{METRICS[k][0]} {METRICS[k][1] * v:.2f}'
@@ -501,8 +399,8 @@ class Results:
         return self.get(None, 'float') or {}
 
     def fill(self, names: Iterable[str], settings: Iterable[str], scope: str,
-             seeds: Iterable[int], recipe: Callable[[str, str, str], Recipe],
-             measure: Callable[[str, Recipe, int], Mapping[str, float]], needed: str = 'sqnr') \
+             seeds: Iterable[int], experiment_of: Callable[[str, str, str], Experiment],
+             measure: Callable[[Experiment, int], Mapping[str, float]], needed: str = 'sqnr') \
             -> None:
         """Measure what is not there yet: each name at each setting, seed by seed.
 
@@ -511,21 +409,33 @@ class Results:
             settings (Iterable[str]): Such as ``w4a8``.
             scope (str): ``backbone`` or ``model``.
             seeds (Iterable[int]): Seeds of the runs.
-            recipe (Callable): Takes name, setting and scope.
-            measure (Callable): Takes name, recipe and seed.
+            experiment_of (Callable): Takes name, setting and scope.
+            measure (Callable): Takes an experiment and a seed.
             needed (str): The value without which it is not there. Defaults to
                 ``sqnr``.
         """
         for seed, setting, name in itertools.product(seeds, settings, names):
-            made, key = recipe(name, setting, scope), (name, setting, scope, seed)
+            made, key = experiment_of(name, setting, scope), (name, setting, scope, seed)
             if needed not in (self.get(made, *key) or {}):
-                self.add(measure(name, made, seed), made, *key)
+                self.add(measure(made, seed), made, *key)
 
-    def over_seeds(self, seeds: Iterable[int], recipe: Recipe, *key: Any) \
-            -> List[Dict[str, float]]:
-        """Values of all seeds that are there."""
-        found = [self.get(recipe, *key, seed) for seed in seeds]
-        return [value for value in found if value]
+    def over_seeds(self, seeds: Iterable[int], made: Experiment, *key: Any) \
+            -> List[Dict[str, Any]]:
+        """Values of all seeds that are there; if none is, those from before 0.2, marked by
+        a key ``old``."""
+        found = [value for value in (self.get(made, *key, seed) for seed in seeds) if value]
+        if found:
+            return found
+        before = (self.get(made, *key, seed, old=True) for seed in seeds)
+        found = [dict(value, old=True) for value in before if value]
+        self._old = self._old or bool(found)
+        return found
+
+    def print_note(self) -> None:
+        """Say what † means, if :meth:`over_seeds` gave such values."""
+        if self._old:
+            print('\n† measured before version 0.2, which makes each image from random numbers of '
+                  'its own and balances the two terms of the prior otherwise')
 
 
 def metrics_of(float_model: Mapping[str, float]) -> List[str]:
@@ -535,16 +445,23 @@ def metrics_of(float_model: Mapping[str, float]) -> List[str]:
     return [key for key in METRICS if key in float_model or key in beside]
 
 
+def mark_of(rows: List[Dict[str, Any]]) -> str:
+    """Follows what is from before 0.2."""
+    return ' †' if any('old' in row for row in rows) else ''
+
+
 def cell(rows: List[Dict[str, float]], key: str, seeds: int = 0) -> str:
     """Mean of a metric over seeds, in points, and its spread in brackets; how many
-    seeds they are if it is not as many as there should be."""
+    seeds they are if it is not as many as there should be. What † says is printed by
+    :meth:`Results.print_note`."""
     values = [METRICS[key][1] * row[key] for row in rows if key in row]
     if not values:
         return ''
     missing = f', {len(values)} of {seeds} seeds' if len(values) < seeds else ''
+    mark = mark_of(rows)
     if len(values) == 1:
-        return f'{values[0]:.1f}{missing}'
-    return f'{statistics.mean(values):.2f} ({min(values):.1f} to {max(values):.1f}{missing})'
+        return f'{values[0]:.1f}{missing}{mark}'
+    return f'{statistics.mean(values):.2f} ({min(values):.1f} to {max(values):.1f}{missing}){mark}'
 
 
 def add_options(parser: argparse.ArgumentParser, settings: List[str]) -> None:

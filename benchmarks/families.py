@@ -20,28 +20,20 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 import torch
-from experiment import (
-    METRICS,
-    NO_GAME,
-    ROOT,
-    Recipe,
-    Results,
-    Subject,
-    bits_of,
-    cell,
-    merged,
-    plain,
-    quiet,
-)
+from accuracy import experiment_of
+from experiment import METRICS, ROOT, Results, Subject, cell, quiet
 from sample_step import sides_of
 from timing import interleave, median_ratio, peak_memory_mib, pin, run_in_process, timing_parser
 
-from psaq_mm.engine import build_float_model, load_config, read_sections
+from psaq_mm.adapters import find_adapter
+from psaq_mm.engine import build_float_model, load_config
 
 FAMILIES = dict(mask_rcnn='demo', cascade='cascade', upernet='upernet', swin='swin', deit='deit')
 """Family to its model in ``experiment.MODELS``."""
 
-SOURCES = ('data-free', '32 real')
+SOURCES = {'data-free': 'prior', '32 real': 'real32'}
+"""To rows of ``accuracy.py``."""
+
 FULL_SIZE = [f'{family}_{size}' for family, sizes in (
     ('mask_rcnn_swin', 'ts'), ('retinanet_swin', 't'), ('cascade_mask_rcnn_swin', 'tsb'),
     ('upernet_swin', 'tsb'), ('deit', 'tsb'), ('swin', 'ts')) for size in sizes]
@@ -55,32 +47,24 @@ def accuracy(family: str, seeds: Sequence[int], settings: Sequence[str], scope: 
     float_model = results.float_model(subject)
     names = [key for key in METRICS if key in float_model]
 
-    def recipe(source: str, setting: str, scope: str) -> Recipe:
-        return plain(subject.recipe('prior' if source == 'data-free' else 'real32',
-                                    merged(bits_of(setting, subject.name), dict(scope=scope)),
-                                    NO_GAME))
-
-    def measure(source: str, made: Recipe, seed: int) -> Dict[str, float]:
-        return subject.evaluate(subject.student(made, seed)[0])
-
     def print_row(bits: str, source: str, rows: List[Dict[str, float]]) -> None:
         cells = '; '.join(f'{METRICS[name][0]} {cell(rows, name)}' for name in names)
         print(f'| {family} | {bits} | {source} | {cells} |', flush=True)
 
     print_row('float', '', [float_model])
     for setting in settings:
-        for source in SOURCES:
-            results.fill([source], [setting], scope, seeds, recipe, measure)
+        for source, row in SOURCES.items():
+            results.fill([row], [setting], scope, seeds, experiment_of, subject.measure)
             print_row(setting.upper(), source, results.over_seeds(
-                seeds, recipe(source, setting, scope), source, setting, scope))
+                seeds, experiment_of(row, setting, scope), row, setting, scope))
 
 
 def full_size_sides(name: str) -> Dict[str, Any]:
     """The steps of a shipped config on one image of its default size."""
     torch.manual_seed(0)
     config = load_config(ROOT / 'configs' / f'{name}_w8a8.py')
-    height, width = read_sections(config).synthesis.size
-    sides = sides_of(build_float_model(config), torch.randn(1, 3, height, width))
+    model = build_float_model(config)
+    sides = sides_of(model, torch.randn(1, 3, *find_adapter(model).image_size(model)))
     return {k: sides[k] for k in ('plain', 'sample')}
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from psaq_mm.engine import build_float_model, load_config, read_sections
+from psaq_mm.engine import build_float_model, load_config, read_recipe
+from psaq_mm.synthesis import sized_for
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'mask_rcnn_swin_s_w8a8.py'
@@ -26,8 +27,8 @@ CONFIG = ROOT / 'configs' / 'mask_rcnn_swin_s_w8a8.py'
 def plain_passes(device: str, steps: int) -> None:
     """Print seconds and peak MiB of plain forward and backward passes."""
     config = load_config(CONFIG)
-    synthesis = read_sections(config).synthesis
     model = build_float_model(config).to(device).requires_grad_(False)
+    synthesis = sized_for(model, read_recipe(config).synthesis)
     images = torch.randn(synthesis.batch_size, 3, *synthesis.size, device=device,
                          requires_grad=True)
     start = time.perf_counter()
@@ -51,7 +52,7 @@ def quantize(device: str, steps_per_phase: int) -> None:
         runner = PSAQRunner.for_quantization(
             config, model, source=dict(file='random', sha256='random'), meta={}, device=device)
         runner.quantize()
-        print(json.dumps([runner.seconds, peak_mib(device)]))
+        print(json.dumps([runner.pipeline.seconds, peak_mib(device)]))
 
 
 def peak_mib(device: str) -> float:
@@ -69,7 +70,7 @@ def main() -> None:
                         help='steps in each phase (default: those of the config)')
     parser.add_argument('--side', choices=['plain', 'job'])
     args = parser.parse_args()
-    synthesis = read_sections(load_config(CONFIG)).synthesis
+    synthesis = read_recipe(load_config(CONFIG)).synthesis
     steps = args.steps or synthesis.steps
     total = steps * len(synthesis.shifts) * len(synthesis.batches())
     if args.side == 'plain':

@@ -17,21 +17,22 @@ from typing import Dict
 
 import torch
 from experiment import (
-    NO_GAME,
-    Recipe,
+    ALL_STEPS,
+    Changes,
+    Experiment,
     Results,
     Subject,
     add_options,
-    bits_of,
     cell,
-    merged,
+    experiment,
     quiet,
 )
 from torch import nn
 
 FACTORS = (1, 4, 16)
 SHARE = 0.02
-LIMITS = dict(without={'channel_limit': None}, default={})
+LIMITS: Dict[str, Changes] = dict(
+    without=dict(quantization=dict(channel_limit=None)), default={})
 
 
 def widen(subject: Subject, factor: float) -> nn.Module:
@@ -57,27 +58,27 @@ def main() -> None:
     results = Results(args.measured / f'{args.model}_wide_channels.json')
     subject = Subject(args.model, args.work_dir)
 
-    def recipe(limit: str, setting: str, scope: str) -> Recipe:
-        return subject.recipe('prior', merged(bits_of(setting, args.model), LIMITS[limit]),
-                              NO_GAME)
+    def experiment_of(limit: str, setting: str, scope: str) -> Experiment:
+        return experiment(setting, 'backbone', ALL_STEPS, LIMITS[limit])
 
     print(f'{args.model}, seeds {args.seeds}: SQNR, mean (lowest to highest seed)\n')
     print('| channels wider by | channel_limit | ' + ' | '.join(s.upper() for s in args.settings)
           + ' |\n' + '|---' * (2 + len(args.settings)) + '|')
     for factor in FACTORS:
-        def measure(limit: str, made: Recipe, seed: int, factor: float = factor) \
-                -> Dict[str, float]:
+        def measure(made: Experiment, seed: int, factor: float = factor) -> Dict[str, float]:
             student, _ = subject.student(made, seed, widen(subject, factor))
             return dict(sqnr=subject.sqnr(student))
 
         for limit in LIMITS:
             if not args.table:
-                results.fill([limit], args.settings, f'{factor}x', args.seeds, recipe, measure)
-            cells = [cell(results.over_seeds(args.seeds, recipe(limit, s, ''), limit, s,
-                                             f'{factor}x'), 'sqnr', len(args.seeds))
-                     for s in args.settings]
-            value = recipe(limit, args.settings[0], '').quantization['channel_limit']
+                results.fill([limit], args.settings, f'{factor}x', args.seeds, experiment_of,
+                             measure)
+            found = [results.over_seeds(args.seeds, experiment_of(limit, s, ''), limit, s,
+                                        f'{factor}x') for s in args.settings]
+            cells = [cell(rows, 'sqnr', len(args.seeds)) for rows in found]
+            value = experiment_of(limit, 'w8a8', '').recipe.quantization.channel_limit
             print(f'| {factor} | {value} | {" | ".join(cells)} |', flush=True)
+    results.print_note()
 
 
 if __name__ == '__main__':

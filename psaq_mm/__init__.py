@@ -29,19 +29,20 @@ from .synthesis import synthesize
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .engine import init_model
+    from .engine import inferencer_config, init_model
 
 __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Progress', 'QuantizationSettings', 'Recipe',
     'SynthesisSettings', 'UserError', '__version__', 'calibrate', 'equalize', 'evolve',
-    'init_model', 'load', 'prepare', 'quantize', 'recalibrate', 'round_weights', 'save',
+    'inferencer_config', 'init_model', 'load', 'prepare', 'quantize', 'recalibrate',
+    'round_weights', 'save',
     'synthesize', 'unwrap'
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """``init_model`` when it is asked for: it imports the runner, which the rest needs not."""
-    if name == 'init_model':
-        from .engine import init_model
-        return init_model
+    """What imports the runner, when it is asked for: the rest does not need it."""
+    if name in ('inferencer_config', 'init_model'):
+        from . import engine
+        return getattr(engine, name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

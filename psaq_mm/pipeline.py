@@ -18,17 +18,17 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple, Unio
 import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.logging import print_log
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import find_adapter
 from .adapters.tested_size import SizeFound, tested_size
 from .errors import UserError
 from .evolution import Evolver, check_evolution, evolver
 from .ops import named_quant_ops, plan_quantization
-from .processes import stopping_together
+from .processes import count_of_this_process, stopping_together
 from .recipe import Recipe
 from .recipe.checks import sides
-from .saved_run import SavedRun, hash_of_weights
+from .saved_run import SavedRun, hash_of
 from .student import (
     calibrate,
     equalize,
@@ -39,7 +39,7 @@ from .student import (
     recalibration_count,
     round_weights,
 )
-from .student.history import require_float
+from .student.history import require_float, require_images
 from .synthesis import (
     Synthesizer,
     check_synthesis,
@@ -73,7 +73,8 @@ class Progress:
 def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
              test_size: Optional[Size] = None,
              progress: Optional[Callable[[Progress], None]] = None,
-             state_file: Union[None, str, Path] = None, resume: bool = False) -> nn.Module:
+             state_file: Union[None, str, Path] = None, resume: bool = False,
+             images: Optional[Tensor] = None) -> nn.Module:
     """Quantize a float model without data: all that ``tools/quantize.py`` does.
 
         student = psaq_mm.quantize(model, psaq_mm.Recipe.shipped('w4a4'))
@@ -94,6 +95,8 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
             Defaults to None: it is not.
         resume (bool): Whether to go on from ``state_file``; an interrupted run then ends
             with the same bits on the CPU. Defaults to False.
+        images (Tensor, optional): Normalized images of shape (N, C, H, W), in the place of
+            synthetic ones. Defaults to None: images are made from the model.
 
     Returns:
         nn.Module: The student: another model, quantized, in evaluation mode.
@@ -109,7 +112,7 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
     else:
         found = SizeFound(None, 'the model has no config')
     return Pipeline(copy.deepcopy(model), recipe or Recipe(), seed, found, progress,
-                    state_file, resume).run()
+                    state_file, resume, images=images).run()
 
 
 def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
@@ -128,14 +131,40 @@ def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
     check_synthesis(model, recipe.synthesis)
     plan = plan_quantization(model, recipe.quantization, find_adapter(model))
     check_evolution(model, recipe.evolution, plan)
-    size = recipe.calibration.size
-    if size is not None:
-        try:
-            find_adapter(model).check_image_size(model, size)
-        except UserError as error:
-            raise UserError(str(error).replace('synthesis.', 'calibration.')) from error
+    if recipe.calibration.size is not None:
+        _check_size(model, recipe.calibration.size, 'calibration.image_size')
     recipe.synthesis.require_images_for(processes)
     recipe.evolution.require_even_batches(processes)
+
+
+def _check_size(model: nn.Module, size: Size, where: str) -> None:
+    try:
+        find_adapter(model).check_image_size(model, size)
+    except UserError as error:
+        raise UserError(str(error).replace('synthesis.image_size', where)) from error
+
+
+def check_images(model: nn.Module, images: object) -> Tensor:
+    """Raise unless a model can take these images in the place of synthetic ones.
+
+    Args:
+        model (nn.Module): The float model.
+        images (Tensor): Should be normalized images of shape (N, C, H, W).
+
+    Returns:
+        Tensor: The images.
+
+    Raises:
+        UserError: If the model cannot, or a value is not finite.
+    """
+    found = require_images(images, 'quantize')
+    channels = find_adapter(model).valid_range(model)[0].shape[1]
+    if found.shape[1] != channels:
+        raise UserError(f'the model takes images of {channels} channels, got {found.shape[1]}')
+    if not found.isfinite().all():
+        raise UserError('images have values that are not finite')
+    _check_size(model, (found.shape[-2], found.shape[-1]), 'the size of the images')
+    return found
 
 
 class Pipeline:
@@ -153,13 +182,16 @@ class Pipeline:
         resume (bool): As of :func:`quantize`. Defaults to False.
         identity (Mapping, optional): What a resumed run must have in common with the first,
             beside seed and settings, by name. Defaults to None: a hash of the weights.
+        images (Tensor, optional): As of :func:`quantize`; the same in all processes.
+            Defaults to None.
     """
 
     def __init__(self, teacher: nn.Module, recipe: Recipe, seed: int = 0,
                  test_size: Optional[SizeFound] = None,
                  progress: Optional[Callable[[Progress], None]] = None,
                  state_file: Union[None, str, Path] = None, resume: bool = False,
-                 identity: Optional[Mapping[str, Any]] = None) -> None:
+                 identity: Optional[Mapping[str, Any]] = None,
+                 images: Optional[Tensor] = None) -> None:
         self.teacher, self.recipe, self.seed = teacher, recipe, seed
         self.test_size = test_size or SizeFound(None, 'no config')
         self.progress = progress
@@ -171,12 +203,22 @@ class Pipeline:
         """nn.Module: The teacher itself until the student is made of a copy of it."""
         self.images = torch.empty(0)
         """Tensor: The images, normalized, on the CPU; of all processes."""
+        self._given_images = images
         self.seconds: Dict[str, float] = {}
         """dict[str, float]: Wall seconds of each phase."""
         self._running: Dict[str, float] = {}
 
     def notify(self, point: str, **arguments: Any) -> None:
         """Called at each point of a run; for subclasses."""
+
+    def _begin(self, phase: str, done: int, of: int, **arguments: Any) -> None:
+        with stopping_together():
+            self.notify(f'before_{phase}', **arguments)
+            self._report(phase, done, of)
+
+    def _end(self, phase: str, **arguments: Any) -> None:
+        with stopping_together():
+            self.notify(f'after_{phase}', **arguments)
 
     def extra_state(self) -> Dict[str, Any]:
         """What is saved beside the state, in plain values and tensors; for subclasses."""
@@ -193,12 +235,16 @@ class Pipeline:
         """
         with stopping_together():
             check(self.teacher, self.recipe, get_world_size())
+            if self._given_images is not None:
+                check_images(self.teacher, self._given_images)
         self.recipe = replace(self.recipe,
                               synthesis=sized_for(self.teacher, self.recipe.synthesis))
         if self._saving is not None:
             path, resume, identity = self._saving
-            self.saved = SavedRun(path, resume, self.recipe, self.seed,
-                                  identity or dict(weights=hash_of_weights(self.teacher)))
+            identity = dict(identity or dict(weights=hash_of(self.teacher.state_dict())))
+            if self._given_images is not None:
+                identity['images'] = hash_of(dict(images=self._given_images))
+            self.saved = SavedRun(path, resume, self.recipe, self.seed, identity)
         self._make_images()
         self._calibrate()
         self._evolve()
@@ -214,15 +260,18 @@ class Pipeline:
         return size or (self.images.shape[-2], self.images.shape[-1])
 
     def _make_images(self) -> None:
-        processes, settings = get_world_size(), self.recipe.synthesis
-        indices = share_of(settings.num_images, get_rank(), processes)
-        settings = replace(settings, batch_size=-(-settings.batch_size // processes))
+        if self._given_images is not None:
+            self.images = self._given_images.detach().cpu()
+            if self.saved is not None:
+                self.seconds.update(self.saved.restore_images())
+            return
+        settings = self.recipe.synthesis
+        indices = share_of(settings.num_images, get_rank(), get_world_size())
         with self._phase('synthesis'), \
                 synthesizer(self.teacher, settings, self.seed, indices) as images:
             if self.saved is not None:
                 self.seconds.update(self.saved.restore_images(images))
-            self.notify('before_synthesis', synthesizer=images)
-            self._report('synthesis', images.step_index, images.total_steps)
+            self._begin('synthesis', images.step_index, images.total_steps, synthesizer=images)
             with stopping_together():
                 try:
                     while not images.done:
@@ -237,7 +286,7 @@ class Pipeline:
                         self._save_images(images, stopped=True)
                     raise
             self.images = torch.cat(all_gather_object(images.images))
-            self.notify('after_synthesis', synthesizer=images)
+            self._end('synthesis', synthesizer=images)
 
     def _calibrate(self) -> None:
         quantization, batch_size = self.recipe.quantization, self.recipe.calibration.batch_size
@@ -245,7 +294,8 @@ class Pipeline:
             if quantization.channel_limit is not None:
                 equalize(self.teacher, self.images, quantization, batch_size)
             self.student = prepare(self.teacher, quantization)
-            with self._batches('calibration', len(self.images)) as progress:
+            with self._batches('calibration',
+                               count_of_this_process(len(self.images))) as progress:
                 calibrate(self.student, self.images, batch_size, progress)
 
     def _evolve(self) -> None:
@@ -258,22 +308,22 @@ class Pipeline:
             extra = None if self.saved is None else self.saved.restore_game(game)
             if extra is not None:
                 self.load_extra_state(extra)
-            self.notify('before_evolution', evolver=game)
-            self._report('evolution', game.step_index, game.total_steps)
+            self._begin('evolution', game.step_index, game.total_steps, evolver=game)
             try:
                 while not game.done:
                     losses = game.step()
-                    self.notify('after_evolution_step', evolver=game, losses=losses)
-                    self._report('evolution', game.step_index, game.total_steps, losses)
-                    if game.step_index % settings.save_interval == 0 or game.done:
-                        self._save_game(game)
+                    with stopping_together():
+                        self.notify('after_evolution_step', evolver=game, losses=losses)
+                        self._report('evolution', game.step_index, game.total_steps, losses)
+                        if game.step_index % settings.save_interval == 0 or game.done:
+                            self._save_game(game)
             except BaseException:
                 self.notify('interrupt_evolution', evolver=game)
                 if game.step_index:
                     self._save_game(game, stopped=True)
                 raise
             game.finish()
-            self.notify('after_evolution', evolver=game)
+            self._end('evolution', evolver=game)
 
     def _set_final_ranges(self) -> None:
         own, size = (self.images.shape[-2], self.images.shape[-1]), self.final_size
@@ -298,8 +348,8 @@ class Pipeline:
     def _round_weights(self) -> None:
         if not ops_to_round(self.student):
             return
-        with self._phase('rounding'), \
-                self._batches('rounding', mosaic_count(self.images, self.final_size)) as progress:
+        total = count_of_this_process(mosaic_count(self.images, self.final_size))
+        with self._phase('rounding'), self._batches('rounding', total) as progress:
             round_weights(self.student, self.images, self.recipe.calibration.batch_size, progress)
 
     @contextmanager
@@ -331,10 +381,9 @@ class Pipeline:
             self.notify(f'after_{phase}_batch', count=count)
             self._report(phase, done, total)
 
-        self.notify(f'before_{phase}', total=total)
-        self._report(phase, 0, total)
+        self._begin(phase, 0, total, total=total)
         yield count_up
-        self.notify(f'after_{phase}')
+        self._end(phase)
 
     def _report(self, phase: str, done: int, total: int,
                 losses: Optional[Mapping[str, float]] = None) -> None:

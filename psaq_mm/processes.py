@@ -16,6 +16,12 @@ def images_of_this_process(images: Tensor) -> Tensor:
     return images[get_rank()::world] if len(images) >= world else images
 
 
+def count_of_this_process(count: int) -> int:
+    """How many of ``count`` images :func:`images_of_this_process` gives."""
+    world = get_world_size()
+    return len(range(get_rank(), count, world)) if count >= world else count
+
+
 @contextmanager
 def stopping_together() -> Iterator[None]:
     """Let all processes stop where one of them fails: the others would wait for it for ever.

@@ -1,14 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The ``psaq_mm`` scope: every exchangeable part is registered here.
 
-The first six registries are children of mmengine's, so any OpenMMLab config
+The first five registries are children of mmengine's, so any OpenMMLab config
 may say ``type='psaq_mm.QuantizedCheckpointHook'``; mmengine then imports this
 module by itself, and ``locations`` makes it import the parts, so configs need
 no ``custom_imports``. The others are roots: they exist in this project alone.
 """
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
-from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
@@ -18,13 +17,9 @@ HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope='psaq_mm', locations=['psaq_mm.engine.hooks'])
 """Hooks around the phases of a quantization run, and around checkpoints."""
 
-LOOPS = Registry(
-    'loop', parent=MMENGINE_LOOPS, scope='psaq_mm', locations=['psaq_mm.engine.loops'])
-"""Phases of a quantization run: synthesis, calibration."""
-
 RUNNERS = Registry(
     'runner', parent=MMENGINE_RUNNERS, scope='psaq_mm', locations=['psaq_mm.engine.runner'])
-"""Runners that drive the phases."""
+"""The runner of a quantization."""
 
 MODELS = Registry(
     'model', parent=MMENGINE_MODELS, scope='psaq_mm',

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional, Union
 import torch
 from mmengine.dist import all_gather_object, get_world_size
 from mmengine.logging import print_log
-from torch import nn
+from torch import Tensor
 
 from .checkpoint import load_checkpoint_file, save_torch
 from .errors import UserError
@@ -57,11 +57,12 @@ class SavedRun:
         save_torch(dict(fingerprint=self._of_images, seconds=dict(seconds), images=self._images,
                         **state), self.path)
 
-    def restore_images(self, images: Synthesizer) -> Dict[str, float]:
+    def restore_images(self, images: Optional[Synthesizer] = None) -> Dict[str, float]:
         """Continue the synthesis.
 
         Args:
-            images (Synthesizer): A fresh one.
+            images (Synthesizer, optional): A fresh one. Defaults to None: images are given,
+                and there is only a game to continue.
 
         Returns:
             dict[str, float]: Seconds of each phase so far.
@@ -71,16 +72,17 @@ class SavedRun:
         """
         if not self.resume:
             return {}
-        if not self.path.exists():
+        with stopping_together():
+            state = self._read() if self.path.exists() else None
+        if state is None:
             print_log(f'--resume: there is no {self.path}; starting from the first step',
                       logger='current', level=logging.WARNING)
             return {}
-        with stopping_together():
-            state = self._read()
-        images.load_state_dict(state['images'])
-        self._images = state['images']
-        print_log(f'resumed {self.path} at step {images.step_index} of {images.total_steps}',
-                  logger='current')
+        if images is not None:
+            images.load_state_dict(state['images'])
+            self._images = state['images']
+            print_log(f'resumed {self.path} at step {images.step_index} of '
+                      f'{images.total_steps}', logger='current')
         seconds = dict(state['seconds'])
         if 'game' in state:
             others = _differing(state['fingerprint_of_game'], self._of_game)
@@ -130,13 +132,14 @@ class SavedRun:
         return state
 
 
-def hash_of_weights(model: nn.Module) -> str:
-    """SHA-256 of all names and values of a state dict, in hexadecimal digits."""
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names and values of tensors, in hexadecimal digits."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
         if value.numel():
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            flat = value.detach().cpu().contiguous().view(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

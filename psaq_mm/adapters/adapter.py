@@ -133,18 +133,17 @@ class Adapter:
             side = 2 * max(math.prod(steps) for steps in zip(*(
                 step for step, _ in self.attention_windows(model))))
             sizes.insert(0, (side, side))
-        while True:
+        for size in sizes:
             try:
-                found = self._last_layers(model, sizes.pop(0))
+                found = self._last_layers(model, size)
                 break
             except Exception as error:  # heads are anyone's code
-                if not sizes:
-                    print_log('the model cannot be run on an image alone to find its last layers '
-                              f'({type(error).__name__}: {" ".join(str(error).split())[:200]}): '
-                              'those whose output is as wide as no input of their head are taken',
-                              logger='current', level=logging.WARNING)
-                    found = layers_of_own_width(model, lambda name: self.head_of(model, name))
-                    break
+                reason = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+        else:
+            print_log('the model cannot be run on an image alone to find its last layers '
+                      f'({reason}): those whose output is as wide as no input of their head are '
+                      'taken', logger='current', level=logging.WARNING)
+            found = layers_of_own_width(model, lambda name: self.head_of(model, name))
         return frozenset(name for name in found if not self.in_scope(model, name, 'backbone'))
 
     def _last_layers(self, model: nn.Module, size: Tuple[int, int]) -> FrozenSet[str]:
@@ -241,9 +240,9 @@ class Adapter:
             self.check_image_size(model, (height, width))
         except UserError:  # it takes no other
             return
-        print_log(f'at image_size {size[0]}x{size[1]} only {100 * min(stages):.0f} % of the tokens '
-                  f'in the windows of stage {stages.index(min(stages)) + 1} are real, the rest is '
-                  f'padding; {height}x{width} leaves none', logger='current',
+        print_log(f'at image_size {size[0]}x{size[1]} only {100 * min(stages):.0f} % of the '
+                  f'tokens in the windows of stage {stages.index(min(stages)) + 1} are real, the '
+                  f'rest is padding; {height}x{width} leaves none', logger='current',
                   level=logging.WARNING)
 
     def _window_period(self, model: nn.Module) -> Tuple[int, int]:
@@ -418,8 +417,8 @@ def require_float32(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            raise UserError(f'the model has weights in {parameter.dtype} ({name}), and what is done '
-                            'with it needs torch.float32: call model.float() first')
+            raise UserError(f'the model has weights in {parameter.dtype} ({name}), and '
+                            'quantization needs torch.float32: call model.float() first')
 
 
 def pixel_range(channels: int, mean: Optional[Tensor], std: Optional[Tensor],

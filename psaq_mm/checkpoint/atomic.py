@@ -5,6 +5,7 @@ A run that is killed, or a disk that fills up, in the middle of a save must
 not cost the checkpoint that was there before.
 """
 
+import collections
 import contextlib
 import errno
 import io
@@ -21,6 +22,7 @@ import torch
 from psaq_mm.errors import UserError
 
 from .integrity import DIGEST_KEY, digest_comment
+from .stock_loader_guard import StockLoaderGuard
 
 try:
     import fcntl
@@ -84,13 +86,19 @@ def save_torch(obj: Any, path: PathLike) -> None:
     :func:`load_checkpoint_file` checks and ``torch.load`` skips.
 
     Args:
-        obj (Any): What to save. A dict is marked with
-            :data:`~psaq_mm.checkpoint.integrity.DIGEST_KEY` in the file.
+        obj (Any): What to save: tensors, strings, numbers and containers of
+            them, as :func:`load_checkpoint_file` skips all else. A dict is
+            marked with :data:`~psaq_mm.checkpoint.integrity.DIGEST_KEY`.
         path (str or PathLike): File to write.
 
     Raises:
-        UserError: If the file cannot be written.
+        UserError: If the file cannot be written, or holds anything else.
     """
+    unreadable = _unreadable(obj)
+    if unreadable:
+        raise UserError(f'{os.fspath(path)} cannot be written: what is to be saved holds a '
+                        f'{unreadable}, which would not be read back. Make it a tensor, a number '
+                        'or a list of numbers.')
     # torch's zip writer turns a full disk into a RuntimeError about file positions, and tries to
     # write once more while it is destroyed. In memory it cannot fail; what then fails on the disk
     # is an OSError like any other.
@@ -101,6 +109,19 @@ def save_torch(obj: Any, path: PathLike) -> None:
     buffer.seek(0, os.SEEK_END)
     buffer.write(comment)
     save_bytes(buffer.getbuffer(), path)
+
+
+_READABLE = (type(None), bool, int, float, str, torch.Tensor, torch.nn.Parameter, torch.Size,
+             torch.dtype, StockLoaderGuard)
+
+
+def _unreadable(value: Any) -> str:
+    """The first type in nested containers that is skipped in loading, or nothing."""
+    if type(value) in (dict, collections.OrderedDict):
+        return next(filter(None, map(_unreadable, (*value.keys(), *value.values()))), '')
+    if type(value) in (list, tuple):
+        return next(filter(None, map(_unreadable, value)), '')
+    return '' if type(value) in _READABLE else f'{type(value).__module__}.{type(value).__name__}'
 
 
 def save_json(obj: Any, path: PathLike) -> None:

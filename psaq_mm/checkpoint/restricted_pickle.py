@@ -170,13 +170,13 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Te
     """
     dtypes = [value for value in rest if isinstance(value, torch.dtype)]  # version 3
     dtype = dtypes[0] if dtypes else storage.dtype
+    data = getattr(storage, '_untyped_storage', storage)
     end = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride))
     width = torch.empty((), dtype=dtype).element_size()
-    if 0 not in size and (end * width > storage.nbytes() or min((0, *stride)) < 0):
+    if 0 not in size and (end * width > data.nbytes() or min((0, *stride)) < 0):
         raise RefusedError('holds a tensor that is larger than its storage')
-    untyped = getattr(storage, '_untyped_storage', storage)
-    return torch.empty(0, dtype=dtype, device=untyped.device).set_(untyped, offset, tuple(size),
-                                                                   tuple(stride))
+    return torch.empty(0, dtype=dtype, device=data.device).set_(data, offset, tuple(size),
+                                                                tuple(stride))
 
 
 def _with_attributes(function: Any, kind: Any, args: Any, state: Any) -> Any:

@@ -87,7 +87,7 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
     engine = FORMATS[target]
     for package in ('onnx', engine.package):
         require_package(package)
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = _cpu_copy(model)
     subgraph = find_subgraph(model)
     chosen = choose_sizes(subgraph, sizes)
     folder = Path(folder)
@@ -120,6 +120,17 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
                     torch=torch.__version__, graphs=graphs)
     write_export(manifest, folder)
     return manifest
+
+
+def _cpu_copy(model: nn.Module) -> nn.Module:
+    """Copy a model to the CPU, in float32 and evaluation mode."""
+    copies: Dict[int, Any] = {}  # straight to the CPU: a second one may not fit on the device
+    for tensor in [*model.parameters(), *model.buffers()]:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        copied = tensor.detach().to('cpu', dtype, copy=True)
+        copies[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) \
+            if isinstance(tensor, nn.Parameter) else copied
+    return copy.deepcopy(model, copies).eval()
 
 
 def _report(path: Path, written: int, rows: Sequence[Dict[str, Any]]) -> None:

@@ -1,13 +1,40 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A model that comes with its weights, for hosts that would load them otherwise."""
+from pathlib import Path
 from typing import Any, Dict, List, Union
 
+from mmengine.config import Config
 from mmengine.model import BaseModel
 from torch import Tensor
 
 from psaq_mm.registry import MODELS
 
+from .config import load_config
 from .model import init_model
+
+
+def inferencer_config(config: Union[str, Path], checkpoint: Union[str, Path]) -> Config:
+    """A config whose model brings its weights, for the inferencers of the hosts.
+
+    .. code-block:: python
+
+        DetInferencer(psaq_mm.inferencer_config('my_model_w8a8.py', 'quantized.pth'))
+
+    Args:
+        config (str or Path): The model's config.
+        checkpoint (str or Path): A float or a quantized checkpoint.
+
+    Returns:
+        Config: The config, with a :class:`CheckpointModel` for its model. No ``weights``
+        are to be given beside it.
+
+    Raises:
+        UserError: If the config cannot be read.
+    """
+    ready = load_config(config)
+    ready.model = dict(type='psaq_mm.CheckpointModel', config=str(config),
+                       checkpoint=str(checkpoint))
+    return ready
 
 
 @MODELS.register_module()
@@ -15,15 +42,7 @@ class CheckpointModel(BaseModel):
     """The model of another config, with the weights of a checkpoint, quantized or not.
 
     For what builds a model from a config and takes no module, such as ``DetInferencer`` and
-    ``MMSegInferencer``: a config that inherits yours says
-
-    .. code-block:: python
-
-        _base_ = 'my_model_w8a8.py'
-        model = dict(_delete_=True, type='psaq_mm.CheckpointModel',
-                     config='my_model_w8a8.py', checkpoint='quantized.pth')
-
-    and ``DetInferencer('that_config.py')``, without ``weights``, runs the quantized model.
+    ``MMSegInferencer``: :func:`inferencer_config` gives such a config.
 
     Args:
         config (str): The config that the checkpoint is of.

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Mapping, Optional, Union, cast
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import barrier, get_rank, is_distributed, is_main_process
+from mmengine.dist import get_rank, is_distributed, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
@@ -23,6 +23,7 @@ from psaq_mm.checkpoint import (
 )
 from psaq_mm.errors import UserError
 from psaq_mm.pipeline import Pipeline
+from psaq_mm.processes import stopping_together
 from psaq_mm.recipe.merging import plain_copy
 from psaq_mm.registry import RUNNERS
 from psaq_mm.student import scope_of
@@ -250,14 +251,14 @@ class PSAQRunner(Runner):
             identity=dict(checkpoint=self.source['sha256'],
                           model=repr(plain_copy(self.cfg.model.to_dict()))))
         self.model = self.pipeline.run()
-        if is_main_process():
-            path = Path(self.work_dir) / 'quantized.pth'
-            save(self.model, path, meta=self.source_meta,
-                 about=dict(seed=self.run_seed, source=self.source,
-                            settings=self.pipeline.recipe.to_dict()))
-            self.logger.info(f'quantized checkpoint: {path}')
-            self.call_hook('after_quantize')
-        barrier()
+        with stopping_together():
+            if is_main_process():
+                path = Path(self.work_dir) / 'quantized.pth'
+                save(self.model, path, meta=self.source_meta,
+                     about=dict(seed=self.run_seed, source=self.source,
+                                settings=self.pipeline.recipe.to_dict()))
+                self.logger.info(f'quantized checkpoint: {path}')
+                self.call_hook('after_quantize')
         return self.model
 
 

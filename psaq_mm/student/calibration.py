@@ -69,6 +69,8 @@ def forward_of_scope(model: nn.Module,
     try:
         with frozen(model):
             yield lambda batch: adapter.forward(model, batch.to(device), scope)
+    except UserError:  # of a callback, or of another process
+        raise
     except ValueError as error:
         raise UserError(f'{what} failed: {error}') from error
 

@@ -70,6 +70,8 @@ def equalize(model: nn.Module, images: Tensor, settings: Optional[QuantizationSe
         with frozen(model):
             found = equalize_channels(model, readers, images, feature_maps,
                                       settings.channel_limit, batch_size)
+    except UserError:  # of another process
+        raise
     except ValueError as error:
         raise UserError(f'equalization failed: {error}') from error
     note(model, channel_limit=settings.channel_limit)

@@ -7,6 +7,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from psaq_mm.ops import named_quant_ops
+from psaq_mm.processes import count_of_this_process
 from psaq_mm.quantization import Quantizer
 from psaq_mm.recipe.checks import check_positive_int, sides
 from psaq_mm.synthesis import mosaic_count, mosaics
@@ -59,8 +60,9 @@ def recalibrate(student: nn.Module, images: Tensor, size: Tuple[int, int], batch
 
 
 def recalibration_count(student: nn.Module, images: Tensor, size: Tuple[int, int]) -> int:
-    """How many images :func:`recalibrate` runs."""
-    return mosaic_count(images, size) + has_learned_ranges(student) * len(images)
+    """How many images :func:`recalibrate` runs in this process."""
+    own = count_of_this_process(len(images)) if has_learned_ranges(student) else 0
+    return own + count_of_this_process(mosaic_count(images, size))
 
 
 def has_learned_ranges(student: nn.Module) -> bool:

@@ -42,9 +42,10 @@ class Synthesizer:
 
     Image i of a run depends on the seed and on i: not on what it is made together
     with, nor on how the images are split into batches and among processes, but for
-    rounding, and for terms of the prior that couple images. :meth:`state_dict`
-    holds everything that the next step depends on: a restored run continues with
-    the same bits.
+    rounding, and for terms of the prior that couple images. The descent magnifies
+    rounding; batches of the same images have the same bits in any process.
+    :meth:`state_dict` holds everything that the next step depends on: a restored
+    run continues with the same bits.
 
     Args:
         settings (SynthesisSettings): The ``synthesis`` section.

@@ -113,7 +113,7 @@ def test_position_embedding_of_another_size(swin):
     """Refused before any step; its forward would fail."""
     model = swin(**SMALL, use_abs_pos_embed=True, pretrain_img_size=96)
     with pytest.raises(UserError, match='must make 576 patches, such as 96, .* 64 makes 256'):
-        psaq_mm.synthesize(model, num_images=1, batch_size=1, image_size=64, steps=1)
+        psaq_mm.synthesize(model, psaq_mm.SynthesisSettings(num_images=1, image_size=64, steps=1))
     find_adapter(model).check_image_size(model, (95, 93))  # padded to whole patches
     model(torch.zeros(1, 3, 95, 93))
     with pytest.raises(RuntimeError):

@@ -25,7 +25,8 @@ DENSE = dict(backbone=THREE, neck=dict(NECK, start_level=0),
              bbox_head=dict(in_channels=16, feat_channels=16, num_classes=5))
 ROI = dict(backbone=SWIN, neck=dict(in_channels=[12, 24, 48, 96], out_channels=16),
            rpn_head=dict(in_channels=16, feat_channels=16))
-ROI_LAYERS = dict(bbox_roi_extractor=dict(out_channels=16), mask_roi_extractor=dict(out_channels=16),
+ROI_LAYERS = dict(bbox_roi_extractor=dict(out_channels=16),
+                  mask_roi_extractor=dict(out_channels=16),
                   bbox_head=dict(in_channels=16, fc_out_channels=32),
                   mask_head=dict(in_channels=16, conv_out_channels=16))
 LAYERS = dict(num_layers=2, layer_cfg=dict(ffn_cfg=dict(feedforward_channels=32)))

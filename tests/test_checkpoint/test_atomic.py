@@ -1,4 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+import collections
 import errno
 import json
 import multiprocessing
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from psaq_mm.checkpoint.atomic import (
     save_json,
     save_torch,
 )
+from psaq_mm.checkpoint.safe_load import load_checkpoint_file
 from psaq_mm.errors import UserError
 
 OLD = b'the checkpoint that was there before'
@@ -69,6 +72,19 @@ def test_saved_contents(tmp_path):
     save_bytes(b'', tmp_path / 'a.bin')
     assert (tmp_path / 'a.bin').read_bytes() == b''
     assert sorted(os.listdir(tmp_path)) == ['a.bin', 'a.json', 'a.pth']
+
+
+def test_json_is_json(tmp_path):
+    """It has no NaN and no Infinity: only Python reads them."""
+    save_json(dict(ap=float('nan'), ranges=[float('inf'), (1.5, -float('inf'))], n=3, name='nan'),
+              tmp_path / 'a.json')
+
+    def refuse(name):
+        raise AssertionError(f'{name} is no JSON')
+
+    assert json.loads((tmp_path / 'a.json').read_text(), parse_constant=refuse) == dict(
+        ap=None, ranges=[None, [1.5, None]], n=3, name='nan')
+
 
 
 def test_relative_path_and_longest_name(tmp_path, monkeypatch):
@@ -127,11 +143,24 @@ def test_old_file_is_whole_until_the_rename(tmp_path):
     assert path.read_bytes() == b'new'
 
 
-def test_unpicklable_object_leaves_nothing(tmp_path):
-    with pytest.raises((AttributeError, TypeError, RuntimeError)) as caught:
-        save_torch({'function': lambda: 0}, tmp_path / 'a.pth')
-    assert not isinstance(caught.value, UserError)  # a bug, not the user's mistake
+@pytest.mark.parametrize('value', [
+    lambda: 0, np.zeros(2), np.float64(1), {1, 2}, b'x', 1j, torch.nn.Linear(1, 1)])
+def test_what_would_not_be_read_back_is_not_saved(value, tmp_path):
+    """Unsaid, a resumed run would go on without it."""
+    kind = type(value).__name__
+    for content in (value, {'a': [1, (2, {'b': value})]}):
+        with pytest.raises(UserError, match=f'a.pth cannot be written: .* holds a .*{kind}'):
+            save_torch(content, tmp_path / 'a.pth')
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    saved = dict(a=[1, 2.5, None, True, 'x', (3, (), {})], size=torch.Size([1]),
+                 ordered=collections.OrderedDict(b=1), dtype=torch.float16, n={1: -2**70})
+    save_torch(saved, tmp_path / 'a.pth')
+    loaded = load_checkpoint_file(tmp_path / 'a.pth')
+    assert loaded == saved
+    assert [type(value) for value in loaded.values()] == [type(v) for v in saved.values()]
 
 
 def test_a_refused_folder_sync_is_no_failure(tmp_path, monkeypatch):

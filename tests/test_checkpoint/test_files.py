@@ -128,7 +128,7 @@ def test_truncated_file(part, model, tmp_path):
     psaq_mm.save(model, path)
     path.write_bytes(path.read_bytes()[:int(part * path.stat().st_size)])
     other = swin()
-    with left_as_it_was(other), pytest.raises(UserError, match='quantized.pth is not a checkp'):
+    with left_as_it_was(other), pytest.raises(UserError, match='quantized.pth is damaged'):
         psaq_mm.load(other, path)
 
 

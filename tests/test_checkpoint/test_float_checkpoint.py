@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmdet.models.backbones.swin import SwinTransformer
 from mmengine.logging import MMLogger
+from small_models import naive_student
 
 import psaq_mm
 from psaq_mm.checkpoint import MANIFEST_KEY, load_float_weights
@@ -154,8 +155,7 @@ def test_integers_for_weights(state, tmp_path):
 
 
 def test_quantized_checkpoint(tmp_path):
-    model = psaq_mm.quantize(swin())
-    psaq_mm.calibrate(model, torch.randn(1, 3, 56, 56))
+    model = naive_student(swin(), torch.randn(1, 3, 56, 56))
     path = tmp_path / 'quantized.pth'
     psaq_mm.save(model, path)
     assert_refused(swin(), str(path), 'is quantized already; pass the float checkpoint')

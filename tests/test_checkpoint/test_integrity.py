@@ -87,7 +87,7 @@ def cut(data, rng):
 
 def inserted(data, rng):
     start = rng.randrange(len(data) + 1)
-    return data[:start] + rng.randbytes(rng.choice([1, 4, 64])) + data[start:]
+    return data[:start] + bytes(rng.choices(range(256), k=rng.choice([1, 4, 64]))) + data[start:]
 
 
 def removed(data, rng):

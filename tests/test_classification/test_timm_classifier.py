@@ -9,6 +9,7 @@ from mmengine.model import ImgDataPreprocessor
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
+from small_models import naive_student
 
 import psaq_mm
 from psaq_mm.classification import TimmClassifier
@@ -165,8 +166,7 @@ def test_evaluation(name, folder, tmp_path):
     models = [build_float_model(config) for _ in range(2)]
     assert isinstance(models[0], TimmClassifier) and not models[0].training
     torch.save(dict(state_dict=models[0].state_dict()), tmp_path / 'float.pth')
-    psaq_mm.quantize(models[1], weight=dict(bits=4))
-    psaq_mm.calibrate(models[1], torch.randn(2, 3, 64, 64))
+    models[1] = naive_student(models[1], torch.randn(2, 3, 64, 64), weight=dict(bits=4))
     psaq_mm.save(models[1], tmp_path / 'quantized.pth')
     for model, file in zip(models, ('float.pth', 'quantized.pth')):
         config.load_from = str(tmp_path / file)

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from conftest import DEMO
+from small_models import naive_student
 from torch import nn
 
-import psaq_mm
 from psaq_mm.adapters import find_adapter
 from psaq_mm.deploy.parity import parity_images
 from psaq_mm.engine import build_float_model, load_config
@@ -21,6 +21,5 @@ def demo_model(name: str, quantized: bool = True, **settings: Any) -> nn.Module:
     model.load_state_dict(state)
     if quantized:
         images = parity_images(SIZES[name], *find_adapter(model).valid_range(model), batch=2)
-        psaq_mm.quantize(model, **settings)
-        psaq_mm.calibrate(model, images)
+        return naive_student(model, images, **settings)
     return model

@@ -93,7 +93,7 @@ def test_float_model(tmp_path, target, backend):
     ('swin', dict(weight=dict(bits=4))), ('deit', dict(weight=dict(bits=4, symmetric=False))),
     ('swin', dict(activation=dict(bits=6))), ('swin', dict(activation=dict(symmetric=True))),
     ('swin', dict(placement='v1')),
-    ('upernet_swin', dict(scope='model', learnable_ranges=True))], ids=str)
+    ('upernet_swin', dict(scope='model'))], ids=str)
 def test_settings(tmp_path, target, backend, name, settings):
     """Few bits, other types and places, heads too: always the simulated values."""
     model = demo_model(name, **settings)

@@ -83,3 +83,22 @@ def test_batch_norm_is_taken_in(specs, bias):
     assert isinstance(module.norm, nn.Identity) == (specs is SPECS)
     if 'output' not in specs:
         assert torch.allclose(module(x), expected, atol=1e-4)
+
+
+def test_a_convolution_with_several_batch_norms():
+    """RTMDet's levels share convolutions: each BatchNorm is folded for its own level."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 9, 8)
+    levels = nn.ModuleList(ConvModule(16, 6, 3, norm_cfg=dict(type='BN')) for _ in range(3))
+    shared = calibrated_op(QuantConv2d.from_float(levels[0].conv, SPECS), x)
+    for level in levels:
+        level.conv = shared
+        nn.init.normal_(level.bn.weight)
+        nn.init.normal_(level.bn.bias)
+    levels.append(nn.Sequential(shared))  # and once without a BatchNorm
+    levels.eval()
+    expected = [level(x) for level in levels]
+    make_exportable(levels, 'onnx')
+    assert all(isinstance(level.norm, nn.Identity) for level in levels[:3])
+    for level, one in zip(levels, expected):
+        assert torch.allclose(level(x), one, atol=1e-4)

@@ -3,10 +3,22 @@
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 from mmengine.config import Config
+from mmengine.hooks import EMAHook, Hook
+from mmengine.visualization import LocalVisBackend
 
-from psaq_mm.engine.command_line import choose_seed, require_launcher, run_tool
+from psaq_mm.engine import load_config, read_recipe
+from psaq_mm.engine.command_line import (
+    choose_seed,
+    hooks_for_test,
+    keep_local,
+    prepare_for_test,
+    require_launcher,
+    run_tool,
+)
 from psaq_mm.errors import UserError
+from psaq_mm.recipe import Recipe
 
 
 @pytest.mark.parametrize('given, config, expected', [
@@ -59,3 +71,89 @@ def test_the_group_is_taken_down(error, status, tmp_path, capsys):
     assert found == status and not dist.is_initialized()
     assert capsys.readouterr().err == ('' if error is None else f'error: {error}\n')
     run_tool(lambda: None)  # one process, and no group
+
+
+class AtTheEnd(Hook):
+
+    def after_run(self, runner):
+        pass
+
+
+class AfterEachIteration(Hook):
+
+    def after_train_iter(self, *args, **kwargs):
+        pass
+
+    def _after_iter(self, *args, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize('hook, kept', [
+    (dict(type='EMAHook'), False), (EMAHook(), False),  # would swap weights before a test
+    (dict(type='mmdet.PipelineSwitchHook', switch_epoch=1, switch_pipeline=[]), False),
+    (dict(type='SetEpochInfoHook'), False),  # a hook of mmdet, by a name without scope
+    (dict(type='EarlyStoppingHook', monitor='mAP'), False),
+    (dict(type='mmdet.DetVisualizationHook'), True), (dict(type='EmptyCacheHook'), True),
+    (dict(type='NoSuchHook'), True),  # mmengine says so
+    (dict(type=AtTheEnd), True), (AfterEachIteration(), True)])
+def test_hooks_of_training_are_dropped(hook, kept):
+    config = Config(dict(default_scope='mmdet', custom_hooks=[]))
+    alone = hooks_for_test(config, 'a.pth', 'torch', None, 0, 'fp32')
+    assert [entry['type'] for entry in alone] == ['psaq_mm.QuantizedCheckpointHook']
+    config.custom_hooks = [hook]
+    assert hooks_for_test(config, 'a.pth', 'torch', None, 0, 'fp32') == [hook] * kept + alone
+
+
+def test_what_a_test_does_without():
+    config = Config(dict(
+        resume=True, train_cfg=dict(), train_dataloader=dict(), optim_wrapper=dict(),
+        param_scheduler=[], default_hooks=dict(
+            ema=dict(type='EMAHook'), timer=dict(type='IterTimerHook'), logger=None)))
+    prepare_for_test(config)
+    assert config.to_dict() == dict(resume=False, default_hooks=dict(
+        ema=None, timer=dict(type='IterTimerHook'), logger=None))
+
+
+@pytest.mark.parametrize('given, kept', [
+    ([dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')],
+     [dict(type='LocalVisBackend')]),
+    ([dict(type='mmengine.WandbVisBackend'), dict(type='ClearMLVisBackend')], []),
+    (dict(type='MLflowVisBackend'), []),
+    ([dict(type=LocalVisBackend)], [dict(type=LocalVisBackend)]),
+    ([], []), (None, None)])
+def test_only_local_backends(given, kept, capsys):
+    config = Config(dict(visualizer=dict(type='Visualizer', vis_backends=given)))
+    keep_local(config)
+    assert config.visualizer.vis_backends == kept
+    printed = capsys.readouterr().out
+    names = [entry['type'] for entry in ([given] if isinstance(given, dict) else given or [])
+             if entry not in (kept or [])]
+    assert all(name in printed for name in names) and bool(printed) == bool(names)
+    keep_local(Config(dict()))
+
+
+def test_shipped_config_by_name():
+    name = 'mask_rcnn_swin_t_w8a8.py'
+    found, expected = load_config(f'psaq_mm::{name}'), load_config(ROOT / 'configs' / name)
+    assert found.to_dict() == expected.to_dict()
+    assert load_config('mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py').model.type == 'RTMDet'
+
+
+@pytest.mark.parametrize('name, message', [
+    ('psaq_mm::nowhere.py', 'nowhere.py does not exist'),
+    ('no_such_package::x.py', "no package 'no_such_package' is installed"),
+    ('a/b::x.py', "no package 'a/b' is installed"), ('sys::x.py', "no package 'sys'")])
+def test_no_such_shipped_config(name, message):
+    with pytest.raises(UserError, match=message):
+        load_config(name)
+
+
+def test_two_bases_with_hooks(tmp_path):
+    """mmengine refuses them; the message says what to write, and that works."""
+    rtmdet = "'mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py'"
+    (tmp_path / 'two.py').write_text(f"_base_ = [{rtmdet}, '{ROOT}/configs/_base_/w8a8.py']\n")
+    with pytest.raises(UserError, match='Duplicate keys: .*custom_hooks') as error:
+        load_config(tmp_path / 'two.py')
+    assert "write recipe = 'w8a8' " in str(error.value)
+    (tmp_path / 'one.py').write_text(f"_base_ = {rtmdet}\nrecipe = 'w8a8'\n")
+    assert read_recipe(load_config(tmp_path / 'one.py')) == Recipe.shipped('w8a8')

@@ -64,16 +64,13 @@ def test_quantized_detector(quantization_config, quantized_demo, demo_checkpoint
 @pytest.mark.parametrize('name, inferencer', [
     ('mask_rcnn_swin_demo', mmdet.apis.DetInferencer),
     ('upernet_swin_demo', mmseg.apis.MMSegInferencer)])
-def test_inferencers(name, inferencer, photos, tmp_path):
+def test_inferencers(name, inferencer, photos):
     """They take configs, not modules: a config whose model brings its weights."""
     image, config, checkpoint = str(photos / '0.png'), DEMO / f'{name}.py', DEMO / f'{name}.pth'
-    (tmp_path / 'ready.py').write_text(
-        f"_base_ = '{config}'\n"
-        f"model = dict(_delete_=True, type='psaq_mm.CheckpointModel', config='{config}', "
-        f"checkpoint='{checkpoint}')\n")
+    ready = psaq_mm.inferencer_config(config, checkpoint)
     found, expected = (
         model(image, return_vis=True) for model in (
-            inferencer(str(tmp_path / 'ready.py'), device='cpu'),
+            inferencer(ready, device='cpu'),
             inferencer(str(config), str(checkpoint), device='cpu')))
     if name.startswith('upernet'):
         assert np.array_equal(found['predictions'], expected['predictions'])
@@ -82,12 +79,9 @@ def test_inferencers(name, inferencer, photos, tmp_path):
         assert found['predictions'] == expected['predictions']
 
 
-def test_quantized_inferencer(quantization_config, quantized_demo, photos, tmp_path):
-    (tmp_path / 'ready.py').write_text(
-        f"_base_ = '{quantization_config}'\nmodel = dict(_delete_=True, "
-        f"type='psaq_mm.CheckpointModel', config='{quantization_config}', "
-        f"checkpoint='{quantized_demo}')\n")
-    inferencer = mmdet.apis.DetInferencer(str(tmp_path / 'ready.py'), device='cpu')
+def test_quantized_inferencer(quantization_config, quantized_demo, photos):
+    ready = psaq_mm.inferencer_config(quantization_config, quantized_demo)
+    inferencer = mmdet.apis.DetInferencer(ready, device='cpu')
     assert inferencer.visualizer.dataset_meta['classes'] == SHAPES
     found = inferencer(str(photos / '0.png'))['predictions'][0]
     model = psaq_mm.init_model(quantization_config, quantized_demo)

@@ -175,3 +175,12 @@ def test_stock_runner_without_the_hook(student, tmp_path):
 def test_float_training_is_not_marked(tmp_path):
     toy_runner(tmp_path, epochs=1).train()
     assert 'psaq_mm' not in torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
+
+
+def test_damaged_file_in_a_stock_runner(student, tmp_path):
+    data = bytearray(student[1].read_bytes())
+    weights = load_checkpoint_file(student[1])['quantized_state_dict']['layers.2.weight']
+    data[data.index(weights.numpy().tobytes())] ^= 4
+    (tmp_path / 'damaged.pth').write_bytes(data)
+    with pytest.raises(UserError, match='damaged.pth is damaged'):
+        toy_runner(tmp_path, load_from=str(tmp_path / 'damaged.pth')).test()

@@ -31,9 +31,9 @@ def test_every_kind_of_part_is_registered():
         for file in files:
             importlib.import_module(f'psaq_mm.adapters.{file}')
     expected = dict(
-        HOOKS={'QuantizedCheckpointHook', 'ProgressHook', 'ReportHook', 'ResumeHook',
-               'ContactSheetHook'},
-        LOOPS={'SynthesisLoop', 'CalibrationLoop'}, RUNNERS={'PSAQRunner'},
+        HOOKS={'QuantizedCheckpointHook', 'ProgressHook', 'ReportHook', 'ContactSheetHook',
+               'BackendHook'},
+        RUNNERS={'PSAQRunner'},
         OBSERVERS={'MinMaxObserver', 'MSEObserver', 'MAEObserver', 'PercentileObserver'},
         PRIORS={'PatchSimilarityPrior', 'TotalVariationPrior', 'BatchNormPrior'},
         QUANT_OPS={'QuantLinear', 'QuantConv2d', 'QuantConvTranspose2d', 'QuantWindowMSA',
@@ -77,8 +77,9 @@ def test_parts_of_the_users_own(demo_config, tmp_path):
         from mmdet.models.backbones import SwinTransformer
         model = SwinTransformer(embed_dims=16, depths=(2, 2), num_heads=(1, 2), strides=(4, 2),
                                 out_indices=(0, 1))
-        images = psaq_mm.synthesize(model, num_images=1, image_size=56, steps=2, shifts=(0, ),
-                                    priors=dict(b=dict(type='BrightnessPrior', weight=3.)))
+        images = psaq_mm.synthesize(model, psaq_mm.SynthesisSettings(
+            num_images=1, image_size=56, steps=2, shifts=(0, ),
+            priors=dict(b=dict(type='BrightnessPrior', weight=3.))))
         assert images.shape == (1, 3, 56, 56)
 
         class Scaled(nn.Linear):

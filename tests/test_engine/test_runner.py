@@ -32,8 +32,8 @@ def trace():
             calls.append('after_synthesis')
             assert runner.images.shape == (2, 3, 64, 64)
 
-        def before_calibration(self, runner):
-            calls.append('before_calibration')
+        def before_calibration(self, runner, total):
+            calls.append(f'before_calibration {total}')
 
         def after_calibration_batch(self, runner, count):
             calls.append(f'batch {count}')
@@ -112,7 +112,7 @@ def test_phases_and_hooks(trace, quantization_config, tmp_path):
     student = runner.quantize()
     sample = ['adversarial_factor', 'discrepancy', 'patch_similarity', 'total', 'total_variation']
     assert trace == ['before_synthesis', 'step 1', 'step 2', 'step 3', 'step 4',
-                     'after_synthesis', 'before_calibration', 'batch 2', 'after_calibration',
+                     'after_synthesis', 'before_calibration 2', 'batch 2', 'after_calibration',
                      'before_evolution',
                      f'evolution 1 {sample}', "evolution 2 ['discrepancy', 'round']",
                      f'evolution 3 {sample}', "evolution 4 ['discrepancy', 'round']",
@@ -136,17 +136,17 @@ def test_phases_and_hooks(trace, quantization_config, tmp_path):
     ({'quantization.weight.rounding': 'nearest', 'evolution.rounds': 0}, None), ({}, None)])
 def test_weights_that_learn_nothing_are_rounded(options, rounded, trace, wide_ranges,
                                                 quantization_config, tmp_path):
-    # From doubled ranges two such steps surely lead nearer, so that what learnt is kept.
+    # From doubled ranges two such steps surely lead nearer, so that what was learned is kept.
     config = load_config(quantization_config, {**OPTIONS, 'evolution.range_lr': 0.3, **options})
     config.work_dir = str(tmp_path)
     config.custom_hooks = [dict(type=f'psaq_mm.{name}') for name in ('TraceHook', wide_ranges)]
     runner = PSAQRunner.for_quantization(config, build_float_model(config), meta={}, seed=3,
                                          source=dict(file='x', sha256='y'))
     student = runner.quantize()
-    learns = bool(runner.sections.evolution.rounds) and runner.sections.evolution.learn == 'both'
+    learns = bool(runner.pipeline.recipe.evolution.rounds) and runner.pipeline.recipe.evolution.learn == 'both'
     assert [call for call in trace if 'rounding' in call] == (
         [] if rounded is None else ['before_rounding 1', 'rounding batch 1', 'after_rounding'])
-    assert ('rounding' in runner.seconds) == (rounded is not None)
+    assert ('rounding' in runner.pipeline.seconds) == (rounded is not None)
     for name, op in named_quant_ops(student):
         quantizer = op.weight_quantizer
         if quantizer is None:

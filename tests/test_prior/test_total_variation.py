@@ -99,8 +99,9 @@ def _gradient_norms(loss, images):
 
 def _ratios(images, pool=1, weight=0.05):
     """Of the norms of the terms' gradients, for each image."""
-    state = PriorState(images=images, attention=[AttentionRecord(_tokens(images, pool)[:, :, None])],
-                       generators=[torch.Generator().manual_seed(i) for i in range(len(images))])
+    generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
+    attention = [AttentionRecord(_tokens(images, pool)[:, :, None])]
+    state = PriorState(images=images, attention=attention, generators=generators)
     smooth = TotalVariationPrior(weight)(state).sum()
     diverse = PatchSimilarityPrior()(state).sum()
     return _gradient_norms(smooth, images) / _gradient_norms(diverse, images)

@@ -216,9 +216,10 @@ def test_images_do_not_depend_on_batches_and_processes(form, swin):
     expected = images_of_swin(swin, 8, **rules)
     assert expected.dtype == torch.float64
     assert len({image.numpy().tobytes() for image in expected}) == 8
-    halves = [images_of_swin(swin, 4, share_of(8, rank, 2), **rules) for rank in range(2)]
-    for others in (torch.cat(halves), images_of_swin(swin, 1, **rules),
-                   images_of_swin(swin, 3, **rules)):
+    halves = torch.cat([images_of_swin(swin, 4, share_of(8, rank, 2), **rules)
+                        for rank in range(2)])
+    assert torch.equal(halves, images_of_swin(swin, 4, **rules))  # the same batches
+    for others in (halves, images_of_swin(swin, 1, **rules), images_of_swin(swin, 3, **rules)):
         torch.testing.assert_close(others, expected, rtol=1e-9, atol=1e-9)
     alone = images_of_swin(swin, 8, [5], **rules)
     torch.testing.assert_close(alone, expected[5:6], rtol=1e-9, atol=1e-9)

@@ -74,7 +74,7 @@ def test_not_installed(capsys, monkeypatch, tmp_path):
 
 def run(*command, **options):
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, universal_newlines=True, **options)
+                          stderr=subprocess.STDOUT, text=True, **options)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -110,6 +110,6 @@ def test_wheel(tmp_path, demo_checkpoint):
     assert where.splitlines()[-1] == str(target / 'psaq_mm' / '__init__.py')
     run(sys.executable, target / 'bin' / 'psaq_mm', 'quantize', 'mask_rcnn_swin_demo_w8a8.py',
         demo_checkpoint, '--device', 'cpu', '--cfg-options', 'synthesis.steps=2',
-        'synthesis.num_images=2', 'log_level=WARNING', **options)
+        'synthesis.num_images=2', 'synthesis.image_size=64', 'log_level=WARNING', **options)
     file = elsewhere / 'work_dirs' / 'mask_rcnn_swin_demo_w8a8' / 'quantized.pth'
     assert 'psaq_mm' in torch.load(str(file), weights_only=True)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import DEMO, ROOT, load_script
+from small_models import naive_student
 
 import psaq_mm
 from psaq_mm.deploy.export_manifest import write_export
@@ -33,9 +34,8 @@ def data(tmp_path_factory):
     model = build_float_model(load_config(config))
     model.load_state_dict(torch.load(DEMO / 'mask_rcnn_swin_demo.pth',
                                      weights_only=True)['state_dict'])
-    psaq_mm.quantize(model)
-    psaq_mm.calibrate(model, torch.randn(2, 3, 224, 224))
-    psaq_mm.save(model, folder / 'quantized.pth', seed=0)
+    model = naive_student(model, torch.randn(2, 3, 224, 224))
+    psaq_mm.save(model, folder / 'quantized.pth')
     return folder
 
 

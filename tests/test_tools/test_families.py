@@ -12,6 +12,7 @@ import torch
 from conftest import DEMO, ROOT, load_script
 from safetensors.torch import save_file
 
+from psaq_mm.checkpoint import STATE_KEY, load_checkpoint_file
 from psaq_mm.engine import build_float_model, load_config
 
 FAST = ['synthesis.num_images=2', 'synthesis.steps=2', 'synthesis.image_size=112',
@@ -175,7 +176,7 @@ def test_timm_weights_from_safetensors(call_tool, make, tmp_path, caplog):
         status, _, err = call_tool('quantize', config, file, '--work-dir', tmp_path / 'out',
                                    '--cfg-options', *FAST)
         assert status == 0, err
-        results.append(torch.load(tmp_path / 'out' / 'quantized.pth')['state_dict'])
+        results.append(load_checkpoint_file(tmp_path / 'out' / 'quantized.pth')[STATE_KEY])
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 

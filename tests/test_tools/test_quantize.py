@@ -13,6 +13,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from psaq_mm.checkpoint import STATE_KEY, load_checkpoint_file
+
 FEW = ('synthesis.num_images=3', 'synthesis.batch_size=2', 'synthesis.steps=2',
        'synthesis.image_size=64', 'synthesis.save_interval=1', 'log_level=WARNING',
        'evolution.rounds=2', 'evolution.sample_steps=1', 'evolution.student_steps=2',
@@ -35,7 +37,7 @@ def finished_run(tmp_path_factory, quantization_config, demo_checkpoint):
 
 def test_writes_checkpoint_pictures_and_report(finished_run):
     work_dir, process = finished_run
-    checkpoint = torch.load(work_dir / 'quantized.pth', weights_only=True)
+    checkpoint = load_checkpoint_file(work_dir / 'quantized.pth')
     assert checkpoint['psaq_mm']['seed'] == 7
     assert checkpoint['meta']['dataset_meta']['classes'][0] == 'disc'
     # 3 images of 64 with 4 columns: one row, 4 pixels of padding around each
@@ -76,10 +78,10 @@ def test_same_seed_gives_the_same_bits(finished_run, tmp_path, call_tool, quanti
 
 
 def assert_same_checkpoint(first, second):
-    a, b = (torch.load(p, weights_only=True) for p in (first, second))
-    assert list(a['state_dict']) == list(b['state_dict'])
-    for key, value in a['state_dict'].items():
-        assert torch.equal(value, b['state_dict'][key]), key
+    a, b = (load_checkpoint_file(p) for p in (first, second))
+    assert list(a[STATE_KEY]) == list(b[STATE_KEY])
+    for key, value in a[STATE_KEY].items():
+        assert torch.equal(value, b[STATE_KEY][key]), key
     assert a['psaq_mm'] == b['psaq_mm']
 
 
@@ -163,7 +165,8 @@ def test_loss_that_is_not_finite(tmp_path, call_tool, monkeypatch, quantization_
     monkeypatch.setattr(Student, 'discrepancy', discrepancy)
     status, _, err = call_tool('quantize', *arguments, '--resume')
     assert status == 0, err
-    a, b = (torch.load(p / 'quantized.pth')['state_dict'] for p in (finished_run[0], tmp_path))
+    a, b = (load_checkpoint_file(p / 'quantized.pth')[STATE_KEY]
+            for p in (finished_run[0], tmp_path))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -221,7 +224,7 @@ def test_two_processes(tmp_path, quantization_config, demo_checkpoint):
         if not options:
             (tmp_path / 'quantized.pth').rename(tmp_path / 'first.pth')
             for name in ('state.pth', 'state_1.pth'):
-                state = torch.load(tmp_path / name)
+                state = load_checkpoint_file(tmp_path / name)
                 assert state['evolver']['step_index'] == EVOLUTION_STEPS
                 assert len(state['evolver']['buffer']['first']) == 3  # all, made by both
                 assert sum(map(len, state['synthesizer']['finished'])) == (1 if '1' in name else 2)
@@ -247,7 +250,8 @@ def test_student_that_learns_nothing_stays_as_calibrated(tmp_path, call_tool, de
         assert status == 0, err
     log, = (tmp_path / 'learns').glob('*/*.log')
     assert 'it stays as calibrated; lower evolution.weight_lr or range_lr' in log.read_text()
-    a, b = (torch.load(tmp_path / folder / 'quantized.pth')['state_dict'] for folder in options)
+    a, b = (load_checkpoint_file(tmp_path / folder / 'quantized.pth')[STATE_KEY]
+            for folder in options)
     for key, value in a.items():  # learnt ranges are carried over to the test size, as they were
         torch.testing.assert_close(value, b[key], rtol=1e-5, atol=1e-7)
 
@@ -341,7 +345,7 @@ def test_whole_model_scope(tmp_path, call_tool, quantization_config, demo_checkp
     status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
                                tmp_path, '--cfg-options', *FEW, 'quantization.scope=model')
     assert status == 0, err
-    modules = torch.load(tmp_path / 'quantized.pth', weights_only=True)['psaq_mm']['modules']
+    modules = load_checkpoint_file(tmp_path / 'quantized.pth')['psaq_mm']['modules']
     for name in ('neck.lateral_convs.0.conv', 'rpn_head.rpn_cls',
                  'roi_head.bbox_head.shared_fcs.0', 'roi_head.mask_head.conv_logits'):
         assert name in modules
@@ -353,7 +357,7 @@ def test_paper_preset(tmp_path, call_tool, demo_config, demo_checkpoint):
     status, _, err = call_tool('quantize', config, demo_checkpoint, '--work-dir', tmp_path,
                                '--cfg-options', *FEW)
     assert status == 0, err
-    modules = torch.load(tmp_path / 'quantized.pth', weights_only=True)['psaq_mm']['modules']
+    modules = load_checkpoint_file(tmp_path / 'quantized.pth')['psaq_mm']['modules']
     assert set(modules['backbone.stages.0.blocks.0']['roles']) == {
         'attention_residual', 'ffn_residual'}
     assert set(modules['backbone.stages.0.blocks.0.attn.w_msa']['roles']) == {'logits',

@@ -4,14 +4,19 @@ import json
 import re
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import mmdet
 import pytest
 import torch
 from conftest import DEMO, ROOT, load_script
+from mmengine.registry import VISBACKENDS
+from mmengine.visualization import LocalVisBackend
+from small_models import naive_student
 
 import psaq_mm
+from psaq_mm import SynthesisSettings
 from psaq_mm.engine import build_float_model, load_config
 
 IMAGES = 12
@@ -39,13 +44,11 @@ def configs(data, demo_config):
 
 @pytest.fixture(scope='module')
 def quantized_checkpoint(data, configs, demo_checkpoint):
-    """Quantized through the Python verbs."""
+    """Quantized from Python."""
     model = build_float_model(load_config(configs[1]))
     model.load_state_dict(torch.load(demo_checkpoint, weights_only=True)['state_dict'])
-    images = psaq_mm.synthesize(model, seed=0, num_images=4, batch_size=4, steps=10)
-    psaq_mm.quantize(model)
-    psaq_mm.calibrate(model, images)
-    psaq_mm.save(model, data / 'quantized.pth', seed=0)
+    images = psaq_mm.synthesize(model, SynthesisSettings(num_images=4, batch_size=4, steps=10))
+    psaq_mm.save(naive_student(model, images), data / 'quantized.pth')
     return data / 'quantized.pth'
 
 
@@ -90,6 +93,70 @@ def test_plain_mmdet_config(call_tool, configs, demo_checkpoint, quantized_check
         status, out, err = call_tool('test', configs[0], checkpoint, '--work-dir', tmp_path)
         assert status == 0, err
         assert 'coco/bbox_mAP' in out
+
+
+@VISBACKENDS.register_module()
+class SpyVisBackend(LocalVisBackend):
+    """Stands for one that opens a session."""
+    opened = 0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        SpyVisBackend.opened += 1
+
+
+@pytest.fixture
+def training_config(configs, data):
+    """A config as it was trained with: hooks of training, resumed, and watched from afar."""
+    config = data / 'training.py'
+    config.write_text(
+        f"_base_ = '{configs[0]}'\nresume = True\n"
+        "custom_hooks = [dict(type='EMAHook', momentum=0.0002), dict(type='SetEpochInfoHook')]\n"
+        # mmengine would hand out the visualizer of the test before, if this had its name.
+        f"visualizer = dict(name='{uuid.uuid4().hex}', vis_backends=["
+        "dict(type='LocalVisBackend'), dict(type='SpyVisBackend')])\n"
+        "recipe = 'w8a8'\n")
+    return config
+
+
+@pytest.mark.parametrize('asked', [False, True])
+def test_config_of_a_training(call_tool, training_config, quantized_checkpoint, tmp_path, asked):
+    """Nothing of it stands in the way of a test, or is told what is tested."""
+    before = SpyVisBackend.opened
+    status, out, err = call_tool(
+        'test', training_config, quantized_checkpoint, '--work-dir', tmp_path, '--metrics',
+        tmp_path / 'm.json', *['--use-vis-backends'] * asked)
+    assert status == 0, err
+    assert SpyVisBackend.opened - before == asked
+    assert ('not used: SpyVisBackend' in out) != asked
+    metrics = json.loads((tmp_path / 'm.json').read_text())['metrics']
+    assert metrics['coco/bbox_mAP'] > 0.5  # averaged weights would be the float model's or none
+
+
+@pytest.mark.parametrize('asked', [False, True])
+def test_quantizing_tells_nobody(call_tool, training_config, demo_checkpoint, tmp_path, asked):
+    before = SpyVisBackend.opened
+    status, out, err = call_tool(
+        'quantize', training_config, demo_checkpoint, '--work-dir', tmp_path,
+        *['--use-vis-backends'] * asked, '--cfg-options', 'synthesis.num_images=2',
+        'synthesis.steps=1', 'synthesis.image_size=64', 'log_level=WARNING')
+    assert status == 0, err
+    assert SpyVisBackend.opened - before == asked
+    assert ('not used: SpyVisBackend' in out) != asked
+
+
+def test_nothing_to_measure(call_tool, configs, demo_checkpoint, tmp_path):
+    """No box at all: said, and the file of metrics can be read by anybody."""
+    status, out, err = call_tool(
+        'test', configs[0], demo_checkpoint, '--work-dir', tmp_path, '--metrics',
+        tmp_path / 'm.json', '--cfg-options', 'model.test_cfg.rcnn.score_thr=1.1')
+    assert status == 0, err
+    assert 'no metric: ' in out
+
+    def refuse(name):
+        raise AssertionError(f'{name} is no JSON')
+
+    assert json.loads((tmp_path / 'm.json').read_text(), parse_constant=refuse)['metrics'] == {}
 
 
 def test_stock_mmdet_tool(configs, quantized_checkpoint, call_tool, tmp_path):

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Let any mmengine runner load a quantized checkpoint."""
+import os
 from typing import Any, Dict
 
 from mmengine.hooks import Hook
@@ -16,6 +17,7 @@ from psaq_mm.checkpoint import (
     is_quantized,
     prepare_for_loading,
 )
+from psaq_mm.checkpoint.integrity import DIGEST_KEY, require_undamaged
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.registry import HOOKS
@@ -34,8 +36,8 @@ class QuantizedCheckpointHook(Hook):
     float, so that the runner resumes from it.
 
     Raises:
-        UserError: If the checkpoint does not fit; mmengine by itself would
-            only warn.
+        UserError: If the checkpoint is damaged or does not fit; mmengine by
+            itself would only warn.
     """
 
     priority = 'VERY_HIGH'
@@ -46,6 +48,9 @@ class QuantizedCheckpointHook(Hook):
             self._convert(runner, model, checkpoint)
             return
         path = str(getattr(runner, '_load_from', None) or 'the checkpoint')
+        if DIGEST_KEY in checkpoint and os.path.isfile(path):  # mmengine has not looked at it
+            with open(path, 'rb') as file:
+                require_undamaged(file, path)
         checkpoint['state_dict'] = prepare_for_loading(model, checkpoint, path)
         runner.logger.info(f'{path} is quantized: '
                            f'{len(checkpoint["psaq_mm"]["modules"])} modules')

@@ -1,0 +1,79 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Images of one's own in the place of synthetic ones."""
+import pytest
+import torch
+from mmdet.models.backbones.swin import SwinTransformer
+
+import psaq_mm
+from psaq_mm import UserError
+
+RECIPE = psaq_mm.Recipe().changed(dict(
+    synthesis=dict(num_images=3, batch_size=2, image_size=56, steps=2),
+    calibration=dict(image_size=None), evolution=dict(batch_size=2)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return SwinTransformer(embed_dims=16, depths=(2, 2), num_heads=(1, 2), strides=(4, 2),
+                           out_indices=(0, 1))
+
+
+def same(a, b):
+    return all(torch.equal(x, b.state_dict()[key]) for key, x in a.state_dict().items())
+
+
+def test_synthetic_images_from_outside_give_the_same_student(model):
+    images = psaq_mm.synthesize(model, RECIPE.synthesis, seed=3)
+    student = psaq_mm.quantize(model, RECIPE, seed=3, images=images)
+    assert same(student, psaq_mm.quantize(model, RECIPE, seed=3))
+    assert not same(student, psaq_mm.quantize(model, RECIPE, seed=3, images=images.flip(0) / 2))
+
+
+def test_no_step_of_the_prior_is_taken(model):
+    phases = []
+    psaq_mm.quantize(model, RECIPE, images=torch.randn(3, 3, 56, 56),
+                     progress=lambda p: phases.append(p.phase))
+    assert set(phases) == {'calibration', 'rounding'}
+
+
+class Stop(Exception):
+    pass
+
+
+def test_resume(model, tmp_path):
+    recipe = RECIPE.changed(dict(evolution=dict(rounds=2, student_steps=3)))
+    images, file = torch.randn(3, 3, 56, 56), tmp_path / 'state.pth'
+    expected = psaq_mm.quantize(model, recipe, images=images)
+
+    def stop(progress):
+        if (progress.phase, progress.done) == ('evolution', 4):
+            raise Stop
+
+    with pytest.raises(Stop):
+        psaq_mm.quantize(model, recipe, images=images, progress=stop, state_file=file)
+    steps = []
+    student = psaq_mm.quantize(
+        model, recipe, images=images, state_file=file, resume=True,
+        progress=lambda p: steps.append(p.done) if p.phase == 'evolution' else None)
+    assert steps == [5, 6] and same(student, expected)
+    for others in (images + 1, None):
+        with pytest.raises(UserError, match='another images'):
+            psaq_mm.quantize(model, recipe, images=others, state_file=file, resume=True)
+
+
+@pytest.mark.parametrize('images, match', [
+    ([1, 2], 'list'), (torch.zeros(3, 56, 56), r'shape \(N, C, H, W\)'),
+    (torch.zeros(0, 3, 56, 56), 'at least 1'), (torch.zeros(2, 3, 56, 56).long(), 'float'),
+    (torch.zeros(2, 1, 56, 56), 'takes images of 3 channels, got 1'),
+    (torch.full((2, 3, 56, 56), float('nan')), 'not finite')])
+def test_refused_images(model, images, match):
+    with pytest.raises(UserError, match=match):
+        psaq_mm.quantize(model, RECIPE, images=images)
+
+
+def test_refused_size():
+    model = SwinTransformer(pretrain_img_size=56, embed_dims=16, depths=(1, 1), num_heads=(1, 1),
+                            strides=(4, 2), out_indices=(0, 1), use_abs_pos_embed=True)
+    with pytest.raises(UserError, match='the size of the images must make 196 patches'):
+        psaq_mm.quantize(model, RECIPE, images=torch.zeros(1, 3, 28, 28))
