@@ -135,8 +135,8 @@ def transfer_learned_ranges(model: nn.Module, images: Tensor, others: Tensor,
                          progress)
         after = activation_ranges(model)
     except BaseException:  # Ctrl-C too: what was learned is not lost
-        for quantizer, *state in kept:
-            quantizer.restore_range(*state)
+        for quantizer, scale, zero_point, was_learned in kept:
+            quantizer.restore_range(scale, zero_point, was_learned)
         raise
     for quantizer, ends in learned.items():
         lower, upper = (transferred_end(*triple) for triple in
