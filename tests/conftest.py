@@ -86,6 +86,15 @@ def single_stage(name, folder):
     return config
 
 
+def plain_student(model, **changes):
+    """A student by naive ranges and rounding at 8 bits, but for some settings."""
+    from psaq_mm import QuantizationSettings, prepare
+    from psaq_mm.recipe.merging import merged
+    plain = dict(weight=dict(rounding='nearest'), activation=dict(margin=0.), roles={},
+                 overrides={}, channel_limit=None)
+    return prepare(model, QuantizationSettings.from_dict(merged(plain, changes)))
+
+
 def calibrated_op(op, x):
     """Set the ranges of a quantized op: those of its weight, and of the rest on its input."""
     activations = [q for role, q in op.quantizers.items() if role != 'weight']

@@ -7,7 +7,7 @@ from typing import Any, Collection, Dict, FrozenSet, Mapping, Optional, Sequence
 from psaq_mm.errors import UserError
 from psaq_mm.quantization.placement import ROLES, resolve_placement
 from psaq_mm.quantization.spec import GPTQ, NEAREST, PER_CHANNEL, QuantSpec
-from psaq_mm.sections import build_section, is_number, nearest
+from psaq_mm.sections import build_section, is_integer, is_number, nearest
 
 from .merging import merged, plain_copy
 
@@ -25,6 +25,11 @@ def _patterns(value: Any, key: str) -> Sequence[str]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
         raise UserError(f'{key} must be a wildcard or a list of wildcards, got {value!r}')
     return tuple(value)
+
+
+def _not_of_activations(where: str, rounding: str) -> UserError:
+    return UserError(f"{where}.rounding must be '{NEAREST}': only weights can be rounded "
+                     f'otherwise, got {rounding!r}')
 
 
 def _weight() -> QuantSpec:
@@ -127,6 +132,12 @@ class QuantizationSettings:
         for name in ('weight', 'activation'):
             if not isinstance(getattr(self, name), QuantSpec):
                 raise UserError(f'{name} must be a QuantSpec, got {getattr(self, name)!r}')
+        if self.activation.rounding != NEAREST:
+            raise _not_of_activations('activation', self.activation.rounding)
+        for name in ('patch_embed_bits', 'predictor_bits'):
+            bits = getattr(self, name)
+            if bits is not None and (not is_integer(bits) or not 2 <= bits <= 8):
+                raise UserError(f'{name} must be None or an integer from 2 to 8, got {bits!r}')
         for name in ('roles', 'overrides'):
             if not isinstance(getattr(self, name), Mapping):
                 raise UserError(f'{name} must be a dict, got {getattr(self, name)!r}')
@@ -201,8 +212,7 @@ class QuantizationSettings:
                         where = f'overrides[{pattern!r}].{target}'
         spec = QuantSpec.from_dict(values, where)
         if group == 'activation' and spec.rounding != NEAREST:
-            raise UserError(f"{where}.rounding must be '{NEAREST}': only weights can be rounded "
-                            f'otherwise, got {spec.rounding!r}')
+            raise _not_of_activations(where, spec.rounding)
         return spec
 
     @classmethod

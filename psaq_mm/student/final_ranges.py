@@ -127,11 +127,17 @@ def transfer_learned_ranges(model: nn.Module, images: Tensor, others: Tensor,
             each finished batch, of either size. Defaults to None.
     """
     learned = activation_ranges(model)
-    calibrate_ranges(model, images, forward, batch_size, progress)
-    before = activation_ranges(model)
-    calibrate_ranges(model, others, forward, equal_pixel_batch(batch_size, images, others),
-                     progress)
-    after = activation_ranges(model)
+    kept = [(q, q.scale, q.zero_point, q.learned) for q in learned]
+    try:
+        calibrate_ranges(model, images, forward, batch_size, progress)
+        before = activation_ranges(model)
+        calibrate_ranges(model, others, forward, equal_pixel_batch(batch_size, images, others),
+                         progress)
+        after = activation_ranges(model)
+    except BaseException:  # Ctrl-C too: what was learned is not lost
+        for quantizer, scale, zero_point, was_learned in kept:
+            quantizer.restore_range(scale, zero_point, was_learned)
+        raise
     for quantizer, ends in learned.items():
         lower, upper = (transferred_end(*triple) for triple in
                         zip(ends, before[quantizer], after[quantizer]))

@@ -21,8 +21,15 @@ from psaq_mm.adapters.mmdet_swin import (
     QuantWindowMSA,
 )
 from psaq_mm.errors import UserError
-from psaq_mm.ops import QuantOp, apply_plan, plan_quantization, set_quantization
+from psaq_mm.ops import (
+    QuantOp,
+    apply_plan,
+    named_quant_ops,
+    plan_quantization,
+    set_quantization,
+)
 from psaq_mm.quantization import Quantizer, QuantSpec, sqnr_db
+from psaq_mm.recipe.merging import merged
 from psaq_mm.recipe.quantization import QuantizationSettings
 
 ADAPTER = MMDetSwinAdapter()
@@ -66,15 +73,17 @@ def convert(module, op, specs):
 
 
 def calibrate(module, *args, **kwargs):
-    quantizers = [m for m in module.modules() if isinstance(m, Quantizer)]
-    pending = [q for q in quantizers if not q.calibrated]
+    ops = [op for _, op in named_quant_ops(module)]
+    pending = [q for op in ops for role, q in op.quantizers.items()
+               if role != 'weight' and not q.calibrated]
     for quantizer in pending:
         quantizer.start_observing()
     with torch.no_grad():
         module(*args, **kwargs)
     for quantizer in pending:
         quantizer.finish_observing()
-    set_quantization(module, True)
+    for op in ops:
+        op.set_weight_range()
     return module
 
 
@@ -273,8 +282,9 @@ def test_patch_embed(norm, height, width):
 # The whole backbone
 
 def quantized(model, x, **settings):
-    plan = plan_quantization(model, QuantizationSettings.from_dict(settings), ADAPTER)
-    apply_plan(model, plan)
+    settings = merged(dict(weight=dict(rounding='nearest'), activation=dict(margin=0.),
+                           roles={}, overrides={}), settings)
+    apply_plan(model, plan_quantization(model, QuantizationSettings.from_dict(settings), ADAPTER))
     return calibrate(model, x)
 
 

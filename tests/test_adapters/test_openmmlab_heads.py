@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import DEMO, ROOT
+from conftest import DEMO, ROOT, plain_student
 from torch import nn
 
 import psaq_mm
+from psaq_mm import SynthesisSettings
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.mmdet_swin import MMDetSwinAdapter
 from psaq_mm.adapters.mmseg_swin import MMSegSwinAdapter, QuantMMSegWindowMSA
@@ -57,7 +58,7 @@ def test_adapter(models, name):
 @pytest.mark.parametrize('name', CONFIGS)
 @pytest.mark.parametrize('scope', ['backbone', 'model'])
 def test_every_layer_in_scope_sees_data(models, images, name, scope, tmp_path):
-    model = psaq_mm.quantize(copy.deepcopy(models[name]), scope=scope)
+    model = plain_student(models[name], scope=scope)
     psaq_mm.calibrate(model, images)  # raises for a quantizer that saw nothing
     heads = {n for n, _ in named_quant_ops(model) if not n.startswith('backbone.')}
     expected = set() if scope == 'backbone' else head_names(models[name])
@@ -76,7 +77,7 @@ def test_every_layer_in_scope_sees_data(models, images, name, scope, tmp_path):
 
 def test_transposed_convolution_of_mask_heads(models):
     for name, count in (('mask_rcnn', 1), ('cascade', 3)):
-        model = psaq_mm.quantize(copy.deepcopy(models[name]), scope='model')
+        model = plain_student(models[name], scope='model')
         ops = [op for _, op in named_quant_ops(model) if isinstance(op, QuantConvTranspose2d)]
         assert len(ops) == count
         assert all({'weight', 'input'} == set(op.quantizers) for op in ops)
@@ -96,7 +97,7 @@ def test_segmentor_runs_as_it_predicts(models, images):
 
 
 def test_quantized_segmentor_predicts_through_quantized_ops(models, images):
-    model = psaq_mm.quantize(copy.deepcopy(models['upernet']), scope='model',
+    model = plain_student(models['upernet'], scope='model',
                              weight=dict(bits=2), activation=dict(bits=2))
     psaq_mm.calibrate(model, images)
     assert any(isinstance(m, QuantMMSegWindowMSA) for m in model.modules())
@@ -155,16 +156,18 @@ def test_batch_norm_runs_on_few_proposals(models, images):
 def test_images_descend_on_the_statistics(models, name):
     losses = []
     psaq_mm.synthesize(
-        models[name], num_images=1, image_size=112, steps=12, shifts=(0, ), flip=0., lr=0.1,
-        priors=dict(batch_norm=dict(type='BatchNormPrior')),
+        models[name], SynthesisSettings(
+            num_images=1, image_size=112, steps=12, shifts=(0, ), flip=0., lr=0.1,
+            priors=dict(batch_norm=dict(type='BatchNormPrior'))),
         progress=lambda values: losses.append(values['batch_norm']))
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_statistics_need_batch_norm(models):
     with pytest.raises(psaq_mm.UserError, match='priors.batch_norm needs BatchNorm statistics'):
-        psaq_mm.synthesize(models['mask_rcnn'], num_images=1, image_size=56, steps=1,
-                           priors=dict(batch_norm=dict(type='BatchNormPrior')))
+        psaq_mm.synthesize(models['mask_rcnn'], SynthesisSettings(
+            num_images=1, image_size=56, steps=1,
+            priors=dict(batch_norm=dict(type='BatchNormPrior'))))
 
 
 # Other heads: no code of ours knows them
@@ -197,8 +200,9 @@ def test_other_heads_on_a_swin(host, scope, tmp_path):
     config = load_config(config)
     model = build_float_model(config)
     torch.manual_seed(0)
-    images = psaq_mm.synthesize(model, num_images=1, image_size=(64, 96), steps=1)
-    psaq_mm.quantize(model, scope=scope)
+    images = psaq_mm.synthesize(model, SynthesisSettings(
+        num_images=1, image_size=(64, 96), steps=1))
+    model = plain_student(model, scope=scope)
     psaq_mm.calibrate(model, images)
     outside = [n for n, _ in named_quant_ops(model) if not n.startswith('backbone.')]
     assert bool(outside) is (scope == 'model')

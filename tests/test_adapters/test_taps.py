@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import DEMO, single_stage
+from conftest import DEMO, plain_student, single_stage
 from mmdet.structures.bbox import bbox2roi
 from torch import nn
 
@@ -301,7 +301,7 @@ def test_heads_that_take_more_than_features():
 @pytest.mark.parametrize('name', ['mask_rcnn', 'swin'])
 def test_quantized_student_has_the_same_taps(name, models, record):
     """And gradients reach images and weights through all of them."""
-    student = psaq_mm.quantize(copy.deepcopy(models(name)))
+    student = plain_student(models(name))
     images, teacher = images_for(name), record(name)
     psaq_mm.calibrate(student, images)
     weight = next(p for key, p in student.named_parameters() if 'qkv.weight' in key)

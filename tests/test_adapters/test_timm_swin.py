@@ -8,11 +8,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import plain_student
 from timm.layers import PatchEmbed
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import nn
 
 import psaq_mm
+from psaq_mm import SynthesisSettings
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.timm_adapter import QuantTimmPatchEmbed
 from psaq_mm.adapters.timm_swin import (
@@ -56,7 +58,7 @@ def classifier(**changes):
 
 
 def calibrated(module, op, roles, *inputs, spec=ASYMMETRIC):
-    """The op on a copy, with ranges from some inputs, switched on."""
+    """The op on a copy, with ranges from some inputs."""
     op = op.from_float(copy.deepcopy(module), dict.fromkeys(roles, spec))
     for quantizer in op.quantizers.values():
         quantizer.start_observing()
@@ -64,7 +66,6 @@ def calibrated(module, op, roles, *inputs, spec=ASYMMETRIC):
         op(*inputs)
     for quantizer in op.quantizers.values():
         quantizer.finish_observing()
-    set_quantization(op, True)
     return op
 
 
@@ -180,7 +181,7 @@ def test_attention_is_never_fused(monkeypatch):
     monkeypatch.setattr(F, 'scaled_dot_product_attention', fused)
     with pytest.raises(AssertionError, match='fused'):
         model(x)
-    psaq_mm.quantize(model)
+    model = plain_student(model)
     psaq_mm.calibrate(model, x)
     assert sqnr_db(expected, model(x)) > 20
 
@@ -259,7 +260,7 @@ def test_every_quantizer_is_calibrated(placement, scope, build):
     prefix = 'model.' if build is classifier else ''
     with torch.no_grad():
         expected = model(x)
-        psaq_mm.quantize(model, placement=placement, scope=scope)
+        model = plain_student(model, placement=placement, scope=scope)
         assert torch.equal(model(x), expected)
         assert quantizer_names(model) == {
             prefix + name for name in expected_names(placement, scope)}
@@ -278,7 +279,7 @@ def test_fewer_bits_are_worse():
         model = swin()
         with torch.no_grad():
             expected = model(x)
-            psaq_mm.quantize(model, weight=dict(bits=bits), activation=dict(bits=bits))
+            model = plain_student(model, weight=dict(bits=bits), activation=dict(bits=bits))
             noise.append(sqnr_db(expected, psaq_mm.calibrate(model, x)(x)))
     assert noise[0] > noise[1] + 6 > noise[2] + 12  # a bit is worth 6 dB
 
@@ -289,7 +290,7 @@ def test_round_trip(build, scope, tmp_path):
     model, x = build(), torch.randn(2, 3, 56, 56)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     float_logits = model(x)
-    psaq_mm.quantize(model, scope=scope, weight=dict(bits=4))
+    model = plain_student(model, scope=scope, weight=dict(bits=4))
     psaq_mm.calibrate(model, x)
     psaq_mm.save(model, tmp_path / 'quantized.pth')
     other = psaq_mm.load(build(), tmp_path / 'quantized.pth')
@@ -304,8 +305,8 @@ def test_round_trip(build, scope, tmp_path):
 @pytest.mark.parametrize('build', [swin, classifier])
 def test_synthesize(build):
     model = build()
-    images = psaq_mm.synthesize(model, num_images=2, batch_size=2, image_size=56, steps=3,
-                                lr=100.)
+    images = psaq_mm.synthesize(model, SynthesisSettings(
+        num_images=2, batch_size=2, image_size=56, steps=3, lr=100.))
     assert images.shape == (2, 3, 56, 56)
     low, high = ADAPTER.valid_range(model)
     assert torch.allclose(images.amin((0, 2, 3)), low.flatten())
@@ -408,7 +409,7 @@ def test_recording_a_quantized_model(placement):
             return recorder.take()
 
     plain = record()
-    psaq_mm.quantize(model, placement=placement)
+    model = plain_student(model, placement=placement)
     psaq_mm.calibrate(model, x)
     records = record()
     assert len(records) == len(plain) == 4
@@ -511,7 +512,7 @@ def test_image_size():
         with pytest.raises(UserError, match='synthesis.image_size must be 56, .*got 64$'):
             ADAPTER.check_image_size(model, (64, 64))
         with pytest.raises(UserError, match='synthesis.image_size must be 56'):
-            psaq_mm.synthesize(model, image_size=64)
+            psaq_mm.synthesize(model, SynthesisSettings(image_size=64))
     with pytest.raises(UserError, match=r'must be \[24, 64\], .*got 56$'):
         ADAPTER.check_image_size(swin(img_size=(24, 64)), (56, 56))
     dynamic = swin(dynamic_img_size=True)

@@ -6,11 +6,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import plain_student
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import psaq_mm
+from psaq_mm import SynthesisSettings
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.timm_vit import (
     DEIT_III_AUTHORS,
@@ -52,7 +54,7 @@ def classifier(name=DEIT, **changes):
 
 
 def calibrated(module, op, roles, *inputs, spec=ASYMMETRIC):
-    """The op on a copy, with ranges from some inputs, switched on."""
+    """The op on a copy, with ranges from some inputs."""
     op = op.from_float(copy.deepcopy(module), dict.fromkeys(roles, spec))
     for quantizer in op.quantizers.values():
         quantizer.start_observing()
@@ -60,7 +62,6 @@ def calibrated(module, op, roles, *inputs, spec=ASYMMETRIC):
         op(*inputs)
     for quantizer in op.quantizers.values():
         quantizer.finish_observing()
-    set_quantization(op, True)
     return op
 
 
@@ -175,7 +176,7 @@ def test_attention_is_never_fused(monkeypatch):
     monkeypatch.setattr(F, 'scaled_dot_product_attention', fused)
     with pytest.raises(AssertionError, match='fused'):
         model(x)
-    psaq_mm.quantize(model)
+    model = plain_student(model)
     psaq_mm.calibrate(model, x)
     assert sqnr_db(expected, model(x)) > 20
 
@@ -233,7 +234,7 @@ def test_every_quantizer_is_calibrated(placement, scope, name, build):
     prefix = 'model.' if build is classifier else ''
     with torch.no_grad():
         expected = model(x)
-        psaq_mm.quantize(model, placement=placement, scope=scope)
+        model = plain_student(model, placement=placement, scope=scope)
         assert torch.allclose(model(x), expected, atol=1e-6)  # not fused any more
         assert quantizer_names(model) == {
             prefix + point for point in expected_names(name, placement, scope)}
@@ -251,7 +252,7 @@ def test_every_quantizer_is_calibrated(placement, scope, name, build):
     dict(dynamic_img_size=True), dict(init_values=0.1)])
 def test_other_vits_are_calibrated_too(changes, scope):
     model, x = vit(**changes), torch.randn(2, 3, 64, 64)
-    psaq_mm.quantize(model, scope=scope, placement='v1')
+    model = plain_student(model, scope=scope, placement='v1')
     psaq_mm.calibrate(model, x)
     assert any(name.startswith(('head', 'attn_pool')) for name, _ in named_quant_ops(model)) \
         is (scope == 'model')
@@ -263,7 +264,7 @@ def test_round_trip(build, scope, tmp_path):
     model, x = build(), torch.randn(2, 3, 64, 64)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     float_logits = model(x)
-    psaq_mm.quantize(model, scope=scope, weight=dict(bits=4))
+    model = plain_student(model, scope=scope, weight=dict(bits=4))
     psaq_mm.calibrate(model, x)
     psaq_mm.save(model, tmp_path / 'quantized.pth')
     other = psaq_mm.load(build(), tmp_path / 'quantized.pth')
@@ -278,8 +279,8 @@ def test_round_trip(build, scope, tmp_path):
 @pytest.mark.parametrize('build', [vit, classifier])
 def test_synthesize(build):
     model = build()
-    images = psaq_mm.synthesize(model, num_images=2, batch_size=2, image_size=64, steps=3,
-                                lr=100.)
+    images = psaq_mm.synthesize(model, SynthesisSettings(
+        num_images=2, batch_size=2, image_size=64, steps=3, lr=100.))
     assert images.shape == (2, 3, 64, 64)
     low, high = ADAPTER.valid_range(model)
     assert torch.allclose(images.amin((0, 2, 3)), low.flatten())
@@ -347,7 +348,7 @@ def test_recording_a_quantized_model(placement):
             return recorder.take()
 
     plain = record()
-    psaq_mm.quantize(model, placement=placement)
+    model = plain_student(model, placement=placement)
     psaq_mm.calibrate(model, x)
     records = record()
     assert len(records) == len(plain) == 2

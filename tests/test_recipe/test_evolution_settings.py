@@ -90,45 +90,39 @@ def test_bad_taps(taps, message):
         EvolutionSettings.from_dict(dict(taps=taps))
 
 
-ALL = dict.fromkeys(TAP_GROUPS, 1.)
+def test_losses_are_no_setting():
+    """Which is the right one follows from the group."""
+    with pytest.raises(UserError, match=r'^unknown key evolution.losses\.'):
+        EvolutionSettings.from_dict(dict(losses=dict(scores='binary_kl')))
 
 
-@pytest.mark.parametrize('losses, message', [
-    (None, 'evolution.losses must be a dict of groups, got None'),
-    ('binary_kl', 'evolution.losses must be a dict of groups'),
-    (dict(score='binary_kl'), r"unknown key evolution.losses.score\. Did you mean 'scores'\?"),
-    (dict(scores='softmax_kl'), 'evolution.losses.scores must be one of relative_l1, '
-                                "relative_l2, binary_kl, got 'softmax_kl'"),
-    (dict(logits='binary_kl'), 'evolution.losses.logits must be one of relative_l1, '
-                               "relative_l2, softmax_kl, got 'binary_kl'"),
-    (dict(deltas='smooth_l1'), 'evolution.losses.deltas must be one of relative_l1, relative_l2, '
-                               'confident_smooth_l1, got'),
-    (dict(backbone='binary_kl'), 'evolution.losses.backbone must be one of relative_l1, '
-                                 'relative_l2, got'),
-    (dict(neck=None), 'evolution.losses.neck must be one of'),
-    (dict(rois=[]), 'evolution.losses.rois must be one of'),
-])
-def test_bad_losses(losses, message):
-    with pytest.raises(UserError, match=f'^{message}'):
-        EvolutionSettings.from_dict(dict(losses=losses, taps=ALL))
+def test_copy_of_taps():
+    taps = dict(backbone=1.)
+    settings = EvolutionSettings(taps=taps)
+    taps['backbone'] = 5.
+    assert settings.taps == dict(backbone=1.)
 
 
-@pytest.mark.parametrize('group, names', [
-    ('backbone', ()), ('neck', ()), ('rois', ()), ('scores', ('binary_kl', )),
-    ('deltas', ('confident_smooth_l1', )), ('logits', ('softmax_kl', ))])
-def test_losses_of_each_group(group, names):
-    for name in ('relative_l1', 'relative_l2', *names):
-        settings = EvolutionSettings.from_dict(dict(taps=ALL, losses={group: name}))
-        assert settings.losses[group] == name
+@pytest.mark.parametrize('learn, weights', [('ranges', False), ('both', False), ('ranges', True),
+                                            ('weights', True)])
+def test_something_to_learn(learn, weights):
+    EvolutionSettings(learn=learn).require_learnable(weights)
 
 
-def test_confident_deltas_need_scores():
-    losses = dict(deltas='confident_smooth_l1')
-    for taps in (dict(deltas=1.), dict(deltas=1., scores=0.)):
-        with pytest.raises(UserError, match='^evolution.losses.deltas=confident_smooth_l1 asks '
-                                            'the scores of the teacher: give taps.scores'):
-            EvolutionSettings.from_dict(dict(taps=taps, losses=losses))
-    EvolutionSettings.from_dict(dict(taps=dict(deltas=1., scores=0.1), losses=losses))
+def test_nothing_to_learn():
+    with pytest.raises(UserError, match="^evolution.learn='weights', but no weight is quantized; "
+                                        "set it to 'ranges', or let"):
+        EvolutionSettings(learn='weights').require_learnable(False)
+
+
+@pytest.mark.parametrize('batch_size, processes, even', [(4, 3, 6), (1, 2, 2), (9, 8, 16)])
+def test_batches_among_processes(batch_size, processes, even):
+    settings = EvolutionSettings(rounds=1, batch_size=batch_size)
+    with pytest.raises(UserError, match=f'^evolution.batch_size must be a multiple of the '
+                                        f'{processes} processes, got {batch_size}; try {even}$'):
+        settings.require_even_batches(processes)
+    EvolutionSettings(rounds=1, batch_size=even).require_even_batches(processes)
+    EvolutionSettings(batch_size=batch_size).require_even_batches(processes)  # no game
 
 
 def test_chosen_groups():
@@ -164,8 +158,7 @@ def test_section_that_is_no_dict(section):
 def test_section_of_a_config():
     """mmengine's own keys are passed over."""
     config = Config(dict(evolution=dict(
-        _scope_='mmdet', rounds=3, taps=dict(_scope_='mmdet', neck=0.5),
-        losses=dict(_scope_='mmdet', neck='relative_l2'))))
+        _scope_='mmdet', rounds=3, taps=dict(_scope_='mmdet', neck=0.5))))
     settings = EvolutionSettings.from_dict(config.to_dict()['evolution'])
     assert (settings.rounds, settings.taps['neck']) == (3, 0.5)
     assert settings.chosen_groups(TAP_GROUPS) == ('neck', )
@@ -179,7 +172,7 @@ def test_section_of_a_config():
     ([32, 64], (32, 64))])
 def test_size_of_the_last_ranges(value, expected):
     settings = CalibrationSettings.from_dict(dict(image_size=value))
-    assert settings.size == expected and settings.image_size == value
+    assert settings.size == expected and settings.image_size == (expected or value)
 
 
 @pytest.mark.parametrize('value', ['train', '', 0, -1, 1.5, True, (64, ), (64, 64, 3), (64, 0),

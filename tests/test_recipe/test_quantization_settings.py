@@ -5,16 +5,25 @@ import pytest
 from psaq_mm.errors import UserError
 from psaq_mm.quantization import QuantSpec
 from psaq_mm.quantization.placement import PLACEMENTS, ROLES, resolve_placement
+from psaq_mm.recipe.merging import merged
 from psaq_mm.recipe.quantization import QuantizationSettings
+
+PLAIN = dict(weight=dict(rounding='nearest'), activation=dict(margin=0.), roles={}, overrides={})
 
 
 def settings(**values):
+    """With naive ranges and rounding, but for these values."""
+    return QuantizationSettings.from_dict(merged(PLAIN, values))
+
+
+def of_section(**values):
+    """Of these values alone, as in a config."""
     return QuantizationSettings.from_dict(values)
 
 
 def message_of(**values):
     with pytest.raises(UserError) as error:
-        settings(**values)
+        of_section(**values)
     return str(error.value)
 
 
@@ -24,10 +33,11 @@ def test_defaults():
     assert chosen.scope == 'backbone'
     assert (tuple(chosen.include), tuple(chosen.exclude)) == (('*', ), ())
     assert chosen.placed_roles == {'weight', 'input', 'query', 'key', 'attention', 'value'}
-    assert not chosen.learnable_ranges
-    weight = QuantSpec(8, True, 'per_channel')
-    activation = QuantSpec(8, False, 'per_tensor')
-    for role in ROLES:
+    assert chosen.channel_limit == 1.5
+    weight = QuantSpec(8, True, 'per_channel', rounding='gptq')
+    activation = QuantSpec(8, False, 'per_tensor', margin=2.)
+    assert (chosen.weight, chosen.activation) == (weight, activation)
+    for role in set(ROLES) - {'attention', 'input'}:  # these have rules of their own
         assert chosen.spec_for('any', role) == (weight if role == 'weight' else activation)
 
 
@@ -125,7 +135,8 @@ def test_overrides_of_a_kind():
                                       (('roi_head', 'predictor'), 6, 7)):
         assert chosen.spec_for('fc', 'weight', kinds).bits == weight
         assert chosen.spec_for('fc', 'input', kinds).bits == activation
-    with pytest.raises(UserError, match=r"'@predictors'.*@patch_embed, @predictor, @roi_head, @segmentor"):
+    with pytest.raises(UserError, match="'@predictors'.*: @patch_embed, @predictor, @roi_head, "
+                                        '@segmentor'):
         settings(overrides={'@predictors': {}})
     with pytest.raises(UserError, match='bits'):
         settings(overrides={'@predictor': dict(input=dict(bits=11))})
@@ -140,9 +151,9 @@ def test_observer_of_a_group():
 # Placement and wildcards
 
 def test_rounding_is_of_weights():
-    settings = QuantizationSettings(weight=dict(rounding='gptq'), roles=dict(weight=dict(bits=4)))
-    assert settings.spec_for('layer', 'weight').rounding == 'gptq'
-    assert settings.spec_for('layer', 'input').rounding == 'nearest'
+    chosen = settings(weight=dict(rounding='gptq'), roles=dict(weight=dict(bits=4)))
+    assert chosen.spec_for('layer', 'weight').rounding == 'gptq'
+    assert chosen.spec_for('layer', 'input').rounding == 'nearest'
 
 
 @pytest.mark.parametrize('values, where', [
@@ -196,10 +207,20 @@ def test_scope():
         "quantization.scope must be one of backbone, model, got 'neck'")
 
 
-def test_learnable_ranges():
-    assert settings(learnable_ranges=True).learnable_ranges is True
-    assert message_of(learnable_ranges=1) == (
-        'quantization.learnable_ranges must be True or False, got 1')
+def test_groups_change_their_defaults():
+    """Of a section's group only what differs is there; a spec is a whole one."""
+    chosen = of_section(weight=dict(bits=4), activation=dict(margin=0.))
+    assert chosen.weight == QuantSpec(4, True, 'per_channel', rounding='gptq')
+    assert chosen.activation == QuantSpec(8, False)
+    for values in (of_section(weight=QuantSpec(3)), QuantizationSettings(weight=QuantSpec(3))):
+        assert values.weight == QuantSpec(3, True, 'per_tensor', rounding='nearest')
+    with pytest.raises(UserError, match='^weight must be a QuantSpec, got '):
+        QuantizationSettings(weight=dict(bits=4))
+
+
+def test_ranges_are_learned_or_not_without_a_setting():
+    assert message_of(learnable_ranges=True).startswith(
+        'unknown key quantization.learnable_ranges.')
 
 
 # Unknown keys and wrong values
@@ -243,9 +264,8 @@ def test_wrong_value(values, message):
 @pytest.mark.parametrize('key', ['patch_embed_bits', 'predictor_bits'])
 @pytest.mark.parametrize('bits', [1, 9, '8', 4.0, True])
 def test_wrong_bits_of_the_first_or_last_layer(bits, key):
-    message = message_of(**{key: bits})
-    assert message.startswith(f'quantization.{key}')
-    assert message.endswith(f'must be an integer from 2 to 8, got {bits!r}')
+    assert message_of(**{key: bits}) == (
+        f'quantization.{key} must be None or an integer from 2 to 8, got {bits!r}')
 
 
 @pytest.mark.parametrize('values, where', [

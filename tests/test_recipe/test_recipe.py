@@ -118,7 +118,8 @@ def test_changed():
     assert before.to_dict() == values
     quantization = recipe.quantization
     assert (quantization.scope, quantization.placement) == ('model', ('weight', 'input'))
-    assert quantization.include == ('backbone.*', 'neck.*') and quantization.exclude == ('*.norm', )
+    assert quantization.include == ('backbone.*', 'neck.*')
+    assert quantization.exclude == ('*.norm', )
     assert quantization.weight == QuantSpec(5, True, 'per_channel')
     assert (quantization.activation.bits, quantization.activation.bounds) == (4, (-1, 3.5))
     assert quantization.roles == dict(input=dict(symmetric=True))

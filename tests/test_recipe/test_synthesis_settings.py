@@ -13,8 +13,10 @@ def test_defaults():
     settings = SynthesisSettings.from_dict(None)
     assert settings == SynthesisSettings()
     assert settings.batches() == [8]
-    assert settings.size == (224, 224)
-    assert settings.total_steps == 200  # one batch, two phases of 100 steps
+    assert settings.image_size is None  # that of the model
+    with pytest.raises(ValueError, match='follows a model'):
+        assert settings.size
+    assert settings.total_steps == 100  # one batch, two phases of 50 steps
     terms = settings.build_priors()
     assert isinstance(terms['patch_similarity'], PatchSimilarityPrior)
     assert isinstance(terms['total_variation'], TotalVariationPrior)
@@ -46,10 +48,10 @@ def test_bad_counts(key, value):
         SynthesisSettings.from_dict({key: value})
 
 
-@pytest.mark.parametrize('value', [*NOT_COUNTS, 'x', (1, 2, 3), (), (224, 0), (224, -1),
-                                   (224, 2.5), ('224', 224), {'h': 224}])
+@pytest.mark.parametrize('value', [0, -1, 1.5, '8', True, [8], 'x', (1, 2, 3), (), (224, 0),
+                                   (224, -1), (224, 2.5), ('224', 224), {'h': 224}])
 def test_bad_image_size(value):
-    with pytest.raises(UserError, match='^synthesis.image_size must be a positive integer'):
+    with pytest.raises(UserError, match='^synthesis.image_size must be None, a positive integer'):
         SynthesisSettings.from_dict(dict(image_size=value))
 
 

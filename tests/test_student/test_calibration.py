@@ -1,9 +1,15 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+import copy
+import io
 import math
+import pickle
 
 import pytest
 import torch
+from conftest import plain_student
 from mmdet.models.backbones.swin import SwinTransformer
+from mmengine.model import ExponentialMovingAverage
+from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 import psaq_mm
@@ -69,7 +75,7 @@ def seen_by_hooks(model, images):
 @pytest.mark.parametrize('granularity', ['per_tensor', 'per_channel'])
 @pytest.mark.parametrize('symmetric', [False, True])
 def test_ranges_are_what_hooks_saw(placement, granularity, symmetric, images):
-    model = psaq_mm.quantize(swin(), placement=placement, activation=dict(
+    model = plain_student(swin(), placement=placement, activation=dict(
         granularity=granularity, symmetric=symmetric))
     psaq_mm.calibrate(model, images, batch_size=2)
     seen = seen_by_hooks(model, images)
@@ -94,7 +100,7 @@ def test_ranges_are_what_hooks_saw(placement, granularity, symmetric, images):
 
 def test_batches_do_not_change_the_ranges(images):
     results = []
-    model = psaq_mm.quantize(swin())
+    model = plain_student(swin())
     for size in (1, 2, 5, 8):
         psaq_mm.calibrate(model, images, batch_size=size)
         results.append(ranges(model))
@@ -104,7 +110,7 @@ def test_batches_do_not_change_the_ranges(images):
 
 
 def test_batches_and_progress(images):
-    model = psaq_mm.quantize(swin())
+    model = plain_student(swin())
     sizes, done = [], []
     calibrate_ranges(model, images, lambda batch: (sizes.append(len(batch)), model(batch)),
                      batch_size=2, progress=done.append)
@@ -113,7 +119,7 @@ def test_batches_and_progress(images):
 
 def test_float_activations_are_observed(images):
     """A second calibration, of a model switched on, sets the same ranges."""
-    model = psaq_mm.quantize(swin(), activation=dict(bits=2))
+    model = plain_student(swin(), activation=dict(bits=2))
     psaq_mm.calibrate(model, images)
     first = ranges(model)
     psaq_mm.calibrate(model, images)
@@ -121,37 +127,89 @@ def test_float_activations_are_observed(images):
 
 
 def test_afterwards(images):
-    model = psaq_mm.quantize(swin())
-    weights = {n: q.scale.clone() for n, q in named_quantizers(model) if 'weight' in n}
+    model = plain_student(swin())
     model.train()
     model.patch_embed.eval()
     before = {m: m.training for m in model.modules()}
-    psaq_mm.calibrate(model, images)
+    assert psaq_mm.calibrate(model, images) is model
     assert {m: m.training for m in model.modules()} == before
-    for name, quantizer in named_quantizers(model):
-        assert quantizer.observer is None and quantizer.calibrated and quantizer.enabled
+    for _, quantizer in named_quantizers(model):
+        assert quantizer.observer is None and quantizer.active and not quantizer.learned
         assert not quantizer._forward_hooks and not quantizer._forward_pre_hooks
-        assert name not in weights or torch.equal(quantizer.scale, weights[name])
+
+
+def test_ranges_of_weights(images):
+    """They are the weight's own, and are set once: the weight may be learned after that."""
+    model = plain_student(swin(), weight=dict(bits=4))
+    psaq_mm.calibrate(model, images)
+    for name, op in named_quant_ops(model):
+        if op.weight_quantizer is not None:
+            top = 127 if name == 'patch_embed.projection' else 7
+            expected = op.weight.detach().flatten(1).abs().amax(1) / top
+            torch.testing.assert_close(op.weight_quantizer.scale, expected)
+    before = {n: q.scale.clone() for n, q in named_quantizers(model) if 'weight' in n}
+    with torch.no_grad():
+        for _, op in named_quant_ops(model):
+            if op.weight_quantizer is not None:
+                op.weight.mul_(0.5)
+    psaq_mm.calibrate(model, 2 * images)
+    assert all(torch.equal(q.scale, before[n]) for n, q in named_quantizers(model) if n in before)
+
+
+def state_of(model):
+    return {name: (q.scale.clone(), q.zero_point.clone(), q.learned)
+            for name, q in named_quantizers(model)}
+
+
+def assert_left_alone(model, before):
+    """No range, switch, observer or hook is another."""
+    for name, quantizer in named_quantizers(model):
+        scale, zero_point, learned = before[name]
+        assert torch.equal(quantizer.scale, scale), name
+        assert torch.equal(quantizer.zero_point, zero_point), name
+        assert quantizer.learned is learned and quantizer.enabled
+        assert quantizer.observer is None
+        assert not quantizer._forward_hooks and not quantizer._forward_pre_hooks
+
+
+@pytest.fixture(params=[False, True], ids=['first', 'again'])
+def student(request, images):
+    """Without ranges, or with some of an earlier calibration, one of which was learned."""
+    model = plain_student(swin())
+    if request.param:
+        psaq_mm.calibrate(model, 0.3 * images)
+        next(q for n, q in named_quantizers(model) if 'weight' not in n).learned = True
+    return model
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize('index', [0, 3])
-def test_images_that_are_not_finite(value, index, images):
+def test_images_that_are_not_finite(value, index, images, student):
+    images = images.clone()
     images[index, 1, 5, 5] = value
-    model = psaq_mm.quantize(swin())
+    before = state_of(student)
     with pytest.raises(UserError, match=r'calibration failed: patch_embed.projection \(input\): '
                                         '.*NaN or infinite'):
-        psaq_mm.calibrate(model, images, batch_size=2)
-    for _, quantizer in named_quantizers(model):
-        assert quantizer.observer is None and not quantizer.enabled
-        assert not quantizer._forward_hooks and not quantizer._forward_pre_hooks
+        psaq_mm.calibrate(student, images, batch_size=2)
+    assert_left_alone(student, before)
 
 
-def test_activations_that_are_not_finite(images):
-    model = psaq_mm.quantize(swin())
-    model.stages[1].blocks[0].norm2.weight.data[3] = math.inf
+def test_activations_that_are_not_finite(images, student):
+    before = state_of(student)
+    student.stages[1].blocks[0].norm2.weight.data[3] = math.inf
     with pytest.raises(UserError, match=r'stages.1.blocks.0.ffn.layers.0.0 \(input\): '):
-        psaq_mm.calibrate(model, images)
+        psaq_mm.calibrate(student, images)
+    assert_left_alone(student, before)
+
+
+def test_weight_that_is_not_finite(images):
+    """The last range that is set: all before it are taken back."""
+    model = plain_student(swin())
+    model.stages[1].blocks[1].ffn.layers[1].weight.data[3, 2] = math.nan
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r'^stages.1.blocks.1.ffn.layers.1 \(weight\): .*NaN or'):
+        calibrate_ranges(model, images, lambda batch: model(batch))
+    assert_left_alone(model, before)
 
 
 def test_quantizer_that_sees_nothing():
@@ -163,26 +221,28 @@ def test_quantizer_that_sees_nothing():
             self.backbone = swin()
             self.unused = nn.Linear(2, 2)
 
-    model = psaq_mm.quantize(Twins(), scope='model')
+    model = plain_student(Twins(), scope='model')
+    before = state_of(model)
     with pytest.raises(ValueError, match=r'^unused \(input\): no values were observed'):
         calibrate_ranges(model, torch.randn(1, 3, 56, 56), model.backbone)
-    assert all(q.observer is None and not q.enabled for _, q in named_quantizers(model))
+    assert_left_alone(model, before)
 
 
-def test_other_errors_pass_through(images):
-    model = psaq_mm.quantize(swin())
+def test_other_errors_pass_through(images, student):
+    before = state_of(student)
 
     def fail(batch):
-        model(batch)
+        student(batch)
         raise ValueError('of the caller')
 
     with pytest.raises(ValueError, match='^of the caller$'):
-        calibrate_ranges(model, images, fail)
+        calibrate_ranges(student, images, fail)
+    assert_left_alone(student, before)
     with pytest.raises(KeyboardInterrupt):
-        calibrate_ranges(model, images, raise_interrupt)
-    for _, quantizer in named_quantizers(model):
-        assert quantizer.observer is None and not quantizer.enabled
-        assert not quantizer._forward_hooks and not quantizer._forward_pre_hooks
+        calibrate_ranges(student, images, raise_interrupt)
+    assert_left_alone(student, before)
+    psaq_mm.calibrate(student, images)  # nothing stands in the way of another try
+    assert all(q.active and not q.learned for _, q in named_quantizers(student))
 
 
 def raise_interrupt(batch):
@@ -191,14 +251,56 @@ def raise_interrupt(batch):
 
 @pytest.mark.parametrize('shape', [(0, 3, 56, 56), (3, 56, 56), (1, 1, 3, 56, 56)])
 def test_images_of_another_shape(shape):
-    model = psaq_mm.quantize(swin())
+    model = plain_student(swin())
     with pytest.raises(UserError, match=r'images of shape \(N, C, H, W\)'):
         psaq_mm.calibrate(model, torch.zeros(shape))
 
 
 def test_no_quantized_modules(images):
-    with pytest.raises(UserError, match='no quantized modules: call psaq_mm.quantize first'):
+    with pytest.raises(UserError, match='no quantized modules: call psaq_mm.prepare first'):
         psaq_mm.calibrate(swin(), images)
+
+
+# Ranges are in the state dict
+
+
+def saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize('load', [
+    lambda model, state: model.load_state_dict(state),
+    lambda model, state: model.load_state_dict(saved(state)),
+    lambda model, state: load_state_dict(model, saved(state), strict=True)],
+    ids=['torch', 'file', 'mmengine'])
+@pytest.mark.parametrize('values', [
+    dict(weight=dict(bits=4), activation=dict(bits=4)), dict(placement='v1'),
+    dict(activation=dict(symmetric=True, granularity='per_channel'))])
+def test_state_dict_says_that_a_model_quantizes(values, load, images):
+    student = psaq_mm.calibrate(plain_student(swin(), **values), images)
+    other = plain_student(swin(), **values)
+    with torch.no_grad():
+        expected, plain = student(images), other(images)
+        load(other, student.state_dict())
+        assert all(map(torch.equal, other(images), expected))
+        assert not any(map(torch.equal, other(images), plain))
+        load(other, plain_student(swin(), **values).state_dict())  # and that it does not
+        assert not any(q.active for _, q in named_quantizers(other))
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)),
+                                    lambda m: ExponentialMovingAverage(m).module],
+                         ids=['deepcopy', 'pickle', 'average'])
+def test_copies_quantize_too(copied, images):
+    student = psaq_mm.calibrate(plain_student(swin(), activation=dict(bits=4)), images)
+    with torch.no_grad():
+        expected = student(images)
+        twin = copied(student)
+        twin.eval()
+        assert all(map(torch.equal, twin(images), expected))
 
 
 def test_quantizer_alone():

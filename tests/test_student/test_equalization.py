@@ -99,3 +99,36 @@ def test_what_is_read_by_something_else_too(block, images):
         equalize_channels(block, READERS, images,
                           lambda batch: [block(batch), block.norm(batch)[..., 1:2]], 1.5)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_outputs_that_are_not_finite_after_the_move(value, block, images):
+    """NaN is no small change."""
+    before, calls = state_of(block), []
+
+    def forward(batch):
+        calls.append(len(batch))
+        return [block(batch) * (value if len(calls) == 3 else 1.)]  # observed, before, after
+
+    with pytest.raises(ValueError, match='^feature maps changed by (nan|inf) %'):
+        equalize_channels(block, READERS, images, forward, 1.5, 6)
+    assert len(calls) == 3
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize('call', [1, 2, 3])
+def test_interrupted(call, error, block, images):
+    """Wherever it is, the model is as it was: the check of the move too."""
+    before, calls = state_of(block), []
+
+    def forward(batch):
+        calls.append(len(batch))
+        if len(calls) == call:
+            raise error
+        return [block(batch)]
+
+    with pytest.raises(error):
+        equalize_channels(block, READERS, images, forward, 1.5, 6)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+    assert not block.norm._forward_hooks

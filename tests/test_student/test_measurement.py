@@ -3,11 +3,12 @@ import math
 
 import pytest
 import torch
+from conftest import plain_student
 from mmdet.models.backbones.swin import SwinTransformer
 from torch import nn
 
 import psaq_mm
-from psaq_mm.ops import apply_plan, named_quant_ops, set_quantization
+from psaq_mm.ops import apply_plan, named_quant_ops
 from psaq_mm.quantization import Quantizer, QuantSpec
 from psaq_mm.student import measure_sqnr
 
@@ -15,7 +16,8 @@ from psaq_mm.student import measure_sqnr
 def quantized(model, *names, bits=4):
     spec = QuantSpec(bits=bits)
     apply_plan(model, {name: dict(weight=spec) for name in names})
-    set_quantization(model, True)
+    for _, op in named_quant_ops(model):
+        op.set_weight_range()
     return model
 
 
@@ -109,7 +111,7 @@ def test_switches_and_hooks_are_restored():
                             out_indices=(0, 1))
     model.eval()
     images = torch.randn(2, 3, 56, 56)
-    psaq_mm.calibrate(psaq_mm.quantize(model), images)
+    model = psaq_mm.calibrate(plain_student(model), images)
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
     quantizers[3].enabled = quantizers[7].enabled = False
     before = [q.enabled for q in quantizers]
@@ -135,7 +137,7 @@ def test_more_bits_are_better():
         model = SwinTransformer(embed_dims=16, depths=(1, 1), num_heads=(1, 2), strides=(4, 2),
                                 out_indices=(0, 1))
         model.eval()
-        psaq_mm.quantize(model, weight=dict(bits=bits), activation=dict(bits=bits))
+        model = plain_student(model, weight=dict(bits=bits), activation=dict(bits=bits))
         psaq_mm.calibrate(model, images)
         results[bits] = measure_sqnr(model, images, model)
     gains = [results[8][name] - results[4][name] for name in results[8]

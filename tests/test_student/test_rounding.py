@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Weights that learnt nothing are rounded by what their layers are given."""
+"""Weights that learned nothing are rounded by what their layers are given."""
 import copy
 
 import pytest
@@ -9,8 +9,9 @@ from torch import nn
 
 from psaq_mm.ops import apply_plan, named_quant_ops
 from psaq_mm.quantization import QuantSpec, gptq_round, second_moments
-from psaq_mm.student import calibrate_ranges, ops_left_to_nearest, ops_to_round, round_by_gptq
+from psaq_mm.student import calibrate_ranges, ops_to_round, round_by_gptq
 from psaq_mm.student import rounding as weight_rounding
+from psaq_mm.student.rounding import ops_without_rows
 
 
 def specs(bits=4, granularity='per_channel', **weight):
@@ -112,17 +113,20 @@ def test_as_many_rows_at_a_time_as_memory_allows(items, limit, images, monkeypat
 
 
 def test_which_ops_are_rounded(images):
-    teacher, model = quantized(images)
-    for args in ((model, ), (model, teacher)):
-        assert list(ops_to_round(*args)) == ['conv', 'up', 'linear']
-        assert ops_left_to_nearest(*args) == ['grouped']
-    with torch.no_grad():
-        for op in (model.up, model.grouped):
-            op.weight[0, 0, 0, 0] += 0.1  # it learnt
-    assert list(ops_to_round(model, teacher)) == ['conv', 'linear']
-    assert ops_left_to_nearest(model, teacher) == []
+    model = quantized(images)[1]
+    assert list(ops_to_round(model)) == ['conv', 'up', 'linear']
+    assert ops_without_rows(model) == ['grouped']
+    for op in (model.up, model.grouped):
+        op.weight_settled = True  # it was learned
+    assert list(ops_to_round(model)) == ['conv', 'linear']
+    assert ops_without_rows(model) == []
+    before = weights(model)
+    round_by_gptq(ops_to_round(model), images, model)
+    assert ops_to_round(model) == {}  # rounded once
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, before[name]) is (name in ('up', 'grouped'))
     other = quantized(images, rounding='nearest')[1]
-    assert ops_to_round(other) == {} and ops_left_to_nearest(other) == []
+    assert ops_to_round(other) == {} and ops_without_rows(other) == []
 
 
 def test_the_rest_is_left_alone(images):
@@ -170,4 +174,5 @@ def test_inputs_that_are_not_finite(images):
         round_by_gptq(ops_to_round(model), images,
                       lambda batch: model.up(model.conv(batch) * float('nan')))
     assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+    assert not any(op.weight_settled for _, op in named_quant_ops(model))
     assert not any(m._forward_pre_hooks for m in model.modules())
