@@ -50,8 +50,8 @@ def test_writes_checkpoint_pictures_and_report(finished_run):
     # 2 of the 3 images of the start evolve: rows of 3 would not be full
     assert Image.open(work_dir / 'evolution.png').size == (4 * 68 + 4, 2 * 68 + 4)
     assert 'synthesis' in process.stderr and 'total=' in process.stderr  # bars with losses
-    assert 'evolution' in process.stderr and 'student discrepancy=' in process.stderr
-    assert 'sample discrepancy=' in process.stderr
+    assert 'evolution' in process.stderr and 'discrepancy=' in process.stderr
+    assert 'adversarial_factor=' in process.stderr and 'round=' in process.stderr
 
 
 def test_report_says_what_was_done(finished_run, demo_checkpoint):
