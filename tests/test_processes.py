@@ -143,9 +143,8 @@ def test_each_counts_its_own(pair):
         for phase in phases:
             done, totals = zip(*[call[1:] for call in calls if call[0] == phase])
             assert done[0] == 0 and done[-1] == totals[0] and len(set(totals)) == 1, phase
-    assert [totals for totals in zip(*([total for phase, done, total in results['progress']
-                                        if phase == 'calibration' and not done]
-                                       for results in pair))] == [(2, 1)]
+    assert [total for results in pair for phase, done, total in results['progress']
+            if phase == 'calibration' and not done] == [2, 1]
     for results, expected in zip(pair, ((1, 1, 2, 2, 3), (1, 1, 1, 2, 2))):
         assert results['shares'] == [(n, n) for n in expected]
 

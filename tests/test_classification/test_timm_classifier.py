@@ -9,11 +9,10 @@ from mmengine.model import ImgDataPreprocessor
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
-from small_models import naive_student
 
 import psaq_mm
 from psaq_mm.classification import TimmClassifier
-from psaq_mm.engine import PSAQRunner, build_float_model, load_config, read_sections
+from psaq_mm.engine import PSAQRunner, build_float_model, load_config, read_recipe
 from psaq_mm.errors import UserError
 
 DEIT, SWIN = 'deit_tiny_patch16_224', 'swin_tiny_patch4_window7_224'
@@ -166,7 +165,9 @@ def test_evaluation(name, folder, tmp_path):
     models = [build_float_model(config) for _ in range(2)]
     assert isinstance(models[0], TimmClassifier) and not models[0].training
     torch.save(dict(state_dict=models[0].state_dict()), tmp_path / 'float.pth')
-    models[1] = naive_student(models[1], torch.randn(2, 3, 64, 64), weight=dict(bits=4))
+    models[1] = psaq_mm.prepare(models[1], psaq_mm.QuantizationSettings.from_dict(dict(
+        channel_limit=None, weight=dict(bits=4, rounding='nearest'))))
+    psaq_mm.calibrate(models[1], torch.randn(2, 3, 64, 64))
     psaq_mm.save(models[1], tmp_path / 'quantized.pth')
     for model, file in zip(models, ('float.pth', 'quantized.pth')):
         config.load_from = str(tmp_path / file)
@@ -194,10 +195,10 @@ def test_configs(short):
     assert timm.is_model(NAMES[short])
     for preset, bits in (('w8a8', 8), ('w4a8', 4)):
         quantized = load_config(ROOT / 'configs' / f'{short}_{preset}.py')
-        sections = read_sections(quantized)
+        recipe = read_recipe(quantized)
         assert quantized.model == config.model
         assert quantized.test_dataloader == config.test_dataloader
-        assert sections.quantization.weight['bits'] == bits
-        assert sections.quantization.activation['bits'] == 8
-        assert sections.synthesis.size == (224, 224)
-        assert sections.synthesis.lr == (0.2 if short.startswith('deit') else 0.25)
+        assert recipe.quantization.weight.bits == bits
+        assert recipe.quantization.activation.bits == 8
+        assert recipe.synthesis.image_size is None  # that of the model
+        assert recipe.synthesis.lr == (0.2 if short.startswith('deit') else 0.25)

@@ -143,7 +143,8 @@ def test_weights_that_learn_nothing_are_rounded(options, rounded, trace, wide_ra
     runner = PSAQRunner.for_quantization(config, build_float_model(config), meta={}, seed=3,
                                          source=dict(file='x', sha256='y'))
     student = runner.quantize()
-    learns = bool(runner.pipeline.recipe.evolution.rounds) and runner.pipeline.recipe.evolution.learn == 'both'
+    game = runner.pipeline.recipe.evolution
+    learns = bool(game.rounds) and game.learn == 'both'
     assert [call for call in trace if 'rounding' in call] == (
         [] if rounded is None else ['before_rounding 1', 'rounding batch 1', 'after_rounding'])
     assert ('rounding' in runner.pipeline.seconds) == (rounded is not None)

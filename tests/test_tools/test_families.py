@@ -262,8 +262,7 @@ def test_launcher_without_processes(call_tool, make, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('processes, expected', [
-    (8, 'evolution.batch_size must be a multiple of the 8 processes, got 4; '
-        'try --cfg-options evolution.batch_size=8'),
+    (8, 'evolution.batch_size must be a multiple of the 8 processes, got 4; try 8'),
     (9, 'synthesis.num_images must be at least the 9 processes, got 8')])
 def test_processes_that_cannot_share(processes, expected, call_tool, make, tmp_path, monkeypatch):
     """Before anything is made, not after the images."""

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -11,9 +12,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from mmengine.config import DictAction
 from PIL import Image
+from small_models import left_as_it_was
 
-from psaq_mm.checkpoint import STATE_KEY, load_checkpoint_file
+import psaq_mm
+from psaq_mm.checkpoint import STATE_KEY, load_checkpoint_file, load_float_weights
+from psaq_mm.engine import build_float_model, load_config, read_recipe
 
 FEW = ('synthesis.num_images=3', 'synthesis.batch_size=2', 'synthesis.steps=2',
        'synthesis.image_size=64', 'synthesis.save_interval=1', 'log_level=WARNING',
@@ -45,8 +50,8 @@ def test_writes_checkpoint_pictures_and_report(finished_run):
     # 2 of the 3 images of the start evolve: rows of 3 would not be full
     assert Image.open(work_dir / 'evolution.png').size == (4 * 68 + 4, 2 * 68 + 4)
     assert 'synthesis' in process.stderr and 'total=' in process.stderr  # bars with losses
-    assert 'evolution' in process.stderr and 'student discrepancy=' in process.stderr
-    assert 'sample discrepancy=' in process.stderr
+    assert 'evolution' in process.stderr and 'discrepancy=' in process.stderr
+    assert 'adversarial_factor=' in process.stderr and 'round=' in process.stderr
 
 
 def test_report_says_what_was_done(finished_run, demo_checkpoint):
@@ -77,11 +82,65 @@ def test_same_seed_gives_the_same_bits(finished_run, tmp_path, call_tool, quanti
     assert_same_checkpoint(finished_run[0] / 'quantized.pth', tmp_path / 'quantized.pth')
 
 
-def assert_same_checkpoint(first, second):
-    a, b = (load_checkpoint_file(p) for p in (first, second))
+def test_one_call_gives_the_same_bits(finished_run, tmp_path, quantization_config,
+                                      demo_checkpoint):
+    """From Python, without any file, what the tool does: and the caller's model stays."""
+    config = load_config(quantization_config, options_of(FEW))
+    model = build_float_model(config)
+    load_float_weights(model, str(demo_checkpoint))
+    model.cfg = config
+    model.train()
+    with left_as_it_was(model):
+        student = psaq_mm.quantize(model, read_recipe(config), seed=7)
+    psaq_mm.save(student, tmp_path / 'quantized.pth')
+    first, second = (load_checkpoint_file(folder / 'quantized.pth')
+                     for folder in (finished_run[0], tmp_path))
+    assert_same_state(first, second)
+    assert first['psaq_mm']['modules'] == second['psaq_mm']['modules']
+
+
+def test_dumped_config_gives_the_same_bits(finished_run, tmp_path, call_tool,
+                                           quantization_config, demo_checkpoint):
+    """It says all that a run does, options too."""
+    dumped = finished_run[0] / quantization_config.name
+    status, _, err = call_tool('quantize', dumped, demo_checkpoint, '--work-dir', tmp_path,
+                               '--seed', 7, '--device', 'cpu')
+    assert status == 0, err
+    assert_same_checkpoint(finished_run[0] / 'quantized.pth', tmp_path / 'quantized.pth')
+    first, second = (json.loads((folder / 'report.json').read_text())
+                     for folder in (finished_run[0], tmp_path))
+    assert first['settings'] == second['settings']
+
+
+def test_preset_on_a_dumped_config(finished_run, tmp_path, call_tool, quantization_config,
+                                   demo_checkpoint):
+    """What the config itself sets stays; what it does not is the preset's."""
+    status, _, err = call_tool(
+        'quantize', finished_run[0] / quantization_config.name, demo_checkpoint, '--work-dir',
+        tmp_path, '--seed', 7, '--device', 'cpu', '--cfg-options', 'preset=paper',
+        'evolution.rounds=0', 'synthesis.num_images=2')
+    assert status == 0, err
+    settings = json.loads((tmp_path / 'report.json').read_text())['settings']
+    assert settings['quantization']['placement'] == 'v1'
+    assert settings['synthesis']['priors']['patch_similarity']['form'] == 'v1'
+    assert settings['synthesis']['steps'] == 2  # of the config, not the preset's 500
+
+
+def options_of(pairs):
+    """What ``--cfg-options`` makes of KEY=VALUE pairs."""
+    return {key: DictAction._parse_iterable(value) for key, value in
+            (pair.split('=', 1) for pair in pairs)}
+
+
+def assert_same_state(a, b):
     assert list(a[STATE_KEY]) == list(b[STATE_KEY])
     for key, value in a[STATE_KEY].items():
         assert torch.equal(value, b[STATE_KEY][key]), key
+
+
+def assert_same_checkpoint(first, second):
+    a, b = (load_checkpoint_file(p) for p in (first, second))
+    assert_same_state(a, b)
     assert a['psaq_mm'] == b['psaq_mm']
 
 
@@ -145,8 +204,8 @@ def test_loss_that_is_not_finite(tmp_path, call_tool, monkeypatch, quantization_
                                  demo_checkpoint, finished_run):
     """One line, status 1, and the last good state on disk: a resumed run that
     meets no such loss ends with the same bits."""
-    from psaq_mm.evolution import Student
-    discrepancy = Student.discrepancy
+    from psaq_mm.evolution import StudentLearner
+    discrepancy = StudentLearner.discrepancy
     calls = []
 
     def broken(self, teacher, images):
@@ -155,14 +214,14 @@ def test_loss_that_is_not_finite(tmp_path, call_tool, monkeypatch, quantization_
         # 2 batches are measured before the first step
         return value * float('nan') if len(calls) == 5 else value
 
-    monkeypatch.setattr(Student, 'discrepancy', broken)
+    monkeypatch.setattr(StudentLearner, 'discrepancy', broken)
     arguments = (quantization_config, demo_checkpoint, '--work-dir', tmp_path, '--seed', 7,
                  '--device', 'cpu', '--cfg-options', *FEW, 'evolution.save_interval=1000')
     status, _, err = call_tool('quantize', *arguments)
     assert status == 1
     assert 'evolution, step 2 (round 1): the discrepancy is nan' in err
     assert not (tmp_path / 'quantized.pth').exists()
-    monkeypatch.setattr(Student, 'discrepancy', discrepancy)
+    monkeypatch.setattr(StudentLearner, 'discrepancy', discrepancy)
     status, _, err = call_tool('quantize', *arguments, '--resume')
     assert status == 0, err
     a, b = (load_checkpoint_file(p / 'quantized.pth')[STATE_KEY]
@@ -207,12 +266,13 @@ def test_game_serves_another_rounding(tmp_path, call_tool, quantization_config, 
     assert reports[0]['losses'] == reports[1]['losses']
 
 
-def test_two_processes(tmp_path, quantization_config, demo_checkpoint):
+def test_two_processes(finished_run, tmp_path, quantization_config, demo_checkpoint):
     """They share images and batches, what RoI heads are rounded by too, and their files
-    resume: the same bits."""
+    resume: the same bits. The images are those of one process."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2',
                '--standalone', str(ROOT / 'tools' / 'quantize.py'), str(quantization_config),
-               str(demo_checkpoint), '--work-dir', str(tmp_path), '--launcher', 'pytorch']
+               str(demo_checkpoint), '--work-dir', str(tmp_path), '--seed', '7', '--launcher',
+               'pytorch']
     environment = dict(os.environ, CUDA_VISIBLE_DEVICES='')
     for options in ((), ('--resume', )):
         run = subprocess.run([*command, *options, '--cfg-options', *FEW,
@@ -223,15 +283,49 @@ def test_two_processes(tmp_path, quantization_config, demo_checkpoint):
         assert 'rounding' in json.loads((tmp_path / 'report.json').read_text())['seconds']
         if not options:
             (tmp_path / 'quantized.pth').rename(tmp_path / 'first.pth')
-            for name in ('state.pth', 'state_1.pth'):
-                state = load_checkpoint_file(tmp_path / name)
-                assert state['evolver']['step_index'] == EVOLUTION_STEPS
-                assert len(state['evolver']['buffer']['first']) == 3  # all, made by both
-                assert sum(map(len, state['synthesizer']['finished'])) == (1 if '1' in name else 2)
+            states = [load_checkpoint_file(tmp_path / name)
+                      for name in ('state.pth', 'state_1.pth')]
+            alone = load_checkpoint_file(finished_run[0] / 'state.pth')
+            images = [torch.cat([*state['images']['finished']]) for state in (*states, alone)]
+            assert [len(part) for part in images] == [2, 1, 3]
+            torch.testing.assert_close(torch.cat(images[:2]), images[2], rtol=1e-4, atol=1e-5)
+            for rank, state in enumerate(states):
+                assert state['game']['step_index'] == EVOLUTION_STEPS
+                assert len(state['game']['buffer']['first']) == 3  # all, made by both
                 # pictures are the first process's
-                assert len(state['hooks']['ContactSheetHook'][0]['rows']) == (
-                    1 if '1' in name else 3)
+                assert len(state['extra']['ContactSheetHook'][0]['rows']) == (1 if rank else 3)
     assert_same_checkpoint(tmp_path / 'first.pth', tmp_path / 'quantized.pth')
+
+
+@pytest.mark.parametrize('rank, obstacle', [(0, 'synthetic.png'), (0, 'quantized.pth'),
+                                            (1, 'state_1.pth')])
+def test_error_in_one_process_ends_both(rank, obstacle, tmp_path, quantization_config,
+                                        demo_checkpoint):
+    """A file that cannot be written, at the start, on the way or at the end: one line of
+    each, and nobody waits for a process that has gone."""
+    (tmp_path / obstacle).mkdir()  # a folder of that name
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    processes = [subprocess.Popen(
+        [sys.executable, str(ROOT / 'tools' / 'quantize.py'), str(quantization_config),
+         str(demo_checkpoint), '--work-dir', str(tmp_path), '--launcher', 'pytorch',
+         '--cfg-options', *FEW, 'evolution.rounds=0', 'synthesis.num_images=2',
+         'log_level=ERROR'],
+        env=dict(os.environ, CUDA_VISIBLE_DEVICES='', RANK=str(number), LOCAL_RANK=str(number),
+                 WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for number in range(2)]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [2, 2], errors
+    lines = [[line for line in error.splitlines() if line.startswith('error: ')]
+             for error in errors]
+    assert [len(found) for found in lines] == [1, 1] and 'Traceback' not in ''.join(errors)
+    assert obstacle in lines[rank][0]
+    assert lines[1 - rank] == ['error: another process stopped; its message says why']
 
 
 def test_student_that_learns_nothing_stays_as_calibrated(tmp_path, call_tool, demo_checkpoint,
@@ -252,7 +346,7 @@ def test_student_that_learns_nothing_stays_as_calibrated(tmp_path, call_tool, de
     assert 'it stays as calibrated; lower evolution.weight_lr or range_lr' in log.read_text()
     a, b = (load_checkpoint_file(tmp_path / folder / 'quantized.pth')[STATE_KEY]
             for folder in options)
-    for key, value in a.items():  # learnt ranges are carried over to the test size, as they were
+    for key, value in a.items():  # learned ranges are transferred to the test size, as they were
         torch.testing.assert_close(value, b[key], rtol=1e-5, atol=1e-7)
 
 
@@ -353,7 +447,8 @@ def test_whole_model_scope(tmp_path, call_tool, quantization_config, demo_checkp
 
 def test_paper_preset(tmp_path, call_tool, demo_config, demo_checkpoint):
     config = tmp_path / 'paper.py'
-    config.write_text(f"_base_ = ['{demo_config}', 'psaq_mm::_base_/paper_w8a8.py']\n")
+    config.write_text(f"_base_ = ['{demo_config}', 'psaq_mm::_base_/w8a8.py']\n"
+                      "preset = 'paper'\n")
     status, _, err = call_tool('quantize', config, demo_checkpoint, '--work-dir', tmp_path,
                                '--cfg-options', *FEW)
     assert status == 0, err

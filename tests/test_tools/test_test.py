@@ -13,10 +13,8 @@ import torch
 from conftest import DEMO, ROOT, load_script
 from mmengine.registry import VISBACKENDS
 from mmengine.visualization import LocalVisBackend
-from small_models import naive_student
 
 import psaq_mm
-from psaq_mm import SynthesisSettings
 from psaq_mm.engine import build_float_model, load_config
 
 IMAGES = 12
@@ -47,8 +45,9 @@ def quantized_checkpoint(data, configs, demo_checkpoint):
     """Quantized from Python."""
     model = build_float_model(load_config(configs[1]))
     model.load_state_dict(torch.load(demo_checkpoint, weights_only=True)['state_dict'])
-    images = psaq_mm.synthesize(model, SynthesisSettings(num_images=4, batch_size=4, steps=10))
-    psaq_mm.save(naive_student(model, images), data / 'quantized.pth')
+    recipe = psaq_mm.Recipe().changed(dict(
+        synthesis=dict(num_images=4, batch_size=4, steps=10)))
+    psaq_mm.save(psaq_mm.quantize(model, recipe), data / 'quantized.pth')
     return data / 'quantized.pth'
 
 
