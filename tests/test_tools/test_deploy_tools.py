@@ -33,9 +33,9 @@ def data(tmp_path_factory):
     model = build_float_model(load_config(config))
     model.load_state_dict(torch.load(DEMO / 'mask_rcnn_swin_demo.pth',
                                      weights_only=True)['state_dict'])
-    psaq_mm.quantize(model)
-    psaq_mm.calibrate(model, torch.randn(2, 3, 224, 224))
-    psaq_mm.save(model, folder / 'quantized.pth', seed=0)
+    student = psaq_mm.prepare(model)
+    psaq_mm.calibrate(student, torch.randn(2, 3, 224, 224))
+    psaq_mm.save(student, folder / 'quantized.pth', about=dict(seed=0))
     return folder
 
 

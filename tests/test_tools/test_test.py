@@ -42,13 +42,11 @@ def configs(data, demo_config):
 
 @pytest.fixture(scope='module')
 def quantized_checkpoint(data, configs, demo_checkpoint):
-    """Quantized through the Python verbs."""
+    """Quantized by the one call."""
     model = build_float_model(load_config(configs[1]))
     model.load_state_dict(torch.load(demo_checkpoint, weights_only=True)['state_dict'])
-    images = psaq_mm.synthesize(model, seed=0, num_images=4, batch_size=4, steps=10)
-    psaq_mm.quantize(model)
-    psaq_mm.calibrate(model, images)
-    psaq_mm.save(model, data / 'quantized.pth', seed=0)
+    recipe = psaq_mm.Recipe.shipped('w8a8').changed(dict(synthesis=dict(num_images=4, steps=10)))
+    psaq_mm.save(psaq_mm.quantize(model, recipe), data / 'quantized.pth', about=dict(seed=0))
     return data / 'quantized.pth'
 
 
