@@ -21,7 +21,7 @@ from psaq_mm.deploy.latency import draw, interleave, pin, summarize, table
 from psaq_mm.deploy.packages import require_package
 from psaq_mm.deploy.parity import lowest_sqnr
 from psaq_mm.deploy.peak_memory import peak_in_process
-from psaq_mm.engine import PSAQRunner, build_model, custom_hooks, load_config, read_sections
+from psaq_mm.engine import PSAQRunner, build_model, custom_hooks, load_config, read_recipe
 from psaq_mm.engine.command_line import (
     ConfigOptions,
     choose_work_dir,
@@ -33,6 +33,7 @@ from psaq_mm.engine.command_line import (
 )
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, unwrap
+from psaq_mm.synthesis import sized_for
 
 METRICS = ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU', 'accuracy/top1', 'top1')
 """Metrics that are shown, where there are some."""
@@ -86,8 +87,8 @@ def main() -> None:
     args = parse_args()
     config = load_config(args.config, args.cfg_options)
     custom_hooks(config)  # wrong ones fail early
-    size = tuple(args.size or read_sections(config).synthesis.size)
-    if args.rounds < 1 or min(size) < 1:
+    recipe = read_recipe(config)
+    if args.rounds < 1 or min(args.size or [1]) < 1:
         raise UserError('--rounds and --size must be positive')
     for name in args.engines:
         require_package(ENGINES[name].package)
@@ -96,6 +97,7 @@ def main() -> None:
     if next(named_quant_ops(model), None) is None:
         raise UserError(f'{args.checkpoint} is not quantized; expected what tools/quantize.py '
                         'writes')
+    size = tuple(args.size or sized_for(model, recipe.synthesis).size)
     config.work_dir = choose_work_dir(args.work_dir, config)
     ensure_writable_dir(config.work_dir)
     accuracy = not args.no_accuracy and has_test_data(config)
