@@ -1,0 +1,80 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The rows of tables, without measuring any."""
+import re
+import shlex
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT
+
+BENCHMARKS = ROOT / 'benchmarks'
+
+
+@pytest.fixture(scope='module')
+def scripts():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import ablation
+        import accuracy
+        import experiment
+        yield dict(accuracy=accuracy, ablation=ablation, experiment=experiment)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def names_of(script):
+    if script.__name__ == 'accuracy':
+        return list(script.ROWS)
+    return [*script.GAME, *script.QUANTIZER, *script.WITH_GAME, *script.AS_SHIPPED]
+
+
+@pytest.mark.parametrize('name', ['accuracy', 'ablation'])
+def test_each_row_has_a_recipe_of_its_own(name, scripts):
+    script = scripts[name]
+    made = {row: script.experiment_of(row, 'w4a8', 'model') for row in names_of(script)}
+    assert len({e.fingerprint for e in made.values()}) >= len(made) - 3  # some say the default
+    for row in {'prior', 'default'} & {*made}:
+        other = scripts['accuracy'].experiment_of(row, 'w4a8', 'model')
+        assert other == made[row] and other.fingerprint == made[row].fingerprint
+
+
+def test_fingerprint(scripts):
+    made = scripts['experiment'].experiment('w4a4', 'backbone')
+    real = scripts['experiment'].experiment('w4a4', 'backbone', images='real32')
+
+    def changed(experiment, **changes):
+        return experiment._replace(recipe=experiment.recipe.changed(changes)).fingerprint
+
+    for same in (dict(synthesis=dict(save_interval=3)), dict(evolution=dict(zoom=2.))):
+        assert changed(made, **same) == made.fingerprint
+    for other in (dict(synthesis=dict(steps=3)), dict(quantization=dict(scope='model')),
+                  dict(evolution=dict(rounds=1)), dict(calibration=dict(image_size=None))):
+        assert changed(made, **other) != made.fingerprint
+    assert changed(real, synthesis=dict(steps=3)) == real.fingerprint != made.fingerprint
+    assert replace(real.recipe, calibration=made.recipe.calibration) == made.recipe
+
+
+def test_old_values_are_marked(scripts, tmp_path, capsys):
+    experiment = scripts['experiment']
+    made, results = experiment.experiment('w4a4', 'backbone'), experiment.Results(tmp_path / 'a')
+    results.values = {'row/0': dict(sqnr=1., recipe=experiment.OLD),
+                      'row/1': dict(sqnr=3., recipe=experiment.OLD), 'row/2': dict(sqnr=9.)}
+    found = results.over_seeds([0, 1, 2], made, 'row')
+    assert experiment.cell(found, 'sqnr') == '2.00 (1.0 to 3.0) †'
+    results.print_note()
+    assert capsys.readouterr().out.startswith('\n† measured before')
+    results.values['row/1']['recipe'] = made.fingerprint
+    assert experiment.cell(results.over_seeds([0, 1, 2], made, 'row'), 'sqnr') == '3.0'
+
+
+def test_rows_that_the_results_name_exist(scripts):
+    commands = re.findall(r'<!-- python benchmarks/(\w+)\.py ([^>]*?) -->',
+                          (ROOT / 'docs' / 'results.md').read_text())
+    assert len(commands) > 10
+    for script, arguments in commands:
+        words = shlex.split(arguments)
+        for option in {'--rows', '--variants'} & {*words}:
+            rest = words[words.index(option) + 1:]
+            named = rest[:next((i for i, w in enumerate(rest) if w.startswith('--')), None)]
+            assert {*named} <= {*names_of(scripts[script])}
