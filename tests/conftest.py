@@ -86,13 +86,15 @@ def single_stage(name, folder):
     return config
 
 
-def plain_student(model, **changes):
-    """A student by naive ranges and rounding at 8 bits, but for some settings."""
-    from psaq_mm import QuantizationSettings, prepare
+def plain_student(model, images=None, **changes):
+    """A student by naive ranges and rounding at 8 bits, but for some settings; calibrated if
+    there are images."""
+    from psaq_mm import QuantizationSettings, calibrate, prepare
     from psaq_mm.recipe.merging import merged
     plain = dict(weight=dict(rounding='nearest'), activation=dict(margin=0.), roles={},
                  overrides={}, channel_limit=None)
-    return prepare(model, QuantizationSettings.from_dict(merged(plain, changes)))
+    student = prepare(model, QuantizationSettings.from_dict(merged(plain, changes)))
+    return student if images is None else calibrate(student, images)
 
 
 def calibrated_op(op, x):

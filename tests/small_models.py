@@ -8,8 +8,6 @@ from mmdet.models.backbones.swin import SwinTransformer
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-import psaq_mm
-from psaq_mm import Recipe
 from psaq_mm.adapters import find_adapter
 
 
@@ -114,15 +112,3 @@ def _tensors_in(value):
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors_in(item)
-
-
-NAIVE = dict(channel_limit=None, weight=dict(rounding='nearest'), activation=dict(margin=0.),
-             roles=dict(_delete_=True), overrides=dict(_delete_=True))
-"""Of ``quantization``: min-max ranges alone, and weights rounded to nearest."""
-
-
-def naive_student(model, images=None, **changes):
-    """A student with :data:`NAIVE` settings and these changes, calibrated if there are images."""
-    recipe = Recipe().changed(dict(quantization=NAIVE)).changed(dict(quantization=changes))
-    student = psaq_mm.prepare(model, recipe.quantization)
-    return student if images is None else psaq_mm.calibrate(student, images)

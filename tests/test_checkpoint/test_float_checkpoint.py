@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import plain_student
 from mmdet.models.backbones.swin import SwinTransformer
 from mmengine.logging import MMLogger
-from small_models import naive_student
 
 import psaq_mm
 from psaq_mm.checkpoint import MANIFEST_KEY, load_float_weights
@@ -155,7 +155,7 @@ def test_integers_for_weights(state, tmp_path):
 
 
 def test_quantized_checkpoint(tmp_path):
-    model = naive_student(swin(), torch.randn(1, 3, 56, 56))
+    model = plain_student(swin(), torch.randn(1, 3, 56, 56))
     path = tmp_path / 'quantized.pth'
     psaq_mm.save(model, path)
     assert_refused(swin(), str(path), 'is quantized already; pass the float checkpoint')

@@ -3,21 +3,14 @@
 from typing import Any
 
 import torch
-from conftest import DEMO
+from conftest import DEMO, plain_student
 from torch import nn
 
-import psaq_mm
 from psaq_mm.adapters import find_adapter
 from psaq_mm.deploy.parity import parity_images
 from psaq_mm.engine import build_float_model, load_config
-from psaq_mm.recipe import QuantizationSettings
-from psaq_mm.recipe.merging import merged
 
 SIZES = dict(mask_rcnn_swin=(96, 128), upernet_swin=(96, 128), swin=(112, 112), deit=(112, 112))
-
-PLAIN = dict(channel_limit=None, weight=dict(rounding='nearest'), activation=dict(margin=0.),
-             roles={}, overrides={})
-"""Settings of the plainest student: min-max ranges, without equalization and GPTQ."""
 
 
 def demo_model(name: str, quantized: bool = True, **settings: Any) -> nn.Module:
@@ -27,6 +20,5 @@ def demo_model(name: str, quantized: bool = True, **settings: Any) -> nn.Module:
     model.load_state_dict(state)
     if quantized:
         images = parity_images(SIZES[name], *find_adapter(model).valid_range(model), batch=2)
-        model = psaq_mm.prepare(model, QuantizationSettings.from_dict(merged(PLAIN, settings)))
-        psaq_mm.calibrate(model, images)
+        return plain_student(model, images, **settings)
     return model

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import single_stage
+from conftest import plain_student, single_stage
 from demo_models import demo_model
 from mmdet.structures import DetDataSample
 from small_detectors import small_detector
-from small_models import naive_student
 from torch import nn
 
 from psaq_mm.adapters import find_adapter
@@ -128,7 +127,7 @@ def test_convolutions_that_levels_share(tmp_path, bits):
     pytest.importorskip('onnxruntime')
     model = small_detector('rtmdet', tmp_path)
     images = parity_images(SIZE, *find_adapter(model).valid_range(model), batch=2)
-    model = naive_student(model, images, scope='model', weight=dict(bits=bits))
+    model = plain_student(model, images, scope='model', weight=dict(bits=bits))
     found = export_graphs(model, tmp_path / 'graphs', 'onnx', [SIZE])
     rows = found['graphs'][0]['parity']['outputs']
     assert [row['output'] for row in rows] == [f'{k}_{i}' for k in ('scores', 'deltas')
