@@ -6,7 +6,7 @@ from typing import Any, Iterator, List, Mapping, Optional
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
-from psaq_mm.ops import QuantOp, named_quant_ops, op_for
+from psaq_mm.ops import QuantOp, named_quant_ops, op_for, without_notes
 from psaq_mm.ops.plan import Plan
 from psaq_mm.quantization import Quantizer, QuantSpec
 
@@ -33,7 +33,7 @@ def first_differences(model: nn.Module, state: Mapping[str, Tensor],
     Returns:
         str: Empty if it fits.
     """
-    own = model.state_dict()
+    own = without_notes(model.state_dict())
     # Counters of BatchNorm and Swin's index tables are absent from some
     # published files, and the model has them right by construction.
     optional = ('num_batches_tracked', 'relative_position_index')

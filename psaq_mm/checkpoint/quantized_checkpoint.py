@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from psaq_mm.adapters import import_hosts
 from psaq_mm.errors import UserError
-from psaq_mm.ops import QuantOp, apply_plan, named_quant_ops, set_quantization, unwrap
+from psaq_mm.ops import (
+    QuantOp,
+    apply_plan,
+    named_quant_ops,
+    set_quantization,
+    unwrap,
+    without_notes,
+)
+from psaq_mm.ops.op import SETTLED
 from psaq_mm.quantization import (
     Quantizer,
     dequantize,
@@ -61,7 +69,7 @@ def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = 
     ops = dict(named_quant_ops(model))
     if not ops:
         raise UserError('the model has no quantized modules: call psaq_mm.quantize first')
-    state: Dict[str, Tensor] = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu() for k, v in without_notes(model.state_dict()).items()}
     manifest = build_manifest(model, plain(about or {}))
     for name, op in ops.items():
         for role, quantizer in _quantizers(op):
@@ -148,12 +156,15 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
     with _undone_on_failure(model):
         if next(named_quant_ops(model), None) is None:
             apply_plan(model, plan)
-        state = _unpack(model, packed, path)
+        state = _unpack(model, without_notes(packed), path)
         for name, op in named_quant_ops(model):
             for role, quantizer in _quantizers(op):
                 quantizer.reshape_like(state, f'{name}.quantizers.{role}.')
         require_match(model, state, path)
         require_finite(state, path)
+    for name, op in named_quant_ops(model):
+        if op.awaits_gptq:  # it was there before; what is loaded is rounded already
+            state[f'{name}.{SETTLED}'] = torch.tensor(True)
     set_quantization(model, True)
     return state
 

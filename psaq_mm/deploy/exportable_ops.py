@@ -164,6 +164,7 @@ def _copy_quantizers(source: nn.Module, linear: nn.Linear, roles: Collection[str
         if role in source.quantizers:
             quantizer: Any = copy.deepcopy(source.quantizers[role])
             if quantizer.axis is not None:
-                quantizer.load_state_dict({k: v[rows] for k, v in quantizer.state_dict().items()})
+                quantizer.restore_range(quantizer.scale[rows], quantizer.zero_point[rows],
+                                        quantizer.learned)
             op.quantizers[role] = quantizer
     return op

@@ -3,11 +3,12 @@
 from .conv import QuantConv2d, QuantConvTranspose2d
 from .convert import apply_plan, named_quant_ops, quantization_enabled, set_quantization, unwrap
 from .linear import QuantLinear
-from .op import QuantOp, op_for, register_op
+from .op import QuantOp, op_for, register_op, without_notes
 from .plan import plan_quantization, unquantized_weights
 
 __all__ = [
     'QuantConv2d', 'QuantConvTranspose2d', 'QuantLinear', 'QuantOp', 'apply_plan',
     'named_quant_ops', 'op_for', 'plan_quantization', 'quantization_enabled', 'register_op',
-    'set_quantization', 'unquantized_weights', 'unwrap'
+    'set_quantization', 'unquantized_weights', 'unwrap',
+    'without_notes'
 ]

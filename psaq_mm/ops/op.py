@@ -6,11 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.quantization import Quantizer, QuantSpec
+from psaq_mm.quantization.quantizer import LEARNED
 from psaq_mm.quantization.spec import GPTQ
 from psaq_mm.registry import QUANT_OPS
 
 _OP_OF_CLASS: Dict[type, Type['QuantOp']] = {}
 OpT = TypeVar('OpT', bound=Type['QuantOp'])
+
+
+SETTLED = 'psaq_mm_settled'
+"""Key in a state dict that says that a weight keeps its integers; there only if it does."""
+
+
+def without_notes(state: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """A state dict without what it says of how weights and ranges came about."""
+    return {k: v for k, v in state.items() if k.rpartition('.')[2] not in (SETTLED, LEARNED)}
 
 
 class QuantOp(nn.Module):
@@ -133,6 +143,18 @@ class QuantOp(nn.Module):
                 cache = (key, quantizer(weight), [s.detach() for s in sources])
             self.__dict__['_weight_cache'] = cache
         return cache[1]
+
+    def _save_to_state_dict(self, destination: Dict[str, Tensor], prefix: str,
+                            keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight_settled:
+            destination[prefix + SETTLED] = torch.tensor(True)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any,
+                              **kwargs: Any) -> None:
+        own = dict(state_dict)
+        self.weight_settled = bool(own.pop(prefix + SETTLED, False))
+        super()._load_from_state_dict(own, prefix, *args, **kwargs)
 
     def __getstate__(self) -> Dict[str, Any]:
         return {**self.__dict__, '_weight_cache': None}  # neither pickled nor deep-copied

@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The module that quantizes one tensor of a network."""
-from typing import Any, Callable, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,9 @@ from .fake_quantize import fake_quantize, quantize_to_integers
 from .observers import NOTHING_OBSERVED, Observer
 from .ranges import scale_and_zero_point
 from .spec import PER_CHANNEL, QuantSpec
+
+LEARNED = 'psaq_mm_learned'
+"""Key in a state dict that says that a range was learned; there only if it was."""
 
 
 class Quantizer(nn.Module):
@@ -143,7 +146,15 @@ class Quantizer(nn.Module):
         if self.spec.symmetric and self.zero_point.shape != self.scale.shape:
             self._store('zero_point', torch.zeros_like(self.scale.detach()))
 
+    def _save_to_state_dict(self, destination: Dict[str, Tensor], prefix: str,
+                            keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.learned:
+            destination[prefix + LEARNED] = torch.tensor(True)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any,
                               **kwargs: Any) -> None:
         self.reshape_like(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        own = dict(state_dict)
+        self.learned = bool(own.pop(prefix + LEARNED, False))
+        super()._load_from_state_dict(own, prefix, *args, **kwargs)

@@ -25,6 +25,7 @@ from small_models import (
 import psaq_mm
 from psaq_mm import EvolutionSettings, QuantizationSettings, UserError
 from psaq_mm.adapters import find_adapter
+from psaq_mm.checkpoint import STATE_KEY, load_checkpoint_file
 from psaq_mm.ops import named_quant_ops
 
 NONE = dict(channel_limit=None)
@@ -324,3 +325,39 @@ def test_teacher_of_before_it_was_equalized(images):
     with pytest.raises(UserError, match=r'norm.*\.weight differs; psaq_mm.equalize comes before'):
         psaq_mm.evolve(student, before, images, game)
     psaq_mm.evolve(student, teacher, images, game)
+
+
+def test_what_was_learned_and_rounded_is_in_the_state_dict(images):
+    """Another student that loads it knows what its weights and ranges are."""
+    teacher = swin()
+    chosen = settings(**GPTQ)
+    student = psaq_mm.calibrate(psaq_mm.prepare(teacher, chosen), images)
+    ops = dict(named_quant_ops(student))
+    first, *_ = (name for name, op in ops.items() if op.awaits_gptq)
+    ops[first].weight_settled = True  # as after the game
+    ops[first].quantizers['input'].learned = True
+    other = psaq_mm.prepare(teacher, chosen)
+    assert other.load_state_dict(student.state_dict()).unexpected_keys == []
+    loaded = dict(named_quant_ops(other))
+    assert [n for n, op in loaded.items() if op.weight_settled] == [first]
+    assert [n for n, op in loaded.items() for q in op.quantizers.values() if q.learned] == [first]
+    before = loaded[first].weight.clone()
+    psaq_mm.round_weights(other, images)
+    assert torch.equal(before, loaded[first].weight)
+    third = psaq_mm.prepare(teacher, chosen)
+    third.load_state_dict(other.state_dict())
+    assert not any(op.awaits_gptq for _, op in named_quant_ops(third))
+    # What is not noted there is not so.
+    third.load_state_dict(psaq_mm.calibrate(psaq_mm.prepare(teacher, chosen), images).state_dict())
+    assert not any(op.weight_settled for _, op in named_quant_ops(third))
+
+
+def test_notes_are_not_in_the_file(images, tmp_path):
+    teacher = swin()
+    student = psaq_mm.calibrate(psaq_mm.prepare(teacher, settings(**GPTQ)), images)
+    psaq_mm.round_weights(student, images)
+    psaq_mm.save(student, tmp_path / 'quantized.pth')
+    assert not any('psaq_mm' in key for key in
+                   load_checkpoint_file(str(tmp_path / 'quantized.pth'))[STATE_KEY])
+    waiting = psaq_mm.calibrate(psaq_mm.prepare(teacher, settings(**GPTQ)), images)
+    psaq_mm.save(psaq_mm.load(waiting, tmp_path / 'quantized.pth'), tmp_path / 'again.pth')
