@@ -33,7 +33,9 @@ def data(tmp_path_factory):
     model = build_float_model(load_config(config))
     model.load_state_dict(torch.load(DEMO / 'mask_rcnn_swin_demo.pth',
                                      weights_only=True)['state_dict'])
-    student = psaq_mm.prepare(model)
+    settings = psaq_mm.QuantizationSettings.from_dict(dict(
+        channel_limit=None, weight=dict(rounding='nearest')))
+    student = psaq_mm.prepare(model, settings)
     psaq_mm.calibrate(student, torch.randn(2, 3, 224, 224))
     psaq_mm.save(student, folder / 'quantized.pth', about=dict(seed=0))
     return folder
