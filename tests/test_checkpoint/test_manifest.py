@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import plain_student
 from mmdet.models.backbones.swin import SwinTransformer
 from torch import nn
 
@@ -92,9 +93,9 @@ def test_how_a_range_was_found_is_ignored(checkpoint):
 def test_number_of_modules():
     """By hand: 18 linear and convolution layers, 4 attentions; V1 adds the
     patch embedding and 4 blocks."""
-    model = psaq_mm.quantize(swin())
+    model = plain_student(swin())
     assert len(build_manifest(model)['modules']) == 22
-    model = psaq_mm.quantize(swin(), placement='v1')
+    model = plain_student(swin(), placement='v1')
     assert len(build_manifest(model)['modules']) == 27
 
 
