@@ -44,7 +44,7 @@ def sides_of(model: nn.Module, images: torch.Tensor) -> Dict[str, Callable[[], N
         images.grad = None
         with adapter.record_attention(model) as recorder:
             adapter.forward_backbone(model, images)
-            state = PriorState(images=images, attention=recorder.take(), generators=generators)
+            state = PriorState(images=images, attention=recorder.pop_all(), generators=generators)
             term(state).sum().backward()
 
     binned, v1 = PatchSimilarityPrior(), PatchSimilarityPrior(form='v1')

@@ -242,8 +242,8 @@ class Pipeline:
         if self._saving is not None:
             path, resume, identity = self._saving
             identity = dict(identity or dict(weights=hash_of(self.teacher.state_dict())))
-            if self._given_images is not None:
-                identity['images'] = hash_of(dict(images=self._given_images))
+            given = self._given_images
+            identity['images'] = None if given is None else hash_of(dict(images=given))
             self.saved = SavedRun(path, resume, self.recipe, self.seed, identity)
         self._make_images()
         self._calibrate()

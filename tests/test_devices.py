@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import DEMO
+from conftest import DEMO, plain_student
 from mmdet.models.backbones.swin import SwinTransformer as DetSwin
 from mmengine.config import Config
 from mmseg.models.backbones.swin import SwinTransformer as SegSwin
@@ -13,11 +13,12 @@ from other_device import OTHER, OtherTensor, other_device
 from torch import nn
 
 import psaq_mm
+from psaq_mm import EvolutionSettings, Recipe, SynthesisSettings
 from psaq_mm.adapters import find_adapter
 from psaq_mm.engine import build_float_model
-from psaq_mm.evolution.discrepancy import LOSSES, discrepancy
+from psaq_mm.evolution import discrepancy
 from psaq_mm.evolution.views import random_blend, random_zoom
-from psaq_mm.ops import apply_plan, named_quant_ops
+from psaq_mm.ops import apply_plan, named_quant_ops, without_notes
 from psaq_mm.ops.op import op_for
 from psaq_mm.prior import (
     AttentionRecord,
@@ -41,7 +42,7 @@ from psaq_mm.quantization import (
 from psaq_mm.quantization.placement import ROLES
 from psaq_mm.registry import OBSERVERS, QUANT_OPS
 from psaq_mm.student import equalize_channels
-from psaq_mm.student.final_ranges import carry_over
+from psaq_mm.student.final_ranges import transferred_end
 from psaq_mm.synthesis import mosaics
 
 
@@ -130,6 +131,11 @@ def gradient_and_value(images, compute):
     return value.detach(), torch.autograd.grad(value, images)[0]
 
 
+def generators(count):
+    """Random numbers for each of some images."""
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
 VALID = torch.ones(4, 9, dtype=torch.bool)
 VALID[2:, 3:] = False
 
@@ -142,7 +148,7 @@ def test_patch_similarity(other, term, valid):
         mask = valid if valid is None else valid.to(tokens.device)
         return term(PriorState(images=tokens.new_zeros(2, 3, 8, 8), attention=[
             AttentionRecord(tokens, mask), AttentionRecord(tokens * 2)],
-            generator=torch.Generator().manual_seed(1)))
+            generators=generators(2))).sum()
 
     tokens = draw(8, 9, 2, 5)
     assert same(gradient_and_value(tokens.to(other), compute), gradient_and_value(tokens, compute))
@@ -151,7 +157,7 @@ def test_patch_similarity(other, term, valid):
 def test_total_variation(other):
     def compute(images):
         return TotalVariationPrior()(PriorState(
-            images=images, attention=[], generator=torch.Generator().manual_seed(1)))
+            images=images, attention=[], generators=generators(2))).sum()
 
     images = draw(2, 3, 16, 20)
     assert same(gradient_and_value(images.to(other), compute), gradient_and_value(images, compute))
@@ -161,16 +167,16 @@ def test_batch_norm(other):
     def compute(x):
         norm = nn.BatchNorm2d(3).to(x.device)
         return BatchNormPrior()(PriorState(
-            images=x, attention=[], generator=torch.Generator(), batch_norms=[BatchNormRecord(
-                *channel_statistics(x), norm.running_mean, norm.running_var, norm.eps)]))
+            images=x, attention=[], generators=generators(2), batch_norms=[BatchNormRecord(
+                *channel_statistics(x), norm.running_mean, norm.running_var, norm.eps)])).sum()
 
     images = draw(2, 3, 4, 5)
     assert same(gradient_and_value(images.to(other), compute), gradient_and_value(images, compute))
 
 
 @pytest.mark.parametrize('change', [
-    lambda images, generator: random_roll(images, (5, 7), generator),
-    lambda images, generator: random_flip(images, 1., generator),
+    lambda images, generator: random_roll(images, (5, 7), torch.rand(3, 2, generator=generator)),
+    lambda images, generator: random_flip(images, 1., torch.rand(3, generator=generator)),
     lambda images, generator: random_zoom(images, 3., generator),
     lambda images, generator: random_blend(images, 0.2, on(images.device, torch.full(
         (1, 3, 1, 1), -2.)), on(images.device, torch.full((1, 3, 1, 1), 2.)), generator),
@@ -226,7 +232,8 @@ def test_ranges(other):
     with pytest.raises(ValueError, match='finite'):
         scale_and_zero_point(torch.full((1, ), float('nan'), device=other), upper[:1].to(other),
                              QuantSpec())
-    assert same(carry_over(*on(other, (lower, upper, lower))), carry_over(lower, upper, lower))
+    ends = lower, upper, lower
+    assert same(transferred_end(*on(other, ends)), transferred_end(*ends))
     squares = draw(9).square() + torch.tensor([0.] * 8 + [900.])
     assert same(excess_width(squares.to(other), 2.), excess_width(squares, 2.))
 
@@ -294,13 +301,12 @@ def test_quantized_backbones(other, name):
     images = draw(1, 3, *SIZES[name])
 
     def run(device):
-        model = psaq_mm.quantize(built(name).to(device), placement=list(ROLES),
-                                 weight=dict(bits=4), activation=dict(bits=6))
-        psaq_mm.calibrate(model, images)
+        model = plain_student(built(name).to(device), images, placement=list(ROLES),
+                              weight=dict(bits=4), activation=dict(bits=6))
         adapter = find_adapter(model)
         with torch.no_grad(), adapter.record_attention(model) as recorder:
             out = adapter.forward_backbone(model, images.to(device))
-            records = recorder.take()
+            records = recorder.pop_all()
         return [list(out), [[r.output] + ([] if r.valid is None else [r.valid]) for r in records],
                 dict(model.state_dict())]
 
@@ -329,8 +335,7 @@ def test_layers(other, layer, shape):
         op(inputs)
         for role in ('input', 'output'):
             op.quantizers[role].finish_observing()
-        for quantizer in op.quantizers.values():
-            quantizer.enabled = True
+        op.set_weight_range()
         inputs.requires_grad_(True)
         out = op(inputs)
         found = [out.detach(), *torch.autograd.grad(out.square().sum(),
@@ -348,7 +353,7 @@ def test_layers(other, layer, shape):
 def test_every_op_is_here():
     found = {op_for(layer) for layer, _ in LAYERS}
     for name in BACKBONES:
-        model = psaq_mm.quantize(built(name), placement=list(ROLES))
+        model = plain_student(built(name), placement=list(ROLES))
         found |= {type(op) for _, op in named_quant_ops(model)}
     own = {op for op in QUANT_OPS.module_dict.values() if op.__module__.startswith('psaq_mm.')}
     assert own == found
@@ -357,16 +362,16 @@ def test_every_op_is_here():
 # Teacher and student
 
 
-@pytest.mark.parametrize('loss', LOSSES)
-def test_discrepancy(other, loss):
+@pytest.mark.parametrize('group', ['scores', 'deltas'])
+def test_discrepancy(other, group):
     teacher = {'deltas.0': draw(2, 8, 4, 5), 'scores.0': 3 * draw(2, 6, 4, 5, seed=1)}
-    student = draw(2, 8, 4, 5, seed=2)
+    student = draw(*teacher[f'{group}.0'].shape, seed=2)
 
     def run(device):
         def compute(tap):
             taps = on(device, teacher)
-            return discrepancy(taps, {**taps, 'deltas.0': tap}, dict(deltas=1., scores=0.5),
-                               dict(deltas=loss)).sum()
+            return discrepancy(taps, {**taps, f'{group}.0': tap},
+                               dict(deltas=1., scores=0.5)).sum()
 
         return gradient_and_value(student.to(device), compute)
 
@@ -404,23 +409,24 @@ def test_whole_run(other, scope):
     source = small_segmentor()
     source = source if scope == 'model' else source.backbone
     taps = dict(backbone=1.) if scope == 'backbone' else dict(backbone=1., logits=1.)
-    prior = dict(num_images=2, batch_size=2, image_size=56, steps=2, shifts=(15, 30))
-    rounding = 'gptq' if scope == 'backbone' else 'nearest'
+    prior = SynthesisSettings(num_images=2, batch_size=2, image_size=56, steps=2)
+    settings = Recipe().changed(dict(quantization=dict(
+        scope=scope, weight=dict(bits=4), activation=dict(bits=6)))).quantization
+    game = EvolutionSettings(rounds=1, sample_steps=1, student_steps=1, batch_size=2, taps=taps,
+                             learn='both' if scope == 'model' else 'ranges')
 
     def run(device):
         model = copy.deepcopy(source).to(device)
-        images = psaq_mm.synthesize(model, seed=3, **prior)
-        psaq_mm.equalize(model, images, channel_limit=1.5)
-        student = psaq_mm.quantize(copy.deepcopy(model), scope=scope,
-                                   weight=dict(bits=4, rounding=rounding),
-                                   activation=dict(bits=6))
+        images = psaq_mm.synthesize(model, prior, seed=3)
+        psaq_mm.equalize(model, images, settings)
+        student = psaq_mm.prepare(model, settings)
         psaq_mm.calibrate(student, images)
-        psaq_mm.evolve(student, model, images, seed=4, synthesis=prior, rounds=1, sample_steps=1,
-                       student_steps=1, batch_size=2, taps=taps, learn='both')
-        psaq_mm.refit(student, images, (72, 64), learnt=True)
-        psaq_mm.round_weights(student, images, (72, 64))
+        psaq_mm.evolve(student, model, images, game, prior, seed=4)
+        psaq_mm.recalibrate(student, images, (72, 64))
+        if scope == 'backbone':  # no weight has learned
+            psaq_mm.round_weights(student, images)
         assert images.device.type == 'cpu'
-        return [dict(student.state_dict()), images.to(device)]
+        return [without_notes(student.state_dict()), images.to(device)]
 
     found, expected = run(other), run('cpu')
     assert same(found, expected), [

@@ -22,6 +22,7 @@ from typing import (
     Tuple,
     TypeVar,
 )
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -45,8 +46,8 @@ class Recorder(Generic[RecordT]):
     def __init__(self) -> None:
         self.records: List[RecordT] = []
 
-    def take(self) -> List[RecordT]:
-        """The records since the last call, in the order of the layers."""
+    def pop_all(self) -> List[RecordT]:
+        """Remove and return the records so far, in the order of the layers."""
         records, self.records = self.records, []
         return records
 
@@ -78,6 +79,9 @@ def real_tokens(stages: Iterable[WindowGrid], size: Tuple[int, int]) -> Iterator
         height, width = -(-height // step[0]), -(-width // step[1])
         padded = (height + -height % window[0]) * (width + -width % window[1])
         yield height * width / padded
+
+
+_PREDICTORS: 'WeakKeyDictionary[nn.Module, FrozenSet[str]]' = WeakKeyDictionary()
 
 
 class Adapter:
@@ -126,8 +130,13 @@ class Adapter:
         by their widths, and a warning says so.
 
         Args:
-            model (nn.Module): The float model.
+            model (nn.Module): The float model. The answer is kept for it.
         """
+        if model not in _PREDICTORS:
+            _PREDICTORS[model] = self._find_predictors(model)
+        return _PREDICTORS[model]
+
+    def _find_predictors(self, model: nn.Module) -> FrozenSet[str]:
         sizes = [self.image_size(model)]
         if self.fixed_size(model) is None:  # a small one will do, but for many queries
             side = 2 * max(math.prod(steps) for steps in zip(*(

@@ -3,7 +3,6 @@
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Dict, FrozenSet, List, Sequence
 
-from mmengine.logging import print_log
 from torch import nn
 
 from psaq_mm.errors import UserError
@@ -73,9 +72,6 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
     predictors: FrozenSet[str] = frozenset()
     if settings.scope == 'model':
         predictors = adapter.predictors(model)
-        print_log('layers whose output is that of the model: '
-                  f'{", ".join(name for name in candidates if name in predictors) or "none"}',
-                  logger='current')
     for name in candidates:
         if _any_match(name, settings.include) and not _any_match(name, settings.exclude):
             kinds = adapter.kinds(model, name, predictors)

@@ -48,6 +48,10 @@ def prepare(model: nn.Module, settings: Optional[QuantizationSettings] = None) -
                         f'quantization.channel_limit={settings.channel_limit:g}, or set it to '
                         'None for none')
     remaining = unquantized_weights(model, plan, adapter, settings.scope)
+    if settings.scope == 'model':
+        last = [name for name in plan if name in adapter.predictors(model)]
+        print_log('layers whose output is that of the model, quantized by predictor_bits: '
+                  f'{", ".join(last) or "none"}', logger='current')
     print_log(f'quantizing {len(plan)} modules in scope {settings.scope!r}; weights left float: '
               f'{", ".join(remaining) or "none"}', logger='current')
     require_finite({f'{name}.weight': model.get_submodule(name).get_parameter('weight')

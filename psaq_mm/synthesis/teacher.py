@@ -40,18 +40,18 @@ def float_teacher(
             adapter.record_batch_norm(model, heads) as batch_norms:
 
         def run(images: Tensor) -> Tuple[TeacherRecord, TapRecord]:
-            attention.take()
-            batch_norms.take()
+            attention.pop_all()
+            batch_norms.pop_all()
             taps = TapRecord({})
             if groups:
                 taps = adapter.forward_taps(model, images, groups)
             if groups and heads:  # the taps' pass ran some heads, not all
-                attention.take()
-                batch_norms.take()
+                attention.pop_all()
+                batch_norms.pop_all()
             if heads:
                 adapter.forward_norms(model, images)
             elif not groups:
                 adapter.forward_backbone(model, images)
-            return TeacherRecord(attention.take(), batch_norms.take()), taps
+            return TeacherRecord(attention.pop_all(), batch_norms.pop_all()), taps
 
         yield run

@@ -68,7 +68,7 @@ def test_smallest_size_without_padding(swin):
     for side, padded in ((96, False), (48, True), (192, False)):
         with adapter.record_attention(model) as recorder, torch.no_grad():
             model(torch.zeros(1, 3, side, side))
-        assert any(record.valid is not None for record in recorder.take()) == padded
+        assert any(record.valid is not None for record in recorder.pop_all()) == padded
 
 
 def test_warning(warnings_of):
@@ -103,7 +103,7 @@ def test_share_of_real_tokens_is_that_of_the_records():
         with adapter.record_attention(model) as recorder, torch.no_grad():
             model(torch.zeros(1, 3, *size))
         expected = [1. if record.valid is None else float(record.valid.float().mean())
-                    for record in recorder.take()]
+                    for record in recorder.pop_all()]
         assert list(real_tokens(adapter.attention_windows(model), size)) \
             == pytest.approx(expected)
 

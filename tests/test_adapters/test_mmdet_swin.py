@@ -391,7 +391,7 @@ def test_record_attention(size, tokens, whole):
     model, watch = Detector(backbone) if whole else backbone, Watch(backbone)
     with torch.no_grad(), ADAPTER.record_attention(model) as recorder:
         ADAPTER.forward_backbone(model, torch.randn(2, 3, *size))
-        records = recorder.take()
+        records = recorder.pop_all()
     blocks = [m for m in backbone.modules() if isinstance(m, ShiftWindowMSA)]
     assert len(records) == len(blocks) == len(watch.inputs) == 4
     for record, block, (height, width), (module, x, mask) in zip(records, blocks, tokens,
@@ -417,7 +417,7 @@ def test_records_have_gradients():
         parameter.requires_grad_(False)
     with ADAPTER.record_attention(model) as recorder:
         model(x)
-        records = recorder.take()
+        records = recorder.pop_all()
     for record in records:
         gradient, = torch.autograd.grad(record.output.square().sum(), x, retain_graph=True)
         assert gradient.abs().sum() > 0
@@ -426,14 +426,14 @@ def test_records_have_gradients():
 def test_take():
     model, x = swin(), torch.randn(1, 3, 28, 28)
     with torch.no_grad(), ADAPTER.record_attention(model) as recorder:
-        assert recorder.take() == []
+        assert recorder.pop_all() == []
         model(x)
-        first = recorder.take()
-        assert recorder.take() == []
+        first = recorder.pop_all()
+        assert recorder.pop_all() == []
         model(x)
         model(x)
         assert len(first) == 4
-        both = recorder.take()
+        both = recorder.pop_all()
     assert len(both) == 8
     for a, b, c in zip(first, both, both[4:]):
         assert torch.equal(a.output, b.output) and torch.equal(a.output, c.output)
@@ -481,7 +481,7 @@ def test_recording_a_quantized_model(placement):
     def record():
         with torch.no_grad(), ADAPTER.record_attention(model) as recorder:
             model(x)
-            return recorder.take()
+            return recorder.pop_all()
 
     plain = record()
     quantized(model, x, placement=placement)

@@ -124,7 +124,7 @@ def test_batch_norm_records(models, images, name, layers):
                for m in norms]
     with torch.no_grad(), adapter.record_batch_norm(model) as recorder:
         adapter.forward_norms(model, images)
-        records = recorder.take()
+        records = recorder.pop_all()
     for handle in handles:
         handle.remove()
     assert len(records) == len(seen) == layers

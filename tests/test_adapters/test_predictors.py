@@ -11,6 +11,7 @@ from mmengine.hub import get_config
 from mmengine.logging import MMLogger
 from torch import nn
 
+from psaq_mm import prepare
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.predictors import last_layers, layers_of_own_width
 from psaq_mm.engine import build_float_model
@@ -181,6 +182,7 @@ def test_a_model_that_cannot_be_run_is_judged_by_widths():
     config = Config.fromfile(DEMO / 'mask_rcnn_swin_demo.py')
     model = build_float_model(config)
     expected = find_adapter(model).predictors(model)
+    model = build_float_model(config)
 
     def fail(*args, **kwargs):
         raise KeyError('text_prompts')
@@ -198,19 +200,20 @@ def test_a_model_that_cannot_be_run_is_judged_by_widths():
         'are taken' in lines[0].getMessage()
 
 
-def test_plan_says_which():
+def test_preparation_says_which():
     model = build_float_model(Config.fromfile(DEMO / 'upernet_swin_demo.py'))
     logger = MMLogger.get_instance('test_predictors_plan')
     lines = []
     logger.handle, before = lambda record: lines.append(record.getMessage()), logger.handle
     try:
         for scope in ('backbone', 'model'):
-            plan_quantization(model, QuantizationSettings.from_dict(dict(
-                scope=scope, weight=dict(bits=4))), find_adapter(model))
+            prepare(model, QuantizationSettings.from_dict(dict(
+                scope=scope, channel_limit=None)))
     finally:
         logger.handle = before
     assert [line for line in lines if 'output' in line] == [
-        'layers whose output is that of the model: decode_head.conv_seg']
+        'layers whose output is that of the model, quantized by predictor_bits: '
+        'decode_head.conv_seg']
 
 
 def test_segmentors_are_a_kind():

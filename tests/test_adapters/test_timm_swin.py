@@ -358,7 +358,7 @@ def test_record_attention(changes, size, tokens, whole):
         with_kwargs=True) for block in blocks]
     with torch.no_grad(), ADAPTER.record_attention(model) as recorder:
         ADAPTER.forward_backbone(model, torch.randn(2, 3, *size))
-        records = recorder.take()
+        records = recorder.pop_all()
     for handle in handles:
         handle.remove()
     assert len(records) == len(blocks) == len(seen) == 4
@@ -394,7 +394,7 @@ def test_records_have_gradients():
     model, x = swin(), torch.randn(1, 3, 56, 56, requires_grad=True)
     with ADAPTER.record_attention(model) as recorder:
         model(x)
-        for record in recorder.take():
+        for record in recorder.pop_all():
             gradient, = torch.autograd.grad(record.output.square().sum(), x, retain_graph=True)
             assert gradient.abs().sum() > 0
 
@@ -406,7 +406,7 @@ def test_recording_a_quantized_model(placement):
     def record():
         with torch.no_grad(), ADAPTER.record_attention(model) as recorder:
             model(x)
-            return recorder.take()
+            return recorder.pop_all()
 
     plain = record()
     model = plain_student(model, placement=placement)

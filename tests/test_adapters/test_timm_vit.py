@@ -315,8 +315,8 @@ def test_record_attention(name, changes, prefix, build):
                for attn in attentions]
     with torch.no_grad(), ADAPTER.record_attention(model) as recorder:
         ADAPTER.forward_backbone(model, torch.randn(2, 3, 64, 64))
-        records = recorder.take()
-        assert recorder.take() == []
+        records = recorder.pop_all()
+        assert recorder.pop_all() == []
     for handle in handles:
         handle.remove()
     assert len(records) == len(attentions) == 2
@@ -333,7 +333,7 @@ def test_records_have_gradients():
     model, x = vit(), torch.randn(1, 3, 64, 64, requires_grad=True)
     with ADAPTER.record_attention(model) as recorder:
         model(x)
-        for record in recorder.take():
+        for record in recorder.pop_all():
             gradient, = torch.autograd.grad(record.output.square().sum(), x, retain_graph=True)
             assert gradient.abs().sum() > 0
 
@@ -345,7 +345,7 @@ def test_recording_a_quantized_model(placement):
     def record():
         with torch.no_grad(), ADAPTER.record_attention(model) as recorder:
             model(x)
-            return recorder.take()
+            return recorder.pop_all()
 
     plain = record()
     model = plain_student(model, placement=placement)

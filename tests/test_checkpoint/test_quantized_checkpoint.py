@@ -21,11 +21,7 @@ from psaq_mm.checkpoint import (
     quantized_checkpoint,
     size_of_quantized,
 )
-from psaq_mm.checkpoint.quantized_checkpoint import (
-    load_quantized_state,
-    plain,
-    prepare_for_loading,
-)
+from psaq_mm.checkpoint.quantized_checkpoint import plain, prepare_for_loading
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, quantization_enabled
 from psaq_mm.quantization import Quantizer

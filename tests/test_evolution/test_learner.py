@@ -10,7 +10,7 @@ from torch import nn
 from psaq_mm.adapters import TapRecord
 from psaq_mm.errors import UserError
 from psaq_mm.evolution import StudentLearner
-from psaq_mm.ops import apply_plan, named_quant_ops
+from psaq_mm.ops import apply_plan, named_quant_ops, without_notes
 from psaq_mm.quantization import QuantSpec
 from psaq_mm.recipe import EvolutionSettings
 from psaq_mm.student import calibrate_ranges
@@ -85,7 +85,8 @@ def ranges(model):
 
 def tensors(model):
     """Parameters and buffers that are not ranges."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items()
+    return {name: value.detach().clone()
+            for name, value in without_notes(model.state_dict()).items()
             if '.quantizers.' not in name}
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, load_script
+from conftest import DEMO, ROOT, load_script, plain_student
 
 import psaq_mm
 from psaq_mm.deploy.export_manifest import write_export
@@ -33,10 +33,7 @@ def data(tmp_path_factory):
     model = build_float_model(load_config(config))
     model.load_state_dict(torch.load(DEMO / 'mask_rcnn_swin_demo.pth',
                                      weights_only=True)['state_dict'])
-    student = psaq_mm.prepare(model, psaq_mm.QuantizationSettings.from_dict(dict(
-        channel_limit=None, weight=dict(rounding='nearest'))))
-    psaq_mm.save(psaq_mm.calibrate(student, torch.randn(2, 3, 224, 224)),
-                 folder / 'quantized.pth')
+    psaq_mm.save(plain_student(model, torch.randn(2, 3, 224, 224)), folder / 'quantized.pth')
     return folder
 
 
