@@ -153,7 +153,7 @@ def test_what_equalize_refuses(student, images):
     teacher = swin()
     before = state_of(teacher)
     for change, message in (
-            (dict(images=images[:0]), r'psaq_mm.equalize needs float32 images of shape \(N, C, H, '),
+            (dict(images=images[:0]), r'psaq_mm.equalize needs float32 images of shape \(N, C, '),
             (dict(model=student), 'psaq_mm.equalize needs the float model'),
             (dict(batch_size=0), 'batch_size must be'),
             (dict(settings=settings(**NONE)), 'channel_limit is None, so there is nothing to do; '
