@@ -27,7 +27,7 @@ from .evolution import Evolver, check_evolution, evolver
 from .ops import named_quant_ops, plan_quantization
 from .processes import count_of_this_process, stopping_together
 from .recipe import Recipe
-from .recipe.checks import sides
+from .recipe.checks import check_seed, sides
 from .saved_run import SavedRun, hash_of
 from .student import (
     calibrate,
@@ -105,6 +105,11 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
         UserError: If the model cannot be quantized so, or a file is of another run.
         FloatingPointError: If a loss is not finite.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f'model must be a module with its weights, got {type(model).__name__}')
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise UserError("recipe must be a psaq_mm.Recipe such as Recipe.shipped('w4a4'), got "
+                        f'{recipe!r}')
     if test_size is not None:
         found = SizeFound(sides(test_size, '(height, width)'), 'test_size')
     elif getattr(model, 'cfg', None) is not None:
@@ -234,7 +239,10 @@ class Pipeline:
             nn.Module: The student.
         """
         with stopping_together():
+            check_seed(self.seed, 'seed')
             check(self.teacher, self.recipe, get_world_size())
+            if self.recipe.calibration.image_size == 'test' and self.test_size.size is not None:
+                _check_size(self.teacher, self.test_size.size, 'the size of test images')
             if self._given_images is not None:
                 check_images(self.teacher, self._given_images)
         self.recipe = replace(self.recipe,

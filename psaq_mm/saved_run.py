@@ -10,7 +10,7 @@ from mmengine.dist import all_gather_object, get_world_size
 from mmengine.logging import print_log
 from torch import Tensor
 
-from .checkpoint import load_checkpoint_file, save_torch
+from .checkpoint import ensure_writable_dir, load_checkpoint_file, save_torch
 from .errors import UserError
 from .evolution import Evolver
 from .processes import stopping_together
@@ -35,6 +35,9 @@ class SavedRun:
     def __init__(self, path: Union[str, Path], resume: bool, recipe: Recipe, seed: int,
                  identity: Mapping[str, Any]) -> None:
         self.path, self.resume = Path(path), resume
+        if self.path.is_dir():
+            raise UserError(f'state_file {path} is a folder; expected a file in it')
+        ensure_writable_dir(self.path.parent)
         sections = {name: _comparable(section) for name, section in recipe.to_dict().items()}
         self._of_images = dict({'number of processes': get_world_size()}, seed=seed, **identity,
                                synthesis=sections.pop('synthesis'))

@@ -119,6 +119,36 @@ def test_what_is_wrong_is_said_before_any_step():
         psaq_mm.quantize(model, recipe(FEW), resume=True)
 
 
+@pytest.mark.parametrize('arguments, match', [
+    (dict(recipe='w4a4'), "must be a psaq_mm.Recipe .*got 'w4a4'"),
+    (dict(recipe=dict(synthesis=dict(steps=1))), 'must be a psaq_mm.Recipe'),
+    (dict(model=None), 'model must be a module .*got NoneType'),
+    (dict(seed=-1), 'seed must be an integer from 0 to 2.32 - 1, got -1'),
+    (dict(seed=2**32), 'seed must be'),
+    (dict(seed=None), 'seed must be an integer .*got None'),
+    (dict(images=torch.zeros(1, 3, 56, 56).half()), 'needs float32 images'),
+    (dict(images=torch.zeros(1, 3, 56, 56).double()), 'needs float32 images')])
+def test_wrong_arguments(arguments, match):
+    with pytest.raises(UserError, match=match):
+        psaq_mm.quantize(**{**dict(model=swin(), recipe=recipe(FEW), progress=pytest.fail),
+                            **arguments})
+
+
+def test_state_file_that_cannot_be_written_is_refused_before_any_step(tmp_path):
+    (tmp_path / 'file').write_text('')
+    for path, match in ((tmp_path, 'is a folder'), (tmp_path / 'file' / 'state.pth', 'file')):
+        with pytest.raises(UserError, match=match):
+            psaq_mm.quantize(swin(), recipe(FEW), progress=pytest.fail, state_file=path)
+
+
+def test_size_of_test_images_that_the_model_does_not_take():
+    model = swin(use_abs_pos_embed=True, pretrain_img_size=56)
+    chosen = recipe(FEW, dict(calibration=dict(image_size='test')))
+    with pytest.raises(UserError, match='the size of test images must make 196 patches'):
+        psaq_mm.quantize(model, chosen, test_size=(84, 84), progress=pytest.fail)
+    psaq_mm.quantize(model, recipe(FEW), test_size=(84, 84))  # not asked for: no matter
+
+
 # The size of test images
 
 

@@ -16,8 +16,8 @@ from mmengine.utils import is_method_overridden
 
 from psaq_mm.checkpoint import sha256_of_file
 from psaq_mm.errors import UserError
+from psaq_mm.recipe.checks import check_seed
 from psaq_mm.registry import DATASETS
-from psaq_mm.sections import is_integer
 
 from .config import custom_hooks, hook_class
 
@@ -93,10 +93,7 @@ def choose_seed(given: Optional[int], config: Config) -> int:
         seed = (config.get('randomness') or {}).get('seed')
     if seed is None:
         return 0
-    if not is_integer(seed) or not 0 <= seed < 2**32:
-        name = '--seed' if given is not None else 'randomness.seed'
-        raise UserError(f'{name} must be an integer from 0 to 2^32 - 1, got {seed!r}')
-    return seed
+    return check_seed(seed, '--seed' if given is not None else 'randomness.seed')
 
 
 def require_test_data(config: Config) -> None:

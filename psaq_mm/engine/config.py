@@ -98,7 +98,7 @@ def load_config(path: Union[str, Path], options: Optional[Dict[str, Any]] = None
         with _keeping_deletions():
             config = Config.fromfile(str(path))
             if options:
-                _reject_new_keys(config, options)
+                reject_new_keys(config, options)
                 config.merge_from_dict(options)
     except UserError:
         raise
@@ -168,7 +168,7 @@ def hook_class(hook: Any, scope: str) -> Optional[type]:
     return found
 
 
-def _reject_new_keys(config: Config, options: Dict[str, Any]) -> None:
+def reject_new_keys(config: Config, options: Dict[str, Any]) -> None:
     """An option may change a config's keys, or set one that mmengine knows."""
     known = {*config, *KEYS, *OPTIONAL_KEYS}
     for key in options:

@@ -18,7 +18,7 @@ from psaq_mm.checkpoint import (
 )
 from psaq_mm.errors import UserError
 
-from .config import load_config
+from .config import load_config, reject_new_keys
 from .dataset_meta import inference_config, read_dataset_meta
 
 
@@ -131,6 +131,7 @@ def init_model(config: Union[str, Path, Config], checkpoint: Union[str, Path],
     """
     if isinstance(config, Config):
         config = copy.deepcopy(config)
+        reject_new_keys(config, cfg_options or {})
         config.merge_from_dict(cfg_options or {})
     else:
         config = load_config(config, cfg_options)

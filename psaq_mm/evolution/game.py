@@ -12,6 +12,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.ops.plan import Plan
 from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
+from psaq_mm.recipe.checks import check_seed
 from psaq_mm.student.history import require_calibrated, require_float, require_images
 from psaq_mm.synthesis.from_model import sized_for
 from psaq_mm.synthesis.teacher import float_teacher, frozen
@@ -62,6 +63,7 @@ def evolver(student: nn.Module, teacher: nn.Module, images: Tensor, settings: Ev
     if not settings.rounds:
         raise UserError('psaq_mm.evolve: evolution.rounds is 0, so there is nothing to do; give '
                         "it rounds such as 5 (preset 'evolve'), or leave this step out")
+    check_seed(seed, 'seed')
     require_calibrated(student, 'evolve')
     require_float(teacher, 'evolve (as teacher)')
     require_images(images, 'evolve')

@@ -21,6 +21,13 @@ def check_number(value: Any, key: str, low: float, high: float) -> float:
     return float(value)
 
 
+def check_seed(value: Any, key: str) -> int:
+    """Raise a :class:`UserError` unless a value is a seed that all generators take."""
+    if not is_integer(value) or not 0 <= value < 2**32:
+        raise UserError(f'{key} must be an integer from 0 to 2^32 - 1, got {value!r}')
+    return value
+
+
 def sides(size: Any, expected: str) -> Tuple[int, int]:
     """Height and width of an ``image_size``, in pixels.
 

@@ -32,6 +32,14 @@ class Recipe:
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
 
+    def __post_init__(self) -> None:
+        for section in fields(self):
+            value = getattr(self, section.name)
+            expected: Any = section.default_factory
+            if not isinstance(value, expected):
+                raise UserError(f'{section.name} must be {expected.__name__}, got {value!r}; '
+                                'Recipe.from_dict and Recipe.changed take dicts')
+
     @classmethod
     def shipped(cls, base: str = 'w8a8', preset: str = 'default') -> 'Recipe':
         """A recipe that is shipped.

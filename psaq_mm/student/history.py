@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Optional, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
@@ -89,10 +90,10 @@ def require_images(images: object, step: str) -> Tensor:
     Raises:
         UserError: If they are not.
     """
-    if not isinstance(images, Tensor) or not images.is_floating_point() \
+    if not isinstance(images, Tensor) or images.dtype != torch.float32 \
             or images.dim() != 4 or len(images) == 0:
         got = f'{images.dtype} {tuple(images.shape)}' if isinstance(images, Tensor) \
             else type(images).__name__
-        raise UserError(f'psaq_mm.{step} needs float images of shape (N, C, H, W) with N of at '
+        raise UserError(f'psaq_mm.{step} needs float32 images of shape (N, C, H, W) with N of at '
                         f'least 1, got {got}')
     return images

@@ -10,6 +10,7 @@ from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import module_device, require_float32
 from psaq_mm.errors import UserError
 from psaq_mm.recipe import SynthesisSettings
+from psaq_mm.recipe.checks import check_seed
 
 from .synthesizer import Synthesizer
 from .teacher import float_teacher, frozen
@@ -64,6 +65,7 @@ def synthesizer(model: nn.Module, settings: Optional[SynthesisSettings] = None, 
             ``num_images``. Defaults to None: all.
     """
     settings = settings or SynthesisSettings()
+    check_seed(seed, 'seed')
     check_synthesis(model, settings)
     settings = sized_for(model, settings)
     adapter = find_adapter(model)

@@ -154,3 +154,9 @@ def test_mistakes(changes, message, demo_config, demo_checkpoint):
     given = dict(config=demo_config, checkpoint=demo_checkpoint)
     with pytest.raises(UserError, match=message):
         psaq_mm.init_model(**{**given, **changes})
+
+
+def test_options_name_keys_that_a_config_object_has(demo_config, demo_checkpoint):
+    config = Config.fromfile(str(demo_config))
+    with pytest.raises(UserError, match="the config has no key 'modle'. Did you mean 'model'"):
+        psaq_mm.init_model(config, demo_checkpoint, cfg_options={'modle.type': 'RetinaNet'})

@@ -758,7 +758,7 @@ def test_user_errors(pair, swin_images):
     with pytest.raises(UserError, match=r'^psaq_mm.evolve \(as teacher\) needs the float model'):
         psaq_mm.evolve(student, student, swin_images, RULES)
     for images in (swin_images[0], swin_images[:0], swin_images.byte(), None):
-        with pytest.raises(UserError, match='^psaq_mm.evolve needs float images of shape'):
+        with pytest.raises(UserError, match='^psaq_mm.evolve needs float32 images of shape'):
             psaq_mm.evolve(student, teacher, images, RULES)
 
 

@@ -221,3 +221,9 @@ def test_merged(changes, expected):
 def test_plain_copy():
     value = dict(_scope_='mmdet', a=(1, dict(_delete_=True, b=[2])), c=None)
     assert plain_copy(value) == dict(a=[1, dict(b=[2])], c=None)
+
+
+@pytest.mark.parametrize('value', [dict(steps=3), None, CalibrationSettings()])
+def test_sections_have_their_types(value):
+    with pytest.raises(UserError, match='synthesis must be SynthesisSettings'):
+        Recipe(synthesis=value)

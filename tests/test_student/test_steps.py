@@ -153,7 +153,7 @@ def test_what_equalize_refuses(student, images):
     teacher = swin()
     before = state_of(teacher)
     for change, message in (
-            (dict(images=images[:0]), r'psaq_mm.equalize needs float images of shape \(N, C, H, '),
+            (dict(images=images[:0]), r'psaq_mm.equalize needs float32 images of shape \(N, C, '),
             (dict(model=student), 'psaq_mm.equalize needs the float model'),
             (dict(batch_size=0), 'batch_size must be'),
             (dict(settings=settings(**NONE)), 'channel_limit is None, so there is nothing to do; '
@@ -212,8 +212,8 @@ def test_round_weights(size, tmp_path):
 def test_what_round_weights_refuses(student, images):
     before = weights(student)
     for change, message in (
-            (dict(images=images[:0]), r'psaq_mm.round_weights needs float images of shape \(N'),
-            (dict(images=None), r'needs float images of shape .*, got NoneType'),
+            (dict(images=images[:0]), r'psaq_mm.round_weights needs float32 images of shape \(N'),
+            (dict(images=None), r'needs float32 images of shape .*, got NoneType'),
             (dict(student=psaq_mm.prepare(swin(), settings(**GPTQ))),
              'round_weights needs a calibrated student, .* has no range: call psaq_mm.calibrate'),
             (dict(student=swin()), 'needs a student, .*: call psaq_mm.prepare first'),
@@ -309,7 +309,7 @@ def test_what_evolve_refuses(student, images):
             (dict(teacher=swin()), r'is not the float model of the student: .* differs; '
                                    'psaq_mm.equalize comes before psaq_mm.prepare'),
             (dict(teacher=shorter), r'of the student: stages.1.blocks.1.* is missing'),
-            (dict(images=images[:0]), 'psaq_mm.evolve needs float images')):
+            (dict(images=images[:0]), 'psaq_mm.evolve needs float32 images')):
         with left_as_it_was(student), pytest.raises(UserError, match=message):
             psaq_mm.evolve(**{**dict(student=student, teacher=teacher, images=images,
                                      settings=game), **change})
