@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import (
     Any,
     ClassVar,
@@ -356,13 +356,10 @@ class Adapter:
                 mean, var, module.running_mean, module.running_var,  # type: ignore[arg-type]
                 module.eps))  # type: ignore[arg-type]
 
-        norms = self.batch_norms(model) if enabled else []
-        handles = [norm.register_forward_pre_hook(note) for norm in norms]
-        try:
+        with ExitStack() as hooks:
+            for norm in self.batch_norms(model) if enabled else []:
+                hooks.enter_context(norm.register_forward_pre_hook(note))
             yield recorder
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 HOSTS = dict(mmdet=('mmdet_swin', ), mmseg=('mmseg_swin', ), timm=('timm_swin', 'timm_vit'))

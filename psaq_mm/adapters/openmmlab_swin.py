@@ -6,7 +6,7 @@ The two are classes of their own with the same submodules and the same code;
 """
 import copy
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import (
     Any,
     ClassVar,
@@ -266,11 +266,8 @@ class OpenMMLabSwinAdapter(Adapter):
         elif self.is_segmentor(model):
             features: List[Any] = []
             source = model.neck if model.with_neck else model.backbone
-            handle = source.register_forward_hook(lambda m, args, out: features.append(out))
-            try:
+            with source.register_forward_hook(lambda m, args, out: features.append(out)):
                 self.forward_model(model, images)
-            finally:
-                handle.remove()
             head = getattr(model, 'auxiliary_head', None)
             for part in head if isinstance(head, nn.ModuleList) else [head]:
                 if part is not None:
@@ -292,28 +289,24 @@ class OpenMMLabSwinAdapter(Adapter):
     @contextmanager
     def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:
         recorder = AttentionRecorder()
-        handles: List[Any] = []
         checkpointed: Dict[Any, bool] = {}
-        backbone = self._backbone(model)
         module: Any
-        for module in backbone.modules():
-            if isinstance(module, self.block_class):
-                # Recomputed activations would not be the recorded ones.
-                checkpointed[module] = module.with_cp
-                module.with_cp = False
-            if isinstance(module, self.shift_window_class):
-                self._record_block(module, recorder, handles)
         try:
-            yield recorder
+            with ExitStack() as hooks:
+                for module in self._backbone(model).modules():
+                    if isinstance(module, self.block_class):
+                        # Recomputed activations would not be the recorded ones.
+                        checkpointed[module] = module.with_cp
+                        module.with_cp = False
+                    if isinstance(module, self.shift_window_class):
+                        self._record_block(module, recorder, hooks)
+                yield recorder
         finally:
-            for handle in handles:
-                handle.remove()
             for module, with_cp in checkpointed.items():
                 module.with_cp = with_cp
 
     @staticmethod
-    def _record_block(block: Any, recorder: AttentionRecorder,
-                      handles: List[Any]) -> None:
+    def _record_block(block: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
         shape: Dict[str, Tuple[int, int]] = {}
 
         def note_shape(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -328,8 +321,8 @@ class OpenMMLabSwinAdapter(Adapter):
                 output=args[0].unflatten(-1, (heads, -1)),
                 valid=None if valid is None else valid.to(args[0].device)))
 
-        handles.append(block.register_forward_pre_hook(note_shape, with_kwargs=True))
-        handles.append(block.w_msa.proj.register_forward_pre_hook(note_output))
+        hooks.enter_context(block.register_forward_pre_hook(note_shape, with_kwargs=True))
+        hooks.enter_context(block.w_msa.proj.register_forward_pre_hook(note_output))
 
     def _backbone(self, model: nn.Module) -> Any:
         return model if isinstance(model, self.backbone_class) else model.backbone

@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What timm's Swin and ViT have in common, alone or in a ``TimmClassifier``."""
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Collection, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
@@ -147,13 +147,11 @@ class TimmAdapter(Adapter):
                      regions: Optional[List[Tensor]] = None) -> TapRecord:
         timm_model = self._timm_model(model)
         stages: List[Tensor] = []
-        handles = [stage.register_forward_hook(lambda m, args, out: stages.append(out))
-                   for stage in self._stages(timm_model)]
-        try:
+        with ExitStack() as hooks:
+            for stage in self._stages(timm_model):
+                hooks.enter_context(stage.register_forward_hook(
+                    lambda m, args, out: stages.append(out)))
             logits = timm_model(images)
-        finally:
-            for handle in handles:
-                handle.remove()
         taps = {f'backbone.{i}': stage for i, stage in enumerate(stages)} \
             if 'backbone' in groups else {}
         if 'logits' in groups:
@@ -167,7 +165,6 @@ class TimmAdapter(Adapter):
     @contextmanager
     def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:
         recorder = AttentionRecorder()
-        handles: List[Any] = []
         timm_model = self._timm_model(model)
         # Recomputed activations would not be the recorded ones.
         checkpointed = [module for module in timm_model.modules()
@@ -175,15 +172,14 @@ class TimmAdapter(Adapter):
         try:
             for module in checkpointed:
                 module.grad_checkpointing = False
-            self._record(timm_model, recorder, handles)
-            yield recorder
+            with ExitStack() as hooks:
+                self._record(timm_model, recorder, hooks)
+                yield recorder
         finally:
-            for handle in handles:
-                handle.remove()
             for module in checkpointed:
                 module.grad_checkpointing = True
 
-    def _record(self, model: Any, recorder: AttentionRecorder, handles: List[Any]) -> None:
+    def _record(self, model: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
         """Add hooks that record the attention of a bare timm model."""
         raise NotImplementedError
 

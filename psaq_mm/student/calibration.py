@@ -1,20 +1,19 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Set the ranges of a student on images."""
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-import torch
 from mmengine.dist import all_gather_object, get_world_size
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import Adapter, module_device
 from psaq_mm.errors import UserError
+from psaq_mm.modes import evaluating
 from psaq_mm.ops import QuantOp, named_quant_ops, quantization_enabled
-from psaq_mm.processes import images_of_this_process, stopping_together
+from psaq_mm.processes import run_images
 from psaq_mm.quantization import Quantizer
 from psaq_mm.recipe.checks import check_positive_int
-from psaq_mm.synthesis.teacher import frozen
 
 from .history import note, require_images, require_student
 
@@ -67,7 +66,7 @@ def forward_of_scope(model: nn.Module,
     adapter = find_adapter(model)
     scope, device = scope_of(model, adapter), module_device(model)
     try:
-        with frozen(model):
+        with evaluating(model):
             yield lambda batch: adapter.forward(model, batch.to(device), scope)
     except UserError:  # of a callback, or of another process
         raise
@@ -108,12 +107,8 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
     for quantizer in observed:
         quantizer.start_observing()
     try:
-        with quantization_enabled(model, False), torch.no_grad(), _errors_named(observed), \
-                stopping_together():
-            for batch in images_of_this_process(images).split(batch_size):
-                forward(batch)
-                if progress is not None:
-                    progress(len(batch))
+        with quantization_enabled(model, False), _errors_named(observed):
+            run_images(forward, images, batch_size, progress)
         _merge_processes(list(observed))
         steps = [(name, quantizer.finish_observing) for quantizer, name in observed.items()]
         for name, set_range in (*steps, *((n, op.set_weight_range) for n, op in weights.values())):
@@ -153,15 +148,13 @@ def _errors_named(quantizers: Dict[Quantizer, str]) -> Iterator[None]:
     def end(quantizer: Quantizer, args: Any, output: Any) -> None:
         at_work.clear()
 
-    handles = [hook for quantizer in quantizers
-               for hook in (quantizer.register_forward_pre_hook(begin),
-                            quantizer.register_forward_hook(end))]
-    try:
-        yield
-    except ValueError as error:
-        if at_work:
-            raise ValueError(f'{at_work[0]}: {error}') from error
-        raise
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for quantizer in quantizers:
+            hooks.enter_context(quantizer.register_forward_pre_hook(begin))
+            hooks.enter_context(quantizer.register_forward_hook(end))
+        try:
+            yield
+        except ValueError as error:
+            if at_work:
+                raise ValueError(f'{at_work[0]}: {error}') from error
+            raise

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Round weights by what their layers are given on images."""
+from contextlib import ExitStack
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, named_quant_ops
-from psaq_mm.processes import images_of_this_process, stopping_together
+from psaq_mm.processes import run_images
 from psaq_mm.quantization import gptq_round
 from psaq_mm.quantization.gptq import parts_of, second_moments
 from psaq_mm.recipe.checks import check_positive_int
@@ -121,16 +122,10 @@ def round_by_gptq(ops: Dict[str, QuantOp], images: Tensor, forward: Callable[[Te
             for total, moment in zip(moments[op], second_moments(op.input_rows(part))):
                 total += moment
 
-    handles = [op.register_forward_pre_hook(note) for op in moments]
-    try:
-        with torch.no_grad(), stopping_together():
-            for batch in images_of_this_process(images).split(batch_size):
-                forward(batch)
-                if progress is not None:
-                    progress(len(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for op in moments:
+            hooks.enter_context(op.register_forward_pre_hook(note))
+        run_images(forward, images, batch_size, progress)
     rounded = {}
     for name, op in ops.items():
         for moment in moments[op]:

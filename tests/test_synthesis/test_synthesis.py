@@ -11,11 +11,12 @@ from mmdet.models.backbones.swin import SwinTransformer
 from mmengine.logging import MMLogger
 
 from psaq_mm.errors import UserError
+from psaq_mm.modes import evaluating
 from psaq_mm.prior import AttentionRecord, PriorTerm, TeacherRecord, derived_seed
 from psaq_mm.recipe import SynthesisSettings
 from psaq_mm.registry import PRIORS
 from psaq_mm.synthesis import Synthesizer, learning_rate_factor, share_of
-from psaq_mm.synthesis.teacher import float_teacher, frozen
+from psaq_mm.synthesis.teacher import float_teacher
 
 LOWER = torch.tensor([-2., -1., 0.]).view(1, 3, 1, 1)
 UPPER = torch.tensor([2., 3., 0.5]).view(1, 3, 1, 1)
@@ -203,7 +204,7 @@ def swin():
 def images_of_swin(swin, batch_size, indices=None, seed=0, **changes):
     settings = SynthesisSettings.from_dict({**SMALL, **dict(
         num_images=8, image_size=56, batch_size=batch_size), **changes})
-    with frozen(swin), float_teacher(swin, settings) as teacher:
+    with evaluating(swin), float_teacher(swin, settings) as teacher:
         return finish(Synthesizer(settings, lambda images: teacher(images)[0], LOWER.double(),
                                   UPPER.double(), seed, indices=indices)).images
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from psaq_mm.adapters.openmmlab_taps import dense_head, takes_features_alone
 from psaq_mm.errors import UserError
+from psaq_mm.modes import evaluating
 
 from ..adaptive_pool import replace_adaptive_pools
 from ..exportable_ops import linear_of_patches, quantize
 from ..exportable_swin import ExportableBlock, ExportableMerging, ExportableStage, ExportableSwin
-from ..subgraph import FunctionModule, Run, Size, Subgraph, evaluation_mode
+from ..subgraph import FunctionModule, Run, Size, Subgraph
 from ..window_order import Window, padded
 
 NEIGHBOURS = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -214,7 +215,7 @@ class OpenMMLabSubgraph(Subgraph):
         weight = self._backbone.patch_embed.projection.weight
         images = weight.new_zeros(1, self.channels, *(self.fixed_size or PROBE_SIZE))
         head = None if hasattr(self.model, 'decode_head') else dense_head(self.model)
-        with evaluation_mode(self.model):
+        with evaluating(self.model), torch.no_grad():
             features = self._features(images)
             return len(features), () if head is None else _dense_names(head, features)
 
