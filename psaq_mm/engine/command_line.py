@@ -20,6 +20,7 @@ from psaq_mm.registry import DATASETS
 from psaq_mm.sections import is_integer
 
 from .config import custom_hooks, hook_class
+from .dataset_meta import test_dataset
 
 CHECKPOINT_HOOK = 'psaq_mm.QuantizedCheckpointHook'
 
@@ -109,9 +110,7 @@ def require_test_data(config: Config) -> None:
     if config.get('test_dataloader') is None or config.get('test_evaluator') is None:
         raise UserError(f'config {config.filename} has no test_dataloader and test_evaluator: '
                         'there is nothing to evaluate on')
-    dataset = config.test_dataloader.dataset
-    while dataset.get('dataset') is not None:  # wrappers
-        dataset = dataset.dataset
+    dataset = test_dataset(config) or {}
     root = dataset.get('data_root') or ''
     paths = [dataset.get('ann_file') or '', *(dataset.get('data_prefix') or {}).values(),
              dataset.get('root') or '']

@@ -94,7 +94,7 @@ def input_pipeline(config: Config) -> Callable[[Path], Dict[str, Any]]:
     if dataset.get('type') == 'psaq_mm.ImageFolder':
         from psaq_mm.classification.image_folder import build_transform
         transform = build_transform(dataset['model'], dataset.get('transform'))
-        return lambda path: dict(inputs=[transform(read_rgb(path, Image.fromarray))])
+        return lambda path: dict(inputs=[transform(Image.fromarray(read_rgb(path)))])
     if not dataset.get('pipeline'):
         raise UserError(f'config {config.filename} has no test_dataloader.dataset.pipeline that '
                         'says how images are prepared')
@@ -116,13 +116,13 @@ def input_pipeline(config: Config) -> Callable[[Path], Dict[str, Any]]:
     return prepare
 
 
-def read_rgb(path: Path, convert: Callable[[np.ndarray], Any] = np.asarray) -> Any:
+def read_rgb(path: Path) -> np.ndarray:
     """Pixels of an image file, upright: uint8 RGB of shape (H, W, 3)."""
     # As the hosts' own loaders do: it turns what a camera marked as turned.
     image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     if image is None:
         raise UserError(f'image {path} cannot be read by OpenCV; convert it to PNG or JPEG')
-    return convert(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def predict(model: nn.Module, inputs: Mapping[str, Any], score_thr: float = 0.3) -> Any:

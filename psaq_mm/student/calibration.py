@@ -13,7 +13,7 @@ from psaq_mm.modes import evaluating
 from psaq_mm.ops import QuantOp, named_quant_ops, quantization_enabled
 from psaq_mm.processes import run_images
 from psaq_mm.quantization import Quantizer
-from psaq_mm.recipe.checks import check_positive_int
+from psaq_mm.quantization.quantizer import restoring_ranges
 
 from .history import note, require_images, require_student
 
@@ -40,8 +40,7 @@ def calibrate(student: nn.Module, images: Tensor, batch_size: int = 8,
             quantizer saw no values or values that are not finite.
     """
     require_student(student, 'calibrate')
-    require_images(images, 'calibrate')
-    check_positive_int(batch_size, 'batch_size')
+    require_images(images, 'calibrate', batch_size)
     with forward_of_scope(student, 'calibration') as forward:
         calibrate_ranges(student, images, forward, batch_size, progress)
     note(student, image_size=(images.shape[-2], images.shape[-1]))
@@ -103,23 +102,20 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
                 observed[quantizer] = f'{name} ({role})'
             elif not quantizer.calibrated:
                 weights[quantizer] = f'{name} (weight)', op
-    before = {q: (q.scale, q.zero_point, q.learned) for q in (*observed, *weights)}
-    for quantizer in observed:
-        quantizer.start_observing()
     try:
-        with quantization_enabled(model, False), _errors_named(observed):
-            run_images(forward, images, batch_size, progress)
-        _merge_processes(list(observed))
-        steps = [(name, quantizer.finish_observing) for quantizer, name in observed.items()]
-        for name, set_range in (*steps, *((n, op.set_weight_range) for n, op in weights.values())):
-            try:
-                set_range()
-            except ValueError as error:
-                raise ValueError(f'{name}: {error}') from error
-    except BaseException:
-        for quantizer, (scale, zero_point, learned) in before.items():
-            quantizer.restore_range(scale, zero_point, learned)
-        raise
+        with restoring_ranges([*observed, *weights]):
+            for quantizer in observed:
+                quantizer.start_observing()
+            with quantization_enabled(model, False), _errors_named(observed):
+                run_images(forward, images, batch_size, progress)
+            _merge_processes(list(observed))
+            steps = [(name, quantizer.finish_observing) for quantizer, name in observed.items()]
+            steps += [(name, op.set_weight_range) for name, op in weights.values()]
+            for name, set_range in steps:
+                try:
+                    set_range()
+                except ValueError as error:
+                    raise ValueError(f'{name}: {error}') from error
     finally:
         for quantizer in observed:
             quantizer.observer = None

@@ -17,7 +17,6 @@ from psaq_mm.ops import plan_quantization
 from psaq_mm.processes import run_images
 from psaq_mm.quantization import excess_width
 from psaq_mm.recipe import QuantizationSettings
-from psaq_mm.recipe.checks import check_positive_int
 
 from .history import note, require_float, require_images
 
@@ -51,8 +50,7 @@ def equalize(model: nn.Module, images: Tensor, settings: Optional[QuantizationSe
     """
     settings = settings or QuantizationSettings()
     require_float(model, 'equalize')
-    require_images(images, 'equalize')
-    check_positive_int(batch_size, 'batch_size')
+    require_images(images, 'equalize', batch_size)
     if settings.channel_limit is None:
         raise UserError('psaq_mm.equalize: quantization.channel_limit is None, so there is '
                         'nothing to do; give it a limit such as 1.5, or leave this step out')

@@ -13,7 +13,6 @@ from psaq_mm.ops import QuantOp, named_quant_ops
 from psaq_mm.processes import run_images
 from psaq_mm.quantization import gptq_round
 from psaq_mm.quantization.gptq import parts_of, second_moments
-from psaq_mm.recipe.checks import check_positive_int
 from psaq_mm.synthesis import mosaics
 
 from .calibration import Progress, forward_of_scope
@@ -48,8 +47,7 @@ def round_weights(student: nn.Module, images: Tensor, batch_size: int = 8,
             it, or a layer was given values that are not finite.
     """
     require_calibrated(student, 'round_weights')
-    require_images(images, 'round_weights')
-    check_positive_int(batch_size, 'batch_size')
+    require_images(images, 'round_weights', batch_size)
     ops, others_left = ops_to_round(student), ops_without_rows(student)
     if others_left:
         print_log('weights that GPTQ cannot round (no product of a matrix) are rounded to '

@@ -58,6 +58,18 @@ def assert_same(one, other):
     assert one.seed == other.seed
 
 
+@pytest.mark.parametrize('num_images, batch_size, expected', [
+    (1, 8, [1]), (8, 8, [8]), (9, 8, [8, 1]), (16, 8, [8, 8]), (3, 1, [1, 1, 1]),
+    (5, 2, [2, 2, 1]),
+])
+def test_batches(num_images, batch_size, expected):
+    images = synthesizer(num_images=num_images, batch_size=batch_size, steps=1,
+                         shifts=(15, 30, 5), image_size=7)
+    assert images.total_steps == 3 * len(expected)
+    finish(images)
+    assert [len(batch) for batch in images.finished] == expected
+
+
 # The schedule
 
 
