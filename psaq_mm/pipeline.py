@@ -131,16 +131,10 @@ def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
     plan = plan_quantization(model, recipe.quantization, find_adapter(model))
     check_evolution(model, recipe.evolution, plan)
     if recipe.calibration.size is not None:
-        _check_size(model, recipe.calibration.size, 'calibration.image_size')
+        find_adapter(model).check_image_size(model, recipe.calibration.size,
+                                             'calibration.image_size')
     recipe.synthesis.require_images_for(processes)
     recipe.evolution.require_even_batches(processes)
-
-
-def _check_size(model: nn.Module, size: Size, where: str) -> None:
-    try:
-        find_adapter(model).check_image_size(model, size)
-    except UserError as error:
-        raise UserError(str(error).replace('synthesis.image_size', where)) from error
 
 
 def check_images(model: nn.Module, images: object) -> Tensor:
@@ -157,12 +151,13 @@ def check_images(model: nn.Module, images: object) -> Tensor:
         UserError: If the model cannot, or a value is not finite.
     """
     found = require_images(images, 'quantize')
-    channels = find_adapter(model).valid_range(model)[0].shape[1]
+    adapter = find_adapter(model)
+    channels = adapter.valid_range(model)[0].shape[1]
     if found.shape[1] != channels:
         raise UserError(f'the model takes images of {channels} channels, got {found.shape[1]}')
     if not found.isfinite().all():
         raise UserError('images have values that are not finite')
-    _check_size(model, (found.shape[-2], found.shape[-1]), 'the size of the images')
+    adapter.check_image_size(model, (found.shape[-2], found.shape[-1]), 'the size of the images')
     return found
 
 

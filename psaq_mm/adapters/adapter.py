@@ -225,8 +225,14 @@ class Adapter:
         fixed = self.fixed_size(model)
         return fixed if fixed is not None else self._window_period(model)
 
-    def check_image_size(self, model: nn.Module, size: Tuple[int, int]) -> None:
+    def check_image_size(self, model: nn.Module, size: Tuple[int, int],
+                         key: str = 'synthesis.image_size') -> None:
         """Raise if the model cannot take images of this height and width.
+
+        Args:
+            model (nn.Module): The float model.
+            size (tuple[int, int]): Height and width in pixels.
+            key (str): What the message calls the size.
 
         Raises:
             UserError: If so; by default any size will do.

@@ -210,7 +210,8 @@ class OpenMMLabSwinAdapter(Adapter):
         return (side * height, side * width) \
             if side ** 2 == backbone.absolute_pos_embed.shape[1] else None
 
-    def check_image_size(self, model: nn.Module, size: Tuple[int, int]) -> None:
+    def check_image_size(self, model: nn.Module, size: Tuple[int, int],
+                         key: str = 'synthesis.image_size') -> None:
         backbone = self._backbone(model)
         if not backbone.use_abs_pos_embed:
             return
@@ -219,7 +220,7 @@ class OpenMMLabSwinAdapter(Adapter):
         needed, fixed = backbone.absolute_pos_embed.shape[1], self.fixed_size(model)
         if rows * columns != needed:
             such = f', such as {shown_size(fixed)}' if fixed is not None else ''
-            raise UserError(f'synthesis.image_size must make {needed} patches{such}, since the '
+            raise UserError(f'{key} must make {needed} patches{such}, since the '
                             f'backbone has use_abs_pos_embed; {shown_size(size)} makes '
                             f'{rows * columns}')
 

@@ -92,17 +92,17 @@ class TimmAdapter(Adapter):
         size = getattr(self._timm_model(model).patch_embed, 'img_size', None)
         return tuple(size) if size is not None else None
 
-    def check_image_size(self, model: nn.Module, size: Tuple[int, int]) -> None:
+    def check_image_size(self, model: nn.Module, size: Tuple[int, int],
+                         key: str = 'synthesis.image_size') -> None:
         embed = self._timm_model(model).patch_embed
         if not isinstance(embed, PatchEmbed) or embed.img_size is None:
             return
         if embed.strict_img_size and tuple(size) != tuple(embed.img_size):
-            raise UserError(f'synthesis.image_size must be {shown_size(embed.img_size)}, the only '
-                            f'size that the model takes, got {shown_size(size)}')
+            raise UserError(f'{key} must be {shown_size(embed.img_size)}, the only size that the '
+                            f'model takes, got {shown_size(size)}')
         if not embed.dynamic_img_pad and any(s % p for s, p in zip(size, embed.patch_size)):
-            raise UserError('synthesis.image_size must be a multiple of '
-                            f'{shown_size(embed.patch_size)}, the patches of the model, '
-                            f'got {shown_size(size)}')
+            raise UserError(f'{key} must be a multiple of {shown_size(embed.patch_size)}, the '
+                            f'patches of the model, got {shown_size(size)}')
 
     def convert_state(self, model: nn.Module,
                       state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], str]:

@@ -9,13 +9,13 @@ from mmengine.logging import print_log
 from torch import nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.checkpoint import ensure_writable_dir, sha256_of_file
+from psaq_mm.checkpoint import ensure_writable_dir
 from psaq_mm.errors import UserError
 from psaq_mm.quantization.placement import ROLES
 from psaq_mm.version import __version__
 
 from .engines import FORMATS
-from .export_manifest import MANIFEST, write_export
+from .export_manifest import MANIFEST, file_digest, write_export
 from .hosts import find_subgraph
 from .onnx_export import save_onnx, trace
 from .openvino_export import save_openvino
@@ -111,7 +111,7 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
         written = sum(file.stat().st_size for file in files)
         graphs.append(dict(file=path.name, size=None if size is None else list(size),
                            bytes=written,
-                           sha256={file.name: sha256_of_file(file) for file in files},
+                           sha256={file.name: file_digest(file) for file in files},
                            parity=dict(image_size=list(images.shape[2:]), outputs=rows)))
         _report(path, written, rows)
     manifest = dict(format=target, modules=subgraph.modules,

@@ -5,11 +5,16 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Mapping, Union
 
-from psaq_mm.checkpoint import save_bytes, sha256_of_file
+from psaq_mm.checkpoint import save_bytes
 from psaq_mm.errors import UserError
 
 MANIFEST = 'export.json'
 """Name of the file."""
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
@@ -61,9 +66,12 @@ def read_export(folder: Union[str, Path]) -> Dict[str, Any]:
     for graph in manifest['graphs']:
         for name, digest in graph['sha256'].items():
             file = path.with_name(name)
-            if not file.is_file():
-                raise UserError(f'{file} cannot be read: there is no such file; export again')
-            if sha256_of_file(file) != digest:
+            try:
+                found = file_digest(file)
+            except OSError as error:
+                raise UserError(f'{file} cannot be read ({error.strerror}); export again') \
+                    from error
+            if found != digest:
                 raise UserError(f'{file} is damaged: its SHA-256 is not that in {MANIFEST}; '
                                 'export again')
     return dict(manifest)

@@ -14,13 +14,13 @@ from mmengine.dist import is_distributed
 from mmengine.hooks import EMAHook, Hook
 from mmengine.utils import is_method_overridden
 
+from psaq_mm.adapters.tested_size import test_dataset
 from psaq_mm.checkpoint import sha256_of_file
 from psaq_mm.errors import UserError
 from psaq_mm.registry import DATASETS
 from psaq_mm.sections import is_integer
 
 from .config import custom_hooks, hook_class
-from .dataset_meta import test_dataset
 
 CHECKPOINT_HOOK = 'psaq_mm.QuantizedCheckpointHook'
 
@@ -110,7 +110,7 @@ def require_test_data(config: Config) -> None:
     if config.get('test_dataloader') is None or config.get('test_evaluator') is None:
         raise UserError(f'config {config.filename} has no test_dataloader and test_evaluator: '
                         'there is nothing to evaluate on')
-    dataset = test_dataset(config) or {}
+    dataset, _ = test_dataset(config)
     root = dataset.get('data_root') or ''
     paths = [dataset.get('ann_file') or '', *(dataset.get('data_prefix') or {}).values(),
              dataset.get('root') or '']

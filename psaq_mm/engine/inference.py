@@ -17,9 +17,10 @@ from mmengine.registry import VISUALIZERS, init_default_scope
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
+from psaq_mm.adapters.tested_size import test_dataset
 from psaq_mm.errors import UserError
 
-from .dataset_meta import inference_config, test_dataset
+from .dataset_meta import inference_config
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 CLEAR_SIDE = 640
@@ -90,7 +91,7 @@ def input_pipeline(config: Config) -> Callable[[Path], Dict[str, Any]]:
     Raises:
         UserError: If the config does not say how images are prepared.
     """
-    dataset = test_dataset(inference_config(config)) or {}
+    dataset, _ = test_dataset(inference_config(config))
     if dataset.get('type') == 'psaq_mm.ImageFolder':
         from psaq_mm.classification.image_folder import build_transform
         transform = build_transform(dataset['model'], dataset.get('transform'))

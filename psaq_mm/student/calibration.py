@@ -17,11 +17,9 @@ from psaq_mm.quantization.quantizer import restoring_ranges
 
 from .history import note, require_images, require_student
 
-Progress = Optional[Callable[[int], None]]
-
 
 def calibrate(student: nn.Module, images: Tensor, batch_size: int = 8,
-              progress: Progress = None) -> nn.Module:
+              progress: Optional[Callable[[int], None]] = None) -> nn.Module:
     """Set the ranges of a student on images; from then on it quantizes.
 
     Args:

@@ -13,12 +13,12 @@ from psaq_mm.quantization.quantizer import restoring_ranges
 from psaq_mm.recipe.checks import sides
 from psaq_mm.synthesis import mosaic_count, mosaics
 
-from .calibration import Progress, calibrate_ranges, forward_of_scope
+from .calibration import calibrate_ranges, forward_of_scope
 from .history import note, require_calibrated, require_images
 
 
 def recalibrate(student: nn.Module, images: Tensor, size: Tuple[int, int], batch_size: int = 8,
-                progress: Progress = None) -> nn.Module:
+                progress: Optional[Callable[[int], None]] = None) -> nn.Module:
     """Set the ranges of activations once more, for images of another size.
 
     Ranges that were learned are not replaced: each end moves as the range rule's end does

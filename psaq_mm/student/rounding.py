@@ -15,7 +15,7 @@ from psaq_mm.quantization import gptq_round
 from psaq_mm.quantization.gptq import parts_of, second_moments
 from psaq_mm.synthesis import mosaics
 
-from .calibration import Progress, forward_of_scope
+from .calibration import forward_of_scope
 from .final_ranges import equal_pixel_batch
 from .history import history_of, require_calibrated, require_images
 
@@ -24,7 +24,7 @@ MAX_ELEMENTS = 2**24
 
 
 def round_weights(student: nn.Module, images: Tensor, batch_size: int = 8,
-                  progress: Progress = None) -> nn.Module:
+                  progress: Optional[Callable[[int], None]] = None) -> nn.Module:
     """Round the weights that ask for GPTQ (``weight.rounding='gptq'``), in place.
 
     The last step: ranges must be final. Weights that were learned in the game keep their

@@ -99,9 +99,9 @@ def test_learning_rate_and_phases():
     rates, states = [], []
     while not images.done:
         images.step()
-        if images.optimizer is not None:  # gone after the last step
-            rates.append(images.optimizer.param_groups[0]['lr'])
-            states.append(int(images.optimizer.state[images.current]['step']))
+        if images.pixels is not None:  # gone after the last step
+            rates.append(images.pixels.optimizer.param_groups[0]['lr'])
+            states.append(int(images.pixels.optimizer.state[images.current]['step']))
     assert rates == pytest.approx([0.25, 0.5, 0.5, 0.25, 0.25, 0.5, 0.5])
     assert states == [1, 2, 3, 4, 1, 2, 3]
 
