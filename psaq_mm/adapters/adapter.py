@@ -100,6 +100,12 @@ class Adapter:
     """Name of each layout of weights that :meth:`convert_state` recognises,
     to how its keys look."""
 
+    V1_OUTPUTS: ClassVar[Tuple[str, ...]]
+    """Ends of the names of modules whose output V1 quantizes [v1]."""
+
+    patch_projection: ClassVar[str]
+    """Name within the backbone of the projection of the patch embedding."""
+
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether this adapter serves the model."""
@@ -109,6 +115,11 @@ class Adapter:
         """Name of the backbone within the model; empty if it is the model."""
         raise NotImplementedError
 
+    def _prefix(self, model: nn.Module) -> str:
+        """What the names of modules of the backbone begin with."""
+        name = self.backbone_name(model)
+        return name + '.' if name else ''
+
     def in_scope(self, model: nn.Module, name: str, scope: str) -> bool:
         """Whether a module belongs to ``scope``, ``backbone`` or ``model``."""
         prefix = self.backbone_name(model)
@@ -117,11 +128,12 @@ class Adapter:
 
     def is_output_point(self, model: nn.Module, name: str) -> bool:
         """Whether V1 quantizes the output of this module."""
-        raise NotImplementedError
+        return self.in_scope(model, name, 'backbone') and any(
+            name == end or name.endswith('.' + end) for end in self.V1_OUTPUTS)
 
     def is_patch_embed(self, model: nn.Module, name: str) -> bool:
         """Whether this module is the projection of the patch embedding."""
-        raise NotImplementedError
+        return name == self._prefix(model) + self.patch_projection
 
     def predictors(self, model: nn.Module) -> FrozenSet[str]:
         """Names of the layers whose output is the model's: scores, boxes, logits.

@@ -152,7 +152,7 @@ class OpenMMLabSwinAdapter(Adapter):
 
     V1_OUTPUTS = ('patch_embed', 'attn.w_msa.qkv', 'attn.w_msa.proj', 'ffn.layers.1',
                   'downsample.reduction')
-    """Ends of the names of modules whose output V1 quantizes [v1]."""
+    patch_projection = 'patch_embed.projection'
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -165,14 +165,6 @@ class OpenMMLabSwinAdapter(Adapter):
         # An auxiliary head of mmseg has no part in inference: it stays float.
         return super().in_scope(model, name, scope) and not (
             name == 'auxiliary_head' or name.startswith('auxiliary_head.'))
-
-    def is_output_point(self, model: nn.Module, name: str) -> bool:
-        return self.in_scope(model, name, 'backbone') and any(
-            name == end or name.endswith('.' + end) for end in self.V1_OUTPUTS)
-
-    def is_patch_embed(self, model: nn.Module, name: str) -> bool:
-        prefix = self.backbone_name(model)
-        return name == (prefix + '.' if prefix else '') + 'patch_embed.projection'
 
     def predictors(self, model: nn.Module) -> FrozenSet[str]:
         if isinstance(model, self.backbone_class):

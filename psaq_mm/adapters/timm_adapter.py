@@ -53,7 +53,7 @@ class TimmAdapter(Adapter):
     """Modules that run after ``forward_features``."""
 
     V1_OUTPUTS = ('patch_embed', 'attn.qkv', 'attn.proj', 'mlp.fc2', 'downsample.reduction')
-    """Ends of the names of modules whose output V1 quantizes [v1]."""
+    patch_projection = 'patch_embed.proj'
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -73,13 +73,6 @@ class TimmAdapter(Adapter):
         prefix = self._prefix(model)
         return super().in_scope(model, name, scope) and not any(
             name == prefix + head or name.startswith(prefix + head + '.') for head in self.HEADS)
-
-    def is_output_point(self, model: nn.Module, name: str) -> bool:
-        return self.in_scope(model, name, 'backbone') and any(
-            name == end or name.endswith('.' + end) for end in self.V1_OUTPUTS)
-
-    def is_patch_embed(self, model: nn.Module, name: str) -> bool:
-        return name == self._prefix(model) + 'patch_embed.proj'
 
     def head_of(self, model: nn.Module, name: str) -> str:
         return '' if self.in_scope(model, name, 'backbone') else \
@@ -182,10 +175,6 @@ class TimmAdapter(Adapter):
     def _record(self, model: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
         """Add hooks that record the attention of a bare timm model."""
         raise NotImplementedError
-
-    def _prefix(self, model: nn.Module) -> str:
-        name = self.backbone_name(model)
-        return name + '.' if name else ''
 
     @classmethod
     def _timm_model(cls, model: nn.Module) -> Any:

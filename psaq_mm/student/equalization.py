@@ -113,14 +113,14 @@ def equalize_channels(model: nn.Module, readers: Dict[str, str], images: Tensor,
     sums = {norm: torch.zeros_like(norm.weight, dtype=torch.float32) for norm in norms.values()}
     counts = {norm: torch.zeros_like(total[0]) for norm, total in sums.items()}
 
-    def note(norm: nn.Module, args: Any, out: Tensor) -> None:
+    def add(norm: nn.Module, args: Any, out: Tensor) -> None:
         rows = out.flatten(0, -2).float()
         sums[norm] += rows.square().sum(0)
         counts[norm] += len(rows)
 
     with ExitStack() as hooks:
         for norm in norms.values():
-            hooks.enter_context(norm.register_forward_hook(note))
+            hooks.enter_context(norm.register_forward_hook(add))
         run_images(forward, images, batch_size)
     factors = {}
     for name, norm in norms.items():
