@@ -4,6 +4,8 @@ from typing import Any, Callable, Optional, Tuple
 
 from torch import Tensor, nn
 
+from psaq_mm.adapters import find_adapter
+
 Size = Tuple[int, int]
 
 Run = Callable[[Tensor], Tuple[Tensor, ...]]
@@ -37,12 +39,12 @@ class Subgraph:
     def fixed_size(self) -> Optional[Size]:
         """tuple[int, int], optional: Height and width of images, if the model
         accepts one size only."""
-        return None
+        return find_adapter(self.model).fixed_size(self.model)
 
     @property
     def channels(self) -> int:
         """int: Channels of an image."""
-        raise NotImplementedError
+        return find_adapter(self.model).valid_range(self.model)[0].shape[1]
 
     def run(self, images: Tensor) -> Tuple[Tensor, ...]:
         """Compute the outputs of the graph with the model itself."""

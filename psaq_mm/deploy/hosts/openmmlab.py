@@ -7,7 +7,6 @@ decode head of a segmentor. What follows (proposals, RoIAlign, RoI heads, NMS,
 resizing) is left to the host.
 """
 import copy
-import math
 from functools import cached_property
 from typing import Any, List, Optional, Sequence, Tuple
 
@@ -248,20 +247,12 @@ class OpenMMLabSubgraph(Subgraph):
 
     @property
     def fixed_size(self) -> Optional[Size]:
-        backbone = self._backbone
-        if not backbone.use_abs_pos_embed:
-            return None
-        count = backbone.absolute_pos_embed.shape[1]
-        side = math.isqrt(count)
-        if side * side != count:
+        size = super().fixed_size
+        if size is None and self._backbone.use_abs_pos_embed:
+            count = self._backbone.absolute_pos_embed.shape[1]
             raise UserError(f'backbone: position embeddings of {count} patches, which are no '
                             'square, cannot be exported')
-        height, width = backbone.patch_embed.projection.kernel_size
-        return side * height, side * width
-
-    @property
-    def channels(self) -> int:
-        return int(self._backbone.patch_embed.projection.in_channels)
+        return size
 
     def run(self, images: Tensor) -> Tuple[Tensor, ...]:
         return _outputs(self._features(images), self._decode_head, self._dense_head,
