@@ -103,6 +103,9 @@ class Adapter:
     V1_OUTPUTS: ClassVar[Tuple[str, ...]]
     """Ends of the names of modules whose output V1 quantizes [v1]."""
 
+    recompute_flag: ClassVar[str]
+    """Attribute of modules that says whether they recompute activations for gradients."""
+
     patch_projection: ClassVar[str]
     """Name within the backbone of the projection of the patch embedding."""
 
@@ -347,8 +350,24 @@ class Adapter:
     @contextmanager
     def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:
         """Within the block, record what each attention block computes."""
+        recorder = AttentionRecorder()
+        backbone = model.get_submodule(self.backbone_name(model))
+        # Recomputed activations would not be the recorded ones.
+        recomputing = [module for module in backbone.modules()
+                       if getattr(module, self.recompute_flag, False)]
+        try:
+            for module in recomputing:
+                setattr(module, self.recompute_flag, False)
+            with ExitStack() as hooks:
+                self._record(backbone, recorder, hooks)
+                yield recorder
+        finally:
+            for module in recomputing:
+                setattr(module, self.recompute_flag, True)
+
+    def _record(self, backbone: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
+        """Add hooks that record the attention of a backbone."""
         raise NotImplementedError
-        yield  # pragma: no cover
 
     def forward_norms(self, model: nn.Module, images: Tensor) -> None:
         """Run everything that carries BatchNorm statistics, heads that only

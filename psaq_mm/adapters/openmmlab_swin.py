@@ -144,7 +144,6 @@ class OpenMMLabSwinAdapter(Adapter):
     """
 
     backbone_class: ClassVar[Any]
-    block_class: ClassVar[Any]
     shift_window_class: ClassVar[Any]
 
     layouts = {OPENMMLAB: 'backbone.stages.0.blocks.0.attn.w_msa.qkv.weight',
@@ -153,6 +152,7 @@ class OpenMMLabSwinAdapter(Adapter):
     V1_OUTPUTS = ('patch_embed', 'attn.w_msa.qkv', 'attn.w_msa.proj', 'ffn.layers.1',
                   'downsample.reduction')
     patch_projection = 'patch_embed.projection'
+    recompute_flag = 'with_cp'
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -279,24 +279,10 @@ class OpenMMLabSwinAdapter(Adapter):
             model, self.forward_backbone(model, images), (images.shape[2], images.shape[3]),
             groups, regions, _fewer_proposals)
 
-    @contextmanager
-    def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:
-        recorder = AttentionRecorder()
-        checkpointed: Dict[Any, bool] = {}
-        module: Any
-        try:
-            with ExitStack() as hooks:
-                for module in self._backbone(model).modules():
-                    if isinstance(module, self.block_class):
-                        # Recomputed activations would not be the recorded ones.
-                        checkpointed[module] = module.with_cp
-                        module.with_cp = False
-                    if isinstance(module, self.shift_window_class):
-                        self._record_block(module, recorder, hooks)
-                yield recorder
-        finally:
-            for module, with_cp in checkpointed.items():
-                module.with_cp = with_cp
+    def _record(self, backbone: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
+        for module in backbone.modules():
+            if isinstance(module, self.shift_window_class):
+                self._record_block(module, recorder, hooks)
 
     @staticmethod
     def _record_block(block: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:

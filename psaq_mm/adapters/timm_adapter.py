@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What timm's Swin and ViT have in common, alone or in a ``TimmClassifier``."""
-from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar, Collection, Dict, Iterator, List, Mapping, Optional, Tuple
+from contextlib import ExitStack
+from typing import Any, ClassVar, Collection, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from timm.data import resolve_model_data_config
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, register_op
 
-from .adapter import Adapter, AttentionRecorder, pixel_range, shown_size
+from .adapter import Adapter, pixel_range, shown_size
 from .tap_record import TapRecord
 
 PSAQ_MM = 'psaq_mm'
@@ -54,6 +54,7 @@ class TimmAdapter(Adapter):
 
     V1_OUTPUTS = ('patch_embed', 'attn.qkv', 'attn.proj', 'mlp.fc2', 'downsample.reduction')
     patch_projection = 'patch_embed.proj'
+    recompute_flag = 'grad_checkpointing'
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -153,27 +154,6 @@ class TimmAdapter(Adapter):
 
     def _stages(self, model: Any) -> List[nn.Module]:
         """Modules of a bare timm model whose outputs are taps."""
-        raise NotImplementedError
-
-    @contextmanager
-    def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:
-        recorder = AttentionRecorder()
-        timm_model = self._timm_model(model)
-        # Recomputed activations would not be the recorded ones.
-        checkpointed = [module for module in timm_model.modules()
-                        if getattr(module, 'grad_checkpointing', False)]
-        try:
-            for module in checkpointed:
-                module.grad_checkpointing = False
-            with ExitStack() as hooks:
-                self._record(timm_model, recorder, hooks)
-                yield recorder
-        finally:
-            for module in checkpointed:
-                module.grad_checkpointing = True
-
-    def _record(self, model: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
-        """Add hooks that record the attention of a bare timm model."""
         raise NotImplementedError
 
     @classmethod
