@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     synthesis = read_recipe(load_config(CONFIG)).synthesis
     steps = args.steps or synthesis.steps
-    total = steps * len(synthesis.shifts) * len(synthesis.batches())
+    total = steps * len(synthesis.shifts) * -(-synthesis.num_images // synthesis.batch_size)
     if args.side == 'plain':
         plain_passes(args.device, total)
         return

@@ -35,8 +35,7 @@ __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Progress', 'QuantizationSettings', 'Recipe',
     'SynthesisSettings', 'UserError', '__version__', 'calibrate', 'equalize', 'evolve',
     'inferencer_config', 'init_model', 'load', 'prepare', 'quantize', 'recalibrate',
-    'round_weights', 'save',
-    'synthesize', 'unwrap'
+    'round_weights', 'save', 'synthesize', 'unwrap'
 ]
 
 

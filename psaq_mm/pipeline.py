@@ -110,12 +110,11 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
     if recipe is not None and not isinstance(recipe, Recipe):
         raise UserError("recipe must be a psaq_mm.Recipe such as Recipe.shipped('w4a4'), got "
                         f'{recipe!r}')
+    found: Optional[SizeFound] = None
     if test_size is not None:
         found = SizeFound(sides(test_size, '(height, width)'), 'test_size')
     elif getattr(model, 'cfg', None) is not None:
         found = tested_size(model.cfg)
-    else:
-        found = SizeFound(None, 'the model has no config')
     return Pipeline(copy.deepcopy(model), recipe or Recipe(), seed, found, progress,
                     state_file, resume, images=images).run()
 
@@ -137,16 +136,10 @@ def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
     plan = plan_quantization(model, recipe.quantization, find_adapter(model))
     check_evolution(model, recipe.evolution, plan)
     if recipe.calibration.size is not None:
-        _check_size(model, recipe.calibration.size, 'calibration.image_size')
+        find_adapter(model).check_image_size(model, recipe.calibration.size,
+                                             'calibration.image_size')
     recipe.synthesis.require_images_for(processes)
     recipe.evolution.require_even_batches(processes)
-
-
-def _check_size(model: nn.Module, size: Size, where: str) -> None:
-    try:
-        find_adapter(model).check_image_size(model, size)
-    except UserError as error:
-        raise UserError(str(error).replace('synthesis.image_size', where)) from error
 
 
 def check_images(model: nn.Module, images: object) -> Tensor:
@@ -163,12 +156,13 @@ def check_images(model: nn.Module, images: object) -> Tensor:
         UserError: If the model cannot, or a value is not finite.
     """
     found = require_images(images, 'quantize')
-    channels = find_adapter(model).valid_range(model)[0].shape[1]
+    adapter = find_adapter(model)
+    channels = adapter.valid_range(model)[0].shape[1]
     if found.shape[1] != channels:
         raise UserError(f'the model takes images of {channels} channels, got {found.shape[1]}')
     if not found.isfinite().all():
         raise UserError('images have values that are not finite')
-    _check_size(model, (found.shape[-2], found.shape[-1]), 'the size of the images')
+    adapter.check_image_size(model, (found.shape[-2], found.shape[-1]), 'the size of the images')
     return found
 
 
@@ -198,7 +192,7 @@ class Pipeline:
                  identity: Optional[Mapping[str, Any]] = None,
                  images: Optional[Tensor] = None) -> None:
         self.teacher, self.recipe, self.seed = teacher, recipe, seed
-        self.test_size = test_size or SizeFound(None, 'no config')
+        self.test_size = test_size or SizeFound(None, 'the model has no config')
         self.progress = progress
         if resume and state_file is None:
             raise UserError('resume=True needs the state_file to go on from')
@@ -211,7 +205,7 @@ class Pipeline:
         self._given_images = images
         self.seconds: Dict[str, float] = {}
         """dict[str, float]: Wall seconds of each phase."""
-        self._running: Dict[str, float] = {}
+        self._phase_name, self._counted_at = '', 0.
 
     def notify(self, point: str, **arguments: Any) -> None:
         """Called at each point of a run; for subclasses."""
@@ -363,20 +357,17 @@ class Pipeline:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         """Add the wall time of a block to ``seconds[name]``."""
-        self._running[name] = time.perf_counter()
+        self._phase_name, self._counted_at = name, time.perf_counter()
         try:
             yield
         finally:
-            self.seconds = self.seconds_so_far()
-            del self._running[name]
+            self._count_seconds()
 
-    def seconds_so_far(self) -> Dict[str, float]:
-        """dict[str, float]: ``seconds``, running phases included."""
-        now = time.perf_counter()
-        total = dict(self.seconds)
-        for name, start in self._running.items():
-            total[name] = total.get(name, 0.) + now - start
-        return total
+    def _count_seconds(self) -> None:
+        """Add the time since the last call to that of the phase."""
+        before, self._counted_at = self._counted_at, time.perf_counter()
+        self.seconds[self._phase_name] = \
+            self.seconds.get(self._phase_name, 0.) + self._counted_at - before
 
     @contextmanager
     def _batches(self, phase: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -402,7 +393,8 @@ class Pipeline:
 
     def _save_images(self, images: Synthesizer, stopped: bool = False) -> None:
         if self.saved is not None:
-            self.saved.save_images(images, self.seconds_so_far())
+            self._count_seconds()
+            self.saved.save_images(images, self.seconds)
             if stopped:
                 print_log(f'stopped at step {images.step_index} of {images.total_steps}; '
                           '--resume continues from here', logger='current')
@@ -414,7 +406,8 @@ class Pipeline:
             print_log('stopped within a step; --resume continues from the last saved one, if '
                       f'there is a {self.saved.path}', logger='current')
             return
-        self.saved.save_game(game, self.seconds_so_far(), self.extra_state())
+        self._count_seconds()
+        self.saved.save_game(game, self.seconds, self.extra_state())
         if stopped:
             print_log(f'stopped at step {game.step_index} of {game.total_steps} of the '
                       'evolution; --resume continues from here', logger='current')

@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Several processes that share one quantization."""
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 from mmengine.dist import all_reduce, get_rank, get_world_size
@@ -20,6 +20,25 @@ def count_of_this_process(count: int) -> int:
     """How many of ``count`` images :func:`images_of_this_process` gives."""
     world = get_world_size()
     return len(range(get_rank(), count, world)) if count >= world else count
+
+
+def run_images(forward: Callable[[Tensor], Any], images: Tensor, batch_size: int,
+               progress: Optional[Callable[[int], None]] = None) -> None:
+    """Run a function on the images of this process, without gradients; all processes stop
+    where one fails.
+
+    Args:
+        forward (Callable): Called with each batch.
+        images (Tensor): Those of all processes, shape (N, C, H, W).
+        batch_size (int): Images in a batch.
+        progress (Callable, optional): Called with the number of images of each finished
+            batch. Defaults to None.
+    """
+    with torch.no_grad(), stopping_together():
+        for batch in images_of_this_process(images).split(batch_size):
+            forward(batch)
+            if progress is not None:
+                progress(len(batch))
 
 
 @contextmanager

@@ -23,13 +23,13 @@ from psaq_mm.deploy.parity import lowest_sqnr
 from psaq_mm.deploy.peak_memory import peak_in_process
 from psaq_mm.engine import PSAQRunner, build_model, custom_hooks, load_config, read_recipe
 from psaq_mm.engine.command_line import (
-    ConfigOptions,
     choose_work_dir,
     hooks_for_test,
     keep_local,
     prepare_for_test,
     require_test_data,
     run_tool,
+    tool_parser,
 )
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, unwrap
@@ -40,11 +40,10 @@ METRICS = ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU', 'accuracy/top1', 'top1')
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Time a quantized checkpoint in torch and in engines, beside the float model. '
-        'Prints a table; writes benchmark.json and benchmark.png to the work directory.')
-    parser.add_argument('config', help='the config that the checkpoint was quantized with')
-    parser.add_argument('checkpoint', help='quantized.pth')
+    parser = tool_parser(
+        'Time a quantized checkpoint in torch and in engines, beside the float model. '
+        'Prints a table; writes benchmark.json and benchmark.png to the work directory.',
+        config='the config that the checkpoint was quantized with', checkpoint='quantized.pth')
     parser.add_argument('--float-checkpoint', help='evaluate this one too, as the float rows')
     parser.add_argument('--engines', nargs='+', choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'),
@@ -53,11 +52,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=15, help='measured rounds')
     parser.add_argument('--no-accuracy', action='store_true', help='do not evaluate, '
                         'even if the test data is there')
-    parser.add_argument('--work-dir', help='(default: work_dirs/<name of the config>)')
-    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
-                        help='override config keys')
-    parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='let the checkpoint run code when it is read (unsafe)')
     return parser.parse_args()
 
 

@@ -10,15 +10,15 @@ import os
 from psaq_mm.checkpoint import sha256_of_file
 from psaq_mm.deploy import FORMATS, export_graphs
 from psaq_mm.engine import build_model, load_config
-from psaq_mm.engine.command_line import ConfigOptions, choose_work_dir, run_tool
+from psaq_mm.engine.command_line import choose_work_dir, run_tool, tool_parser
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Export a quantized checkpoint, integers and scales as they are, and compare '
-        'what the engine computes with the simulation. Writes the graphs and export.json.')
-    parser.add_argument('config', help='the config that the checkpoint was quantized with')
-    parser.add_argument('checkpoint', help='quantized.pth, or a float checkpoint')
+    parser = tool_parser(
+        'Export a quantized checkpoint, integers and scales as they are, and compare '
+        'what the engine computes with the simulation. Writes the graphs and export.json.',
+        config='the config that the checkpoint was quantized with',
+        checkpoint='quantized.pth, or a float checkpoint')
     parser.add_argument('--format', choices=list(FORMATS), required=True, help='what to write')
     parser.add_argument('--size', nargs=2, type=int, action='append', default=[],
                         metavar=('H', 'W'), help='height and width of images as the model gets '
@@ -26,14 +26,9 @@ def parse_args() -> argparse.Namespace:
                         '(default: one graph for all sizes)')
     parser.add_argument('--out', metavar='DIR', help='where to write '
                         '(default: <work-dir>/export_<format>)')
-    parser.add_argument('--work-dir', help='(default: work_dirs/<name of the config>)')
     parser.add_argument('--float-roles', nargs='+', default=[], metavar='ROLE',
                         help='leave out the quantizers of these roles, e.g. query key attention '
                         'value: no longer the arithmetic of the checkpoint')
-    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
-                        help='override config keys')
-    parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='let the checkpoint run code when it is read (unsafe)')
     return parser.parse_args()
 
 

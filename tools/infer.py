@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from psaq_mm.checkpoint import ensure_writable_dir, save_bytes, save_json
 from psaq_mm.engine import init_model, load_config, resolve_device
-from psaq_mm.engine.command_line import ConfigOptions, choose_work_dir, run_tool
+from psaq_mm.engine.command_line import choose_work_dir, run_tool, tool_parser
 from psaq_mm.engine.inference import (
     build_visualizer,
     draw,
@@ -31,25 +31,19 @@ from psaq_mm.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Draw what a float or quantized checkpoint predicts: a picture for each '
-        'image, and predictions.json.')
-    parser.add_argument('config', help='ours, or a plain config of mmdet or mmseg')
-    parser.add_argument('checkpoint', help='quantized.pth, or a float checkpoint')
+    parser = tool_parser(
+        'Draw what a float or quantized checkpoint predicts: a picture for each image, and '
+        'predictions.json.', config='ours, or a plain config of mmdet or mmseg',
+        checkpoint='quantized.pth, or a float checkpoint')
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files, and folders of '
                         'them, which are searched with their subfolders')
     parser.add_argument('--float', dest='float_checkpoint', metavar='CHECKPOINT',
                         help='draw what this float checkpoint predicts beside it')
     parser.add_argument('--out-dir', metavar='DIR', help='where to write '
                         '(default: <work-dir>/infer)')
-    parser.add_argument('--work-dir', help='(default: work_dirs/<name of the config>)')
     parser.add_argument('--score-thr', type=float, default=0.3,
                         help='least score of a detection (default: 0.3)')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
-    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
-                        help='override config keys')
-    parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='let the checkpoints run code when they are read (unsafe)')
     return parser.parse_args()
 
 

@@ -4,7 +4,6 @@
     python tools/quantize.py configs/mask_rcnn_swin_s_w8a8.py checkpoint.pth
 """
 import argparse
-import os
 
 from mmengine.dist import is_main_process
 
@@ -17,45 +16,29 @@ from psaq_mm.engine import (
     resolve_device,
 )
 from psaq_mm.engine.command_line import (
-    ConfigOptions,
     choose_seed,
     choose_work_dir,
     keep_local,
+    parse_launched,
     processes_of,
     require_launcher,
     run_tool,
+    tool_parser,
 )
 from psaq_mm.pipeline import check
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Quantize a Swin model without data, from its float checkpoint alone. '
-        'Writes quantized.pth, synthetic.png and report.json to the work directory.')
-    parser.add_argument('config', help='config with our bases, e.g. '
-                        'configs/mask_rcnn_swin_s_w8a8.py')
-    parser.add_argument('checkpoint', help='float checkpoint of the same model')
-    parser.add_argument('--work-dir', help='where to write '
-                        '(default: work_dirs/<name of the config>)')
-    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
-                        help='override config keys, e.g. quantization.weight.bits=4 '
-                        'synthesis.num_images=16')
+    parser = tool_parser(
+        'Quantize a Swin model without data, from its float checkpoint alone. '
+        'Writes quantized.pth, synthetic.png and report.json to the work directory.',
+        config='config with our bases, e.g. configs/mask_rcnn_swin_s_w8a8.py',
+        checkpoint='float checkpoint of the same model')
     parser.add_argument('--seed', type=int, help='seed of all randomness '
                         '(default: randomness.seed of the config, or 0)')
-    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     parser.add_argument('--resume', action='store_true',
                         help='continue an interrupted run in the same work directory')
-    parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='let the checkpoint run code when it is read (unsafe)')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
-                        default='none', help='job launcher, as of mmdet: several processes '
-                        'share the images')
-    parser.add_argument('--use-vis-backends', action='store_true', help='use all visualization '
-                        'backends of the config, which may send losses and config away')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    return parse_launched(parser)
 
 
 def main() -> None:

@@ -6,41 +6,36 @@
         --backend openvino
 """
 import argparse
-import os
 
 from mmengine.dist import is_main_process
 
 from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json
 from psaq_mm.engine import PSAQRunner, has_recipe, load_config, read_recipe, resolve_device
 from psaq_mm.engine.command_line import (
-    ConfigOptions,
     choose_work_dir,
     draw_predictions,
     hooks_for_test,
     keep_local,
+    parse_launched,
     prepare_for_test,
     require_backend,
     require_launcher,
     require_test_data,
     run_tool,
+    tool_parser,
 )
 from psaq_mm.engine.hooks import describe_backend
 from psaq_mm.engine.runner import describe_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Evaluate a float or quantized checkpoint with the config\'s own evaluator.')
-    parser.add_argument('config', help='ours, or a plain config of mmdet or mmseg')
-    parser.add_argument('checkpoint', help='float checkpoint or quantized.pth')
-    parser.add_argument('--work-dir', help='where logs go '
-                        '(default: work_dirs/<name of the config>)')
-    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
-                        help='override config keys')
+    parser = tool_parser(
+        "Evaluate a float or quantized checkpoint with the config's own evaluator.",
+        config='ours, or a plain config of mmdet or mmseg',
+        checkpoint='float checkpoint or quantized.pth')
     parser.add_argument('--show-dir', help='draw the predictions to this folder inside '
                         'the log folder (segmentations: the work directory)')
     parser.add_argument('--metrics', metavar='FILE', help='write the metrics to a JSON file')
-    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
     parser.add_argument('--backend', choices=['torch', 'onnxruntime', 'openvino'],
                         default='torch', help='what runs the exported part of the model')
     parser.add_argument('--exported', metavar='DIR', help='folder that tools/export.py wrote '
@@ -49,16 +44,7 @@ def parse_args() -> argparse.Namespace:
                         '(default: as it likes)')
     parser.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32',
                         help='of what the engine does not compute in integers')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
-                        default='none', help='job launcher, as of mmdet')
-    parser.add_argument('--use-vis-backends', action='store_true', help='use all visualization '
-                        'backends of the config, which may send results away')
-    parser.add_argument('--trust-checkpoint', action='store_true',
-                        help='let the checkpoint run code when it is read (unsafe)')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    return parse_launched(parser)
 
 
 def main() -> None:

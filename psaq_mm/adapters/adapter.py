@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import (
     Any,
     ClassVar,
@@ -100,6 +100,15 @@ class Adapter:
     """Name of each layout of weights that :meth:`convert_state` recognises,
     to how its keys look."""
 
+    V1_OUTPUTS: ClassVar[Tuple[str, ...]]
+    """Ends of the names of modules whose output V1 quantizes [v1]."""
+
+    recompute_flag: ClassVar[str]
+    """Attribute of modules that says whether they recompute activations for gradients."""
+
+    patch_projection: ClassVar[str]
+    """Name within the backbone of the projection of the patch embedding."""
+
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether this adapter serves the model."""
@@ -109,6 +118,11 @@ class Adapter:
         """Name of the backbone within the model; empty if it is the model."""
         raise NotImplementedError
 
+    def _prefix(self, model: nn.Module) -> str:
+        """What the names of modules of the backbone begin with."""
+        name = self.backbone_name(model)
+        return name + '.' if name else ''
+
     def in_scope(self, model: nn.Module, name: str, scope: str) -> bool:
         """Whether a module belongs to ``scope``, ``backbone`` or ``model``."""
         prefix = self.backbone_name(model)
@@ -117,11 +131,12 @@ class Adapter:
 
     def is_output_point(self, model: nn.Module, name: str) -> bool:
         """Whether V1 quantizes the output of this module."""
-        raise NotImplementedError
+        return self.in_scope(model, name, 'backbone') and any(
+            name == end or name.endswith('.' + end) for end in self.V1_OUTPUTS)
 
     def is_patch_embed(self, model: nn.Module, name: str) -> bool:
         """Whether this module is the projection of the patch embedding."""
-        raise NotImplementedError
+        return name == self._prefix(model) + self.patch_projection
 
     def predictors(self, model: nn.Module) -> FrozenSet[str]:
         """Names of the layers whose output is the model's: scores, boxes, logits.
@@ -225,8 +240,14 @@ class Adapter:
         fixed = self.fixed_size(model)
         return fixed if fixed is not None else self._window_period(model)
 
-    def check_image_size(self, model: nn.Module, size: Tuple[int, int]) -> None:
+    def check_image_size(self, model: nn.Module, size: Tuple[int, int],
+                         key: str = 'synthesis.image_size') -> None:
         """Raise if the model cannot take images of this height and width.
+
+        Args:
+            model (nn.Module): The float model.
+            size (tuple[int, int]): Height and width in pixels.
+            key (str): What the message calls the size.
 
         Raises:
             UserError: If so; by default any size will do.
@@ -329,8 +350,24 @@ class Adapter:
     @contextmanager
     def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:
         """Within the block, record what each attention block computes."""
+        recorder = AttentionRecorder()
+        backbone = model.get_submodule(self.backbone_name(model))
+        # Recomputed activations would not be the recorded ones.
+        recomputing = [module for module in backbone.modules()
+                       if getattr(module, self.recompute_flag, False)]
+        try:
+            for module in recomputing:
+                setattr(module, self.recompute_flag, False)
+            with ExitStack() as hooks:
+                self._record(backbone, recorder, hooks)
+                yield recorder
+        finally:
+            for module in recomputing:
+                setattr(module, self.recompute_flag, True)
+
+    def _record(self, backbone: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
+        """Add hooks that record the attention of a backbone."""
         raise NotImplementedError
-        yield  # pragma: no cover
 
     def forward_norms(self, model: nn.Module, images: Tensor) -> None:
         """Run everything that carries BatchNorm statistics, heads that only
@@ -356,13 +393,10 @@ class Adapter:
                 mean, var, module.running_mean, module.running_var,  # type: ignore[arg-type]
                 module.eps))  # type: ignore[arg-type]
 
-        norms = self.batch_norms(model) if enabled else []
-        handles = [norm.register_forward_pre_hook(note) for norm in norms]
-        try:
+        with ExitStack() as hooks:
+            for norm in self.batch_norms(model) if enabled else []:
+                hooks.enter_context(norm.register_forward_pre_hook(note))
             yield recorder
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 HOSTS = dict(mmdet=('mmdet_swin', ), mmseg=('mmseg_swin', ), timm=('timm_swin', 'timm_vit'))

@@ -36,6 +36,5 @@ class MMDetSwinAdapter(OpenMMLabSwinAdapter):
     """Models with mmdet's Swin Transformer."""
 
     backbone_class = SwinTransformer
-    block_class = SwinBlock
     shift_window_class = ShiftWindowMSA
     norm_readers_of = {SwinBlock: NORMS_OF_BLOCK, PatchMerging: NORMS_OF_MERGING}

@@ -42,6 +42,5 @@ class MMSegSwinAdapter(OpenMMLabSwinAdapter):
     """Models with mmseg's Swin Transformer."""
 
     backbone_class = SwinTransformer
-    block_class = SwinBlock
     shift_window_class = ShiftWindowMSA
     norm_readers_of = {SwinBlock: NORMS_OF_BLOCK, PatchMerging: NORMS_OF_MERGING}

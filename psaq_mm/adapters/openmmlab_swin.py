@@ -6,7 +6,7 @@ The two are classes of their own with the same submodules and the same code;
 """
 import copy
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import (
     Any,
     ClassVar,
@@ -144,7 +144,6 @@ class OpenMMLabSwinAdapter(Adapter):
     """
 
     backbone_class: ClassVar[Any]
-    block_class: ClassVar[Any]
     shift_window_class: ClassVar[Any]
 
     layouts = {OPENMMLAB: 'backbone.stages.0.blocks.0.attn.w_msa.qkv.weight',
@@ -152,7 +151,8 @@ class OpenMMLabSwinAdapter(Adapter):
 
     V1_OUTPUTS = ('patch_embed', 'attn.w_msa.qkv', 'attn.w_msa.proj', 'ffn.layers.1',
                   'downsample.reduction')
-    """Ends of the names of modules whose output V1 quantizes [v1]."""
+    patch_projection = 'patch_embed.projection'
+    recompute_flag = 'with_cp'
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -165,14 +165,6 @@ class OpenMMLabSwinAdapter(Adapter):
         # An auxiliary head of mmseg has no part in inference: it stays float.
         return super().in_scope(model, name, scope) and not (
             name == 'auxiliary_head' or name.startswith('auxiliary_head.'))
-
-    def is_output_point(self, model: nn.Module, name: str) -> bool:
-        return self.in_scope(model, name, 'backbone') and any(
-            name == end or name.endswith('.' + end) for end in self.V1_OUTPUTS)
-
-    def is_patch_embed(self, model: nn.Module, name: str) -> bool:
-        prefix = self.backbone_name(model)
-        return name == (prefix + '.' if prefix else '') + 'patch_embed.projection'
 
     def predictors(self, model: nn.Module) -> FrozenSet[str]:
         if isinstance(model, self.backbone_class):
@@ -210,7 +202,8 @@ class OpenMMLabSwinAdapter(Adapter):
         return (side * height, side * width) \
             if side ** 2 == backbone.absolute_pos_embed.shape[1] else None
 
-    def check_image_size(self, model: nn.Module, size: Tuple[int, int]) -> None:
+    def check_image_size(self, model: nn.Module, size: Tuple[int, int],
+                         key: str = 'synthesis.image_size') -> None:
         backbone = self._backbone(model)
         if not backbone.use_abs_pos_embed:
             return
@@ -219,7 +212,7 @@ class OpenMMLabSwinAdapter(Adapter):
         needed, fixed = backbone.absolute_pos_embed.shape[1], self.fixed_size(model)
         if rows * columns != needed:
             such = f', such as {shown_size(fixed)}' if fixed is not None else ''
-            raise UserError(f'synthesis.image_size must make {needed} patches{such}, since the '
+            raise UserError(f'{key} must make {needed} patches{such}, since the '
                             f'backbone has use_abs_pos_embed; {shown_size(size)} makes '
                             f'{rows * columns}')
 
@@ -266,11 +259,8 @@ class OpenMMLabSwinAdapter(Adapter):
         elif self.is_segmentor(model):
             features: List[Any] = []
             source = model.neck if model.with_neck else model.backbone
-            handle = source.register_forward_hook(lambda m, args, out: features.append(out))
-            try:
+            with source.register_forward_hook(lambda m, args, out: features.append(out)):
                 self.forward_model(model, images)
-            finally:
-                handle.remove()
             head = getattr(model, 'auxiliary_head', None)
             for part in head if isinstance(head, nn.ModuleList) else [head]:
                 if part is not None:
@@ -289,31 +279,13 @@ class OpenMMLabSwinAdapter(Adapter):
             model, self.forward_backbone(model, images), (images.shape[2], images.shape[3]),
             groups, regions, _fewer_proposals)
 
-    @contextmanager
-    def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:
-        recorder = AttentionRecorder()
-        handles: List[Any] = []
-        checkpointed: Dict[Any, bool] = {}
-        backbone = self._backbone(model)
-        module: Any
+    def _record(self, backbone: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
         for module in backbone.modules():
-            if isinstance(module, self.block_class):
-                # Recomputed activations would not be the recorded ones.
-                checkpointed[module] = module.with_cp
-                module.with_cp = False
             if isinstance(module, self.shift_window_class):
-                self._record_block(module, recorder, handles)
-        try:
-            yield recorder
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, with_cp in checkpointed.items():
-                module.with_cp = with_cp
+                self._record_block(module, recorder, hooks)
 
     @staticmethod
-    def _record_block(block: Any, recorder: AttentionRecorder,
-                      handles: List[Any]) -> None:
+    def _record_block(block: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
         shape: Dict[str, Tuple[int, int]] = {}
 
         def note_shape(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -328,8 +300,8 @@ class OpenMMLabSwinAdapter(Adapter):
                 output=args[0].unflatten(-1, (heads, -1)),
                 valid=None if valid is None else valid.to(args[0].device)))
 
-        handles.append(block.register_forward_pre_hook(note_shape, with_kwargs=True))
-        handles.append(block.w_msa.proj.register_forward_pre_hook(note_output))
+        hooks.enter_context(block.register_forward_pre_hook(note_shape, with_kwargs=True))
+        hooks.enter_context(block.w_msa.proj.register_forward_pre_hook(note_output))
 
     def _backbone(self, model: nn.Module) -> Any:
         return model if isinstance(model, self.backbone_class) else model.backbone

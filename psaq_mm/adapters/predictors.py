@@ -1,11 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The layers whose output is the model's: found by running it, not by their names."""
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Set
 
 import torch
 from torch import Tensor, nn
+
+from psaq_mm.modes import evaluating
 
 
 def layers_of(model: nn.Module) -> Dict[str, nn.Module]:
@@ -21,7 +23,7 @@ def last_layers(model: nn.Module, forward: Callable[[], Any],
 
     These are the layers that an output comes from with no other layer in
     between, and those whose output no other layer takes in: what an RPN scores
-    is no output of a detector, but nothing learnt comes after it. autograd's
+    is no output of a detector, but nothing with weights comes after it. autograd's
     graph of one forward pass tells both. The model is left as it was.
 
     Args:
@@ -47,15 +49,12 @@ def last_layers(model: nn.Module, forward: Callable[[], Any],
             return copied
         return hook
 
-    handles = [layer.register_forward_hook(note(name), with_kwargs=True)
-               for name, layer in layers.items()]
-    try:
-        with _differentiable(model), torch.random.fork_rng(
-                {p.device for p in model.parameters() if p.device.type == 'cuda'}):
+    with ExitStack() as hooks, torch.random.fork_rng(
+            {p.device for p in model.parameters() if p.device.type == 'cuda'}):
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(note(name), with_kwargs=True))
+        with evaluating(model, gradients=True), torch.enable_grad():
             outputs = forward()
-    finally:
-        for handle in handles:
-            handle.remove()
     run = set().union(*made_by.values())
     unread = run - _nearest(inputs, made_by)
     return frozenset(_nearest(_nodes(outputs), made_by)
@@ -120,21 +119,3 @@ def _nodes(value: Any) -> Iterator[Any]:
             yield from _nodes(one)
     elif hasattr(value, 'values') and callable(value.values):  # mmengine's data elements
         yield from _nodes(list(value.values()))
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Within the block a model is in evaluation mode, and all of it takes part in gradients."""
-    training = {module: module.training for module in model.modules()}
-    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    model.eval()
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for module, mode in training.items():
-            module.training = mode

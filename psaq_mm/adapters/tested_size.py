@@ -49,7 +49,7 @@ def tested_size(config: Config) -> SizeFound:
         return SizeFound(_pair(test_cfg['crop_size']), 'model.test_cfg.crop_size')
     preprocessor = config.model.get('data_preprocessor') or {}
     preprocessor_test = preprocessor.get('test_cfg') or {}
-    dataset, steps = _first_dataset((config.get('test_dataloader') or {}).get('dataset') or {})
+    dataset, steps = test_dataset(config)
     if _name(dataset) == 'ImageFolder' and dataset.get('model'):
         found = _timm_size(dataset)
     else:
@@ -68,14 +68,18 @@ def tested_size(config: Config) -> SizeFound:
     return SizeFound(_multiple(size, divisor), found.source)
 
 
-def _first_dataset(dataset: Any) -> Tuple[Any, List[Dict[str, Any]]]:
-    """The innermost of wrapped datasets, of several the first, and all steps that
-    its images go through."""
+def test_dataset(config: Config) -> Tuple[Any, List[Dict[str, Any]]]:
+    """The section of a config's test set without its wrappers, of several the first, and all
+    steps that its images go through; both empty if there is none."""
+    return _unwrapped((config.get('test_dataloader') or {}).get('dataset') or {})
+
+
+def _unwrapped(dataset: Any) -> Tuple[Any, List[Dict[str, Any]]]:
     inner = dataset.get('dataset') or next(iter(dataset.get('datasets') or ()), None)
     own = _transforms(dataset.get('pipeline'))
     if inner is None:
         return dataset, own
-    leaf, steps = _first_dataset(inner)
+    leaf, steps = _unwrapped(inner)
     return leaf, steps + own
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What timm's Swin and ViT have in common, alone or in a ``TimmClassifier``."""
-from contextlib import contextmanager
-from typing import Any, ClassVar, Collection, Dict, Iterator, List, Mapping, Optional, Tuple
+from contextlib import ExitStack
+from typing import Any, ClassVar, Collection, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from timm.data import resolve_model_data_config
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, register_op
 
-from .adapter import Adapter, AttentionRecorder, pixel_range, shown_size
+from .adapter import Adapter, pixel_range, shown_size
 from .tap_record import TapRecord
 
 PSAQ_MM = 'psaq_mm'
@@ -53,7 +53,8 @@ class TimmAdapter(Adapter):
     """Modules that run after ``forward_features``."""
 
     V1_OUTPUTS = ('patch_embed', 'attn.qkv', 'attn.proj', 'mlp.fc2', 'downsample.reduction')
-    """Ends of the names of modules whose output V1 quantizes [v1]."""
+    patch_projection = 'patch_embed.proj'
+    recompute_flag = 'grad_checkpointing'
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -74,13 +75,6 @@ class TimmAdapter(Adapter):
         return super().in_scope(model, name, scope) and not any(
             name == prefix + head or name.startswith(prefix + head + '.') for head in self.HEADS)
 
-    def is_output_point(self, model: nn.Module, name: str) -> bool:
-        return self.in_scope(model, name, 'backbone') and any(
-            name == end or name.endswith('.' + end) for end in self.V1_OUTPUTS)
-
-    def is_patch_embed(self, model: nn.Module, name: str) -> bool:
-        return name == self._prefix(model) + 'patch_embed.proj'
-
     def head_of(self, model: nn.Module, name: str) -> str:
         return '' if self.in_scope(model, name, 'backbone') else \
             name[len(self._prefix(model)):].partition('.')[0]
@@ -92,17 +86,17 @@ class TimmAdapter(Adapter):
         size = getattr(self._timm_model(model).patch_embed, 'img_size', None)
         return tuple(size) if size is not None else None
 
-    def check_image_size(self, model: nn.Module, size: Tuple[int, int]) -> None:
+    def check_image_size(self, model: nn.Module, size: Tuple[int, int],
+                         key: str = 'synthesis.image_size') -> None:
         embed = self._timm_model(model).patch_embed
         if not isinstance(embed, PatchEmbed) or embed.img_size is None:
             return
         if embed.strict_img_size and tuple(size) != tuple(embed.img_size):
-            raise UserError(f'synthesis.image_size must be {shown_size(embed.img_size)}, the only '
-                            f'size that the model takes, got {shown_size(size)}')
+            raise UserError(f'{key} must be {shown_size(embed.img_size)}, the only size that the '
+                            f'model takes, got {shown_size(size)}')
         if not embed.dynamic_img_pad and any(s % p for s, p in zip(size, embed.patch_size)):
-            raise UserError('synthesis.image_size must be a multiple of '
-                            f'{shown_size(embed.patch_size)}, the patches of the model, '
-                            f'got {shown_size(size)}')
+            raise UserError(f'{key} must be a multiple of {shown_size(embed.patch_size)}, the '
+                            f'patches of the model, got {shown_size(size)}')
 
     def convert_state(self, model: nn.Module,
                       state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], str]:
@@ -147,13 +141,11 @@ class TimmAdapter(Adapter):
                      regions: Optional[List[Tensor]] = None) -> TapRecord:
         timm_model = self._timm_model(model)
         stages: List[Tensor] = []
-        handles = [stage.register_forward_hook(lambda m, args, out: stages.append(out))
-                   for stage in self._stages(timm_model)]
-        try:
+        with ExitStack() as hooks:
+            for stage in self._stages(timm_model):
+                hooks.enter_context(stage.register_forward_hook(
+                    lambda m, args, out: stages.append(out)))
             logits = timm_model(images)
-        finally:
-            for handle in handles:
-                handle.remove()
         taps = {f'backbone.{i}': stage for i, stage in enumerate(stages)} \
             if 'backbone' in groups else {}
         if 'logits' in groups:
@@ -163,33 +155,6 @@ class TimmAdapter(Adapter):
     def _stages(self, model: Any) -> List[nn.Module]:
         """Modules of a bare timm model whose outputs are taps."""
         raise NotImplementedError
-
-    @contextmanager
-    def record_attention(self, model: nn.Module) -> Iterator[AttentionRecorder]:
-        recorder = AttentionRecorder()
-        handles: List[Any] = []
-        timm_model = self._timm_model(model)
-        # Recomputed activations would not be the recorded ones.
-        checkpointed = [module for module in timm_model.modules()
-                        if getattr(module, 'grad_checkpointing', False)]
-        try:
-            for module in checkpointed:
-                module.grad_checkpointing = False
-            self._record(timm_model, recorder, handles)
-            yield recorder
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module in checkpointed:
-                module.grad_checkpointing = True
-
-    def _record(self, model: Any, recorder: AttentionRecorder, handles: List[Any]) -> None:
-        """Add hooks that record the attention of a bare timm model."""
-        raise NotImplementedError
-
-    def _prefix(self, model: nn.Module) -> str:
-        name = self.backbone_name(model)
-        return name + '.' if name else ''
 
     @classmethod
     def _timm_model(cls, model: nn.Module) -> Any:

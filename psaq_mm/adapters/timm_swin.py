@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """timm's Swin Transformer, alone or in a ``TimmClassifier``."""
+from contextlib import ExitStack
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
@@ -109,14 +110,13 @@ class TimmSwinAdapter(TimmAdapter):
     def _stages(self, model: Any) -> List[nn.Module]:
         return list(model.layers)
 
-    def _record(self, model: Any, recorder: AttentionRecorder, handles: List[Any]) -> None:
+    def _record(self, model: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
         for module in model.modules():
             if isinstance(module, SwinTransformerBlock):
-                self._record_block(module, recorder, handles)
+                self._record_block(module, recorder, hooks)
 
     @staticmethod
-    def _record_block(block: Any, recorder: AttentionRecorder,
-                      handles: List[Any]) -> None:
+    def _record_block(block: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
         shape: List[int] = []
 
         def note_shape(module: nn.Module, args: Any) -> None:
@@ -129,8 +129,8 @@ class TimmSwinAdapter(TimmAdapter):
                 output=args[0].unflatten(-1, (block.attn.num_heads, -1)),
                 valid=None if valid is None else valid.to(args[0].device)))
 
-        handles.append(block.register_forward_pre_hook(note_shape))
-        handles.append(block.attn.proj.register_forward_pre_hook(note_output))
+        hooks.enter_context(block.register_forward_pre_hook(note_shape))
+        hooks.enter_context(block.attn.proj.register_forward_pre_hook(note_output))
 
 
 def window_validity(height: int, width: int, window: Tuple[int, int]) -> Optional[Tensor]:

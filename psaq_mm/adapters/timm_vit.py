@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """timm's Vision Transformer, DeiT among them, alone or in a ``TimmClassifier``."""
+from contextlib import ExitStack
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from timm.layers import Attention, maybe_add_mask, resolve_self_attn_mask
@@ -109,18 +110,18 @@ class TimmViTAdapter(TimmAdapter):
         return [model.blocks[i] for i in sorted({count * part // 4 - 1 for part in (1, 2, 3, 4)})
                 if i >= 0]
 
-    def _record(self, model: Any, recorder: AttentionRecorder, handles: List[Any]) -> None:
+    def _record(self, model: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
         attentions = [module for module in model.blocks.modules()
                       if isinstance(module, Attention)]
         if not attentions:
             raise UserError(f'the blocks of the model, {type(model.blocks[0]).__name__}, have no '
                             'attention that images could be synthesized from')
         for attention in attentions:
-            self._record_attention(attention, model.num_prefix_tokens, recorder, handles)
+            self._record_attention(attention, model.num_prefix_tokens, recorder, hooks)
 
     @staticmethod
     def _record_attention(attention: Any, prefix_tokens: int, recorder: AttentionRecorder,
-                          handles: List[Any]) -> None:
+                          hooks: ExitStack) -> None:
 
         def note_output(module: nn.Module, args: Any) -> None:
             # The input of `norm`, most often an identity, is attn @ v with the
@@ -129,4 +130,4 @@ class TimmViTAdapter(TimmAdapter):
             output = args[0].unflatten(-1, (attention.num_heads, -1))
             recorder.records.append(AttentionRecord(output=output[:, prefix_tokens:]))
 
-        handles.append(attention.norm.register_forward_pre_hook(note_output))
+        hooks.enter_context(attention.norm.register_forward_pre_hook(note_output))

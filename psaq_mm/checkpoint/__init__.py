@@ -13,14 +13,19 @@ from .quantized_checkpoint import (
     quantized_checkpoint,
     size_of_quantized,
 )
-from .safe_load import extract_state_dict, load_checkpoint_file, require_finite, sha256_of_file
+from .safe_load import (
+    extract_state_dict,
+    load_checkpoint_file,
+    meta_of,
+    require_finite,
+    sha256_of_file,
+)
 
 __all__ = [
     'MANIFEST_KEY', 'STATE_KEY', 'atomic_write', 'build_manifest', 'ensure_writable_dir',
     'extract_state_dict', 'first_differences', 'fit_float_state', 'guarded', 'is_quantized',
-    'load',
-    'load_checkpoint_file', 'load_float_state', 'load_float_weights', 'load_quantized_state',
-    'plain', 'prepare_for_loading', 'quantized_checkpoint', 'read_manifest', 'require_finite',
-    'require_match', 'save', 'save_bytes', 'save_json', 'save_torch', 'sha256_of_file',
-    'size_of_quantized'
+    'load', 'load_checkpoint_file', 'load_float_state', 'load_float_weights',
+    'load_quantized_state', 'meta_of', 'plain', 'prepare_for_loading', 'quantized_checkpoint',
+    'read_manifest', 'require_finite', 'require_match', 'save', 'save_bytes', 'save_json',
+    'save_torch', 'sha256_of_file', 'size_of_quantized'
 ]

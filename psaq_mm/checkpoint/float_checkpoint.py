@@ -11,7 +11,7 @@ from psaq_mm.errors import UserError
 
 from .manifest import is_quantized
 from .matching import first_differences, require_match
-from .safe_load import extract_state_dict, load_checkpoint_file, require_finite
+from .safe_load import extract_state_dict, load_checkpoint_file, meta_of, require_finite
 
 
 def fit_float_state(model: nn.Module, checkpoint: Any, path: str) -> Dict[str, Tensor]:
@@ -96,5 +96,4 @@ def load_float_state(model: nn.Module, checkpoint: Any, path: str) -> Dict[str, 
     require_finite(state, path)
     own = model.state_dict()
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
-    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
-    return dict(meta) if isinstance(meta, dict) else {}
+    return meta_of(checkpoint)

@@ -32,6 +32,7 @@ from psaq_mm.quantization import (
     pack_integers,
     unpack_integers,
 )
+from psaq_mm.quantization.quantizer import restoring_ranges
 from psaq_mm.quantization.spec import PER_TENSOR
 
 from .manifest import (
@@ -192,16 +193,13 @@ def _quantizers(op: QuantOp) -> Iterator[Tuple[str, Quantizer]]:
 def _undone_on_failure(model: nn.Module) -> Iterator[None]:
     """Within the block, ops may be added, or those that are there reshaped."""
     was_quantized = next(named_quant_ops(model), None) is not None
-    ranges = [(q, q._parameters.copy(), q._buffers.copy()) for q in model.modules()
-              if isinstance(q, Quantizer)]
-    try:
-        yield
-    except BaseException:
-        if not was_quantized:
-            unwrap(model)
-        for quantizer, parameters, buffers in ranges:
-            quantizer.__dict__.update(_parameters=parameters, _buffers=buffers)
-        raise
+    with restoring_ranges(m for m in model.modules() if isinstance(m, Quantizer)):
+        try:
+            yield
+        except BaseException:
+            if not was_quantized:
+                unwrap(model)
+            raise
 
 
 def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str) -> Dict[str, Tensor]:

@@ -110,6 +110,12 @@ def extract_state_dict(checkpoint: Any, path: PathLike) -> Dict[str, Tensor]:
                     'Give a checkpoint of the float model.')
 
 
+def meta_of(checkpoint: Any) -> Dict[str, Any]:
+    """The ``meta`` of a loaded checkpoint; an empty dict if it has none."""
+    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
+    return dict(meta) if isinstance(meta, Mapping) else {}
+
+
 def sha256_of_file(path: PathLike) -> str:
     """Hash a file piece by piece.
 

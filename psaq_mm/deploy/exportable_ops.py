@@ -43,13 +43,13 @@ def make_exportable(model: nn.Module, target: str, float_roles: Collection[str] 
             if role == 'weight':
                 continue
             exportable: nn.Module = nn.Identity()
-            if quantizer.enabled and quantizer.calibrated:
+            if quantizer.active:
                 cls = ExportableQuantizer if target == 'onnx' else \
                     ExportableRounding if role in ATTENTION_ROLES else ExportableFakeQuantize
                 exportable = cls(quantizer, f'{name} ({role})')
             op.quantizers[role] = exportable
         weight = op.weight_quantizer
-        if weight is None or not weight.enabled or not weight.calibrated:
+        if weight is None or not weight.active:
             continue
         forward = None
         if isinstance(op, QuantLinear):

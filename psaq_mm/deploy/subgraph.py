@@ -1,10 +1,10 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The part of a model that is exported as one graph."""
-from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Optional, Tuple
+from typing import Any, Callable, Optional, Tuple
 
-import torch
 from torch import Tensor, nn
+
+from psaq_mm.adapters import find_adapter
 
 Size = Tuple[int, int]
 
@@ -39,12 +39,12 @@ class Subgraph:
     def fixed_size(self) -> Optional[Size]:
         """tuple[int, int], optional: Height and width of images, if the model
         accepts one size only."""
-        return None
+        return find_adapter(self.model).fixed_size(self.model)
 
     @property
     def channels(self) -> int:
         """int: Channels of an image."""
-        raise NotImplementedError
+        return find_adapter(self.model).valid_range(self.model)[0].shape[1]
 
     def run(self, images: Tensor) -> Tuple[Tensor, ...]:
         """Compute the outputs of the graph with the model itself."""
@@ -79,17 +79,3 @@ class FunctionModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block a model is in evaluation mode, and no gradients are
-    kept. Then every module gets back the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from torch import Tensor
 
+from psaq_mm.errors import UserError
 from psaq_mm.registry import MODELS
 
 from .config import load_config
@@ -29,8 +30,10 @@ def inferencer_config(config: Union[str, Path], checkpoint: Union[str, Path]) ->
         are to be given beside it.
 
     Raises:
-        UserError: If the config cannot be read.
+        UserError: If the config cannot be read, or there is no such checkpoint.
     """
+    if not Path(checkpoint).is_file():
+        raise UserError(f'checkpoint {checkpoint} does not exist')
     ready = load_config(config)
     ready.model = dict(type='psaq_mm.CheckpointModel', config=str(config),
                        checkpoint=str(checkpoint))
@@ -68,6 +71,10 @@ class CheckpointModel(BaseModel):
     @dataset_meta.setter
     def dataset_meta(self, value: Any) -> None:
         pass
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise UserError('this model brings the weights of its checkpoint: give no weights beside '
+                        'it, such as weights= of an inferencer')
 
     def forward(self, inputs: Tensor, data_samples: Any = None,
                 mode: str = 'tensor') -> Union[Tensor, Dict[str, Tensor], List[Any]]:

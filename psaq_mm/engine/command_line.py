@@ -14,6 +14,7 @@ from mmengine.dist import is_distributed
 from mmengine.hooks import EMAHook, Hook
 from mmengine.utils import is_method_overridden
 
+from psaq_mm.adapters.tested_size import test_dataset
 from psaq_mm.checkpoint import sha256_of_file
 from psaq_mm.errors import UserError
 from psaq_mm.recipe.checks import check_seed
@@ -35,6 +36,40 @@ class ConfigOptions(DictAction):
             super().__call__(parser, *args, **kwargs)
         except (ValueError, AssertionError) as error:
             parser.error(f'--cfg-options takes KEY=VALUE pairs ({error})')
+
+
+def tool_parser(description: str, config: str, checkpoint: str) -> argparse.ArgumentParser:
+    """A parser of what all tools take.
+
+    Args:
+        description (str): What the tool does.
+        config (str): Help on its first argument.
+        checkpoint (str): Help on its second.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help=config)
+    parser.add_argument('checkpoint', help=checkpoint)
+    parser.add_argument('--work-dir', help='where to write '
+                        '(default: work_dirs/<name of the config>)')
+    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
+                        help='override config keys, e.g. quantization.weight.bits=4 '
+                        'synthesis.num_images=16')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='let checkpoints run code when they are read (unsafe)')
+    return parser
+
+
+def parse_launched(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line of a tool that a launcher may start, with the options of that."""
+    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N')
+    parser.add_argument('--launcher', choices=['none', *WORLD_SIZES], default='none',
+                        help='job launcher, as of mmdet: several processes share the images')
+    parser.add_argument('--use-vis-backends', action='store_true', help='use all visualization '
+                        'backends of the config, which may send losses, results and config away')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
 
 
 def run_tool(main: Callable[[], Any]) -> None:
@@ -106,9 +141,7 @@ def require_test_data(config: Config) -> None:
     if config.get('test_dataloader') is None or config.get('test_evaluator') is None:
         raise UserError(f'config {config.filename} has no test_dataloader and test_evaluator: '
                         'there is nothing to evaluate on')
-    dataset = config.test_dataloader.dataset
-    while dataset.get('dataset') is not None:  # wrappers
-        dataset = dataset.dataset
+    dataset, _ = test_dataset(config)
     root = dataset.get('data_root') or ''
     paths = [dataset.get('ann_file') or '', *(dataset.get('data_prefix') or {}).values(),
              dataset.get('root') or '']

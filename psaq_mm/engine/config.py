@@ -206,9 +206,8 @@ def read_recipe(config: Config) -> Recipe:
             "e.g. _base_ = ['my_mask_rcnn_swin.py', 'psaq_mm::_base_/w8a8.py']")
     values = config.to_dict()
     try:
-        shipped = Recipe.shipped(*(default if values.get(key) is None else values[key]
-                                   for key, default in (('recipe', 'w8a8'),
-                                                        ('preset', 'default'))))
+        named = dict(base=values.get('recipe'), preset=values.get('preset'))
+        shipped = Recipe.shipped(**{k: name for k, name in named.items() if name is not None})
         return shipped.changed({section: values.get(section) for section in SECTIONS})
     except UserError as error:
         whose = f'config {config.filename}: ' if config.filename else ''

@@ -3,7 +3,7 @@
 import colorsys
 import copy
 import logging
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
@@ -11,18 +11,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from torch import nn
 
-
-def test_dataset(config: Config) -> Optional[Any]:
-    """The test set's section of a config, without its wrappers; None if there is none."""
-    dataset = (config.get('test_dataloader') or {}).get('dataset')
-    while dataset is not None:
-        if dataset.get('dataset') is not None:
-            dataset = dataset.dataset
-        elif dataset.get('datasets'):
-            dataset = dataset.datasets[0]
-        else:
-            break
-    return dataset
+from psaq_mm.adapters.tested_size import test_dataset
 
 
 def inference_config(config: Config) -> Config:
@@ -36,8 +25,8 @@ def inference_config(config: Config) -> Config:
         ``test_pipeline`` too: mmseg's ``inference_model`` reads that.
     """
     config = copy.deepcopy(config)
-    dataset = test_dataset(config)
-    if dataset is not None and dataset.get('pipeline'):
+    dataset, _ = test_dataset(config)
+    if dataset.get('pipeline'):
         dataset.pipeline = [step for step in dataset.pipeline if not _loads_annotations(step)]
         config.test_pipeline = copy.deepcopy(dataset.pipeline)
     return config
@@ -69,7 +58,7 @@ def read_dataset_meta(config: Config, meta: Mapping[str, Any], model: nn.Module)
         found = {str(key).lower(): value for key, value in found.items()}
     else:  # mmdet 2.x, mmseg 0.x
         found = dict(classes=meta.get('CLASSES'), palette=meta.get('PALETTE'))
-    dataset = test_dataset(config) or {}
+    dataset, _ = test_dataset(config)
     own = BaseDataset._load_metainfo(dataset.get('metainfo'))
     general = getattr(_dataset_class(config, dataset.get('type')), 'METAINFO', {})
 

@@ -17,9 +17,10 @@ from mmengine.registry import VISUALIZERS, init_default_scope
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
+from psaq_mm.adapters.tested_size import test_dataset
 from psaq_mm.errors import UserError
 
-from .dataset_meta import inference_config, test_dataset
+from .dataset_meta import inference_config
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 CLEAR_SIDE = 640
@@ -90,11 +91,11 @@ def input_pipeline(config: Config) -> Callable[[Path], Dict[str, Any]]:
     Raises:
         UserError: If the config does not say how images are prepared.
     """
-    dataset = test_dataset(inference_config(config)) or {}
+    dataset, _ = test_dataset(inference_config(config))
     if dataset.get('type') == 'psaq_mm.ImageFolder':
         from psaq_mm.classification.image_folder import build_transform
         transform = build_transform(dataset['model'], dataset.get('transform'))
-        return lambda path: dict(inputs=[transform(read_rgb(path, Image.fromarray))])
+        return lambda path: dict(inputs=[transform(Image.fromarray(read_rgb(path)))])
     if not dataset.get('pipeline'):
         raise UserError(f'config {config.filename} has no test_dataloader.dataset.pipeline that '
                         'says how images are prepared')
@@ -116,13 +117,13 @@ def input_pipeline(config: Config) -> Callable[[Path], Dict[str, Any]]:
     return prepare
 
 
-def read_rgb(path: Path, convert: Callable[[np.ndarray], Any] = np.asarray) -> Any:
+def read_rgb(path: Path) -> np.ndarray:
     """Pixels of an image file, upright: uint8 RGB of shape (H, W, 3)."""
     # As the hosts' own loaders do: it turns what a camera marked as turned.
     image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
     if image is None:
         raise UserError(f'image {path} cannot be read by OpenCV; convert it to PNG or JPEG')
-    return convert(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def predict(model: nn.Module, inputs: Mapping[str, Any], score_thr: float = 0.3) -> Any:

@@ -15,6 +15,7 @@ from psaq_mm.checkpoint import (
     load_checkpoint_file,
     load_float_state,
     load_quantized_state,
+    meta_of,
 )
 from psaq_mm.errors import UserError
 
@@ -97,8 +98,7 @@ def _build(config: Config, path: str, trust: bool) -> Tuple[nn.Module, Dict[str,
     load = load_quantized_state if is_quantized(checkpoint) else load_float_state
     load(model, checkpoint, path)
     model.eval()
-    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
-    return model, meta if isinstance(meta, dict) else {}
+    return model, meta_of(checkpoint)
 
 
 def init_model(config: Union[str, Path, Config], checkpoint: Union[str, Path],

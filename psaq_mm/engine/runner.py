@@ -18,6 +18,7 @@ from psaq_mm.checkpoint import (
     fit_float_state,
     is_quantized,
     load_checkpoint_file,
+    meta_of,
     read_manifest,
     save,
 )
@@ -142,8 +143,7 @@ class PSAQRunner(Runner):
         if is_model_wrapper(model):
             model = cast(nn.Module, model.module)
         if not is_quantized(checkpoint):  # the hook checks those that are
-            meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
-            checkpoint = dict(meta=meta or {},
+            checkpoint = dict(meta=meta_of(checkpoint),
                               state_dict=fit_float_state(model, checkpoint, filename))
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))

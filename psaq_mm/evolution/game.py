@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from psaq_mm.adapters import TapRecord, find_adapter
 from psaq_mm.adapters.adapter import module_device
 from psaq_mm.errors import UserError
+from psaq_mm.modes import evaluating
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.ops.plan import Plan
 from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
 from psaq_mm.recipe.checks import check_seed
 from psaq_mm.student.history import require_calibrated, require_float, require_images
 from psaq_mm.synthesis.from_model import sized_for
-from psaq_mm.synthesis.teacher import float_teacher, frozen
+from psaq_mm.synthesis.teacher import float_teacher
 
 from .evolver import Evolver
 from .learner import StudentLearner
@@ -79,7 +80,7 @@ def evolver(student: nn.Module, teacher: nn.Module, images: Tensor, settings: Ev
     def forward(batch: Tensor, regions: Optional[List[Tensor]]) -> TapRecord:
         return adapter.forward_taps(student, batch, groups, regions)
 
-    with frozen(teacher, student), float_teacher(teacher, prior, groups) as run:
+    with evaluating(teacher, student), float_teacher(teacher, prior, groups) as run:
         learner = StudentLearner(student, forward, settings)
         game = Evolver(settings, prior, run, learner, images, lower, upper, seed,
                        module_device(teacher))

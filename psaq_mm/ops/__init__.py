@@ -9,6 +9,5 @@ from .plan import plan_quantization, unquantized_weights
 __all__ = [
     'QuantConv2d', 'QuantConvTranspose2d', 'QuantLinear', 'QuantOp', 'apply_plan',
     'named_quant_ops', 'op_for', 'plan_quantization', 'quantization_enabled', 'register_op',
-    'set_quantization', 'unquantized_weights', 'unwrap',
-    'without_notes'
+    'set_quantization', 'unquantized_weights', 'unwrap', 'without_notes'
 ]

@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The module that quantizes one tensor of a network."""
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -158,3 +159,15 @@ class Quantizer(nn.Module):
         own = dict(state_dict)
         self.learned = bool(own.pop(prefix + LEARNED, False))
         super()._load_from_state_dict(own, prefix, *args, **kwargs)
+
+
+@contextmanager
+def restoring_ranges(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    """Within the block ranges may change; if it fails, they are as before."""
+    before = [(q, q.scale, q.zero_point, q.learned) for q in quantizers]
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        for quantizer, scale, zero_point, learned in before:
+            quantizer.restore_range(scale, zero_point, learned)
+        raise

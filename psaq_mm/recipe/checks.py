@@ -3,7 +3,7 @@
 from typing import Any, Tuple
 
 from psaq_mm.errors import UserError
-from psaq_mm.sections import is_integer
+from psaq_mm.sections import is_integer, is_number
 
 
 def check_positive_int(value: Any, key: str) -> int:
@@ -15,8 +15,7 @@ def check_positive_int(value: Any, key: str) -> int:
 
 def check_number(value: Any, key: str, low: float, high: float) -> float:
     """Raise a :class:`UserError` unless a value is a number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) \
-            or not low <= value <= high:
+    if not is_number(value) or not low <= value <= high:
         raise UserError(f'{key} must be a number from {low:g} to {high:g}, got {value!r}')
     return float(value)
 

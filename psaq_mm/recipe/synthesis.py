@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """How images are made from the float model: the ``synthesis`` section of a recipe."""
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 from psaq_mm.errors import UserError
 from psaq_mm.prior import PriorTerm
@@ -95,16 +95,6 @@ class SynthesisSettings:
         if self.image_size is None:
             raise ValueError('the size of the images follows a model that is not known here')
         return sides(self.image_size, '')
-
-    def batches(self) -> List[int]:
-        """Sizes of the batches that make ``num_images``."""
-        whole, rest = divmod(self.num_images, self.batch_size)
-        return [self.batch_size] * whole + ([rest] if rest else [])
-
-    @property
-    def total_steps(self) -> int:
-        """int: Steps of all phases of all batches."""
-        return len(self.batches()) * len(self.shifts) * self.steps
 
     def require_images_for(self, processes: int) -> None:
         """Raise if some of several processes would have no image to make.

@@ -1,28 +1,25 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Set the ranges of a student on images."""
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
-import torch
 from mmengine.dist import all_gather_object, get_world_size
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import Adapter, module_device
 from psaq_mm.errors import UserError
+from psaq_mm.modes import evaluating
 from psaq_mm.ops import QuantOp, named_quant_ops, quantization_enabled
-from psaq_mm.processes import images_of_this_process, stopping_together
+from psaq_mm.processes import run_images
 from psaq_mm.quantization import Quantizer
-from psaq_mm.recipe.checks import check_positive_int
-from psaq_mm.synthesis.teacher import frozen
+from psaq_mm.quantization.quantizer import restoring_ranges
 
 from .history import note, require_images, require_student
 
-Progress = Optional[Callable[[int], None]]
-
 
 def calibrate(student: nn.Module, images: Tensor, batch_size: int = 8,
-              progress: Progress = None) -> nn.Module:
+              progress: Optional[Callable[[int], None]] = None) -> nn.Module:
     """Set the ranges of a student on images; from then on it quantizes.
 
     Args:
@@ -41,8 +38,7 @@ def calibrate(student: nn.Module, images: Tensor, batch_size: int = 8,
             quantizer saw no values or values that are not finite.
     """
     require_student(student, 'calibrate')
-    require_images(images, 'calibrate')
-    check_positive_int(batch_size, 'batch_size')
+    require_images(images, 'calibrate', batch_size)
     with forward_of_scope(student, 'calibration') as forward:
         calibrate_ranges(student, images, forward, batch_size, progress)
     note(student, image_size=(images.shape[-2], images.shape[-1]))
@@ -67,7 +63,7 @@ def forward_of_scope(model: nn.Module,
     adapter = find_adapter(model)
     scope, device = scope_of(model, adapter), module_device(model)
     try:
-        with frozen(model):
+        with evaluating(model):
             yield lambda batch: adapter.forward(model, batch.to(device), scope)
     except UserError:  # of a callback, or of another process
         raise
@@ -104,27 +100,20 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
                 observed[quantizer] = f'{name} ({role})'
             elif not quantizer.calibrated:
                 weights[quantizer] = f'{name} (weight)', op
-    before = {q: (q.scale, q.zero_point, q.learned) for q in (*observed, *weights)}
-    for quantizer in observed:
-        quantizer.start_observing()
     try:
-        with quantization_enabled(model, False), torch.no_grad(), _errors_named(observed), \
-                stopping_together():
-            for batch in images_of_this_process(images).split(batch_size):
-                forward(batch)
-                if progress is not None:
-                    progress(len(batch))
-        _merge_processes(list(observed))
-        steps = [(name, quantizer.finish_observing) for quantizer, name in observed.items()]
-        for name, set_range in (*steps, *((n, op.set_weight_range) for n, op in weights.values())):
-            try:
-                set_range()
-            except ValueError as error:
-                raise ValueError(f'{name}: {error}') from error
-    except BaseException:
-        for quantizer, (scale, zero_point, learned) in before.items():
-            quantizer.restore_range(scale, zero_point, learned)
-        raise
+        with restoring_ranges([*observed, *weights]):
+            for quantizer in observed:
+                quantizer.start_observing()
+            with quantization_enabled(model, False), _errors_named(observed):
+                run_images(forward, images, batch_size, progress)
+            _merge_processes(list(observed))
+            steps = [(name, quantizer.finish_observing) for quantizer, name in observed.items()]
+            steps += [(name, op.set_weight_range) for name, op in weights.values()]
+            for name, set_range in steps:
+                try:
+                    set_range()
+                except ValueError as error:
+                    raise ValueError(f'{name}: {error}') from error
     finally:
         for quantizer in observed:
             quantizer.observer = None
@@ -153,15 +142,13 @@ def _errors_named(quantizers: Dict[Quantizer, str]) -> Iterator[None]:
     def end(quantizer: Quantizer, args: Any, output: Any) -> None:
         at_work.clear()
 
-    handles = [hook for quantizer in quantizers
-               for hook in (quantizer.register_forward_pre_hook(begin),
-                            quantizer.register_forward_hook(end))]
-    try:
-        yield
-    except ValueError as error:
-        if at_work:
-            raise ValueError(f'{at_work[0]}: {error}') from error
-        raise
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for quantizer in quantizers:
+            hooks.enter_context(quantizer.register_forward_pre_hook(begin))
+            hooks.enter_context(quantizer.register_forward_hook(end))
+        try:
+            yield
+        except ValueError as error:
+            if at_work:
+                raise ValueError(f'{at_work[0]}: {error}') from error
+            raise

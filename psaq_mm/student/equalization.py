@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Move the scale of wide channels from a norm into the weight of the layer that reads it."""
+from contextlib import ExitStack
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
@@ -11,12 +12,11 @@ from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import module_device
 from psaq_mm.checkpoint import require_finite
 from psaq_mm.errors import UserError
+from psaq_mm.modes import evaluating
 from psaq_mm.ops import plan_quantization
-from psaq_mm.processes import images_of_this_process, stopping_together
+from psaq_mm.processes import run_images
 from psaq_mm.quantization import excess_width
 from psaq_mm.recipe import QuantizationSettings
-from psaq_mm.recipe.checks import check_positive_int
-from psaq_mm.synthesis.teacher import frozen
 
 from .history import note, require_float, require_images
 
@@ -50,8 +50,7 @@ def equalize(model: nn.Module, images: Tensor, settings: Optional[QuantizationSe
     """
     settings = settings or QuantizationSettings()
     require_float(model, 'equalize')
-    require_images(images, 'equalize')
-    check_positive_int(batch_size, 'batch_size')
+    require_images(images, 'equalize', batch_size)
     if settings.channel_limit is None:
         raise UserError('psaq_mm.equalize: quantization.channel_limit is None, so there is '
                         'nothing to do; give it a limit such as 1.5, or leave this step out')
@@ -67,7 +66,7 @@ def equalize(model: nn.Module, images: Tensor, settings: Optional[QuantizationSe
         return adapter.forward_backbone(model, batch.to(device))
 
     try:
-        with frozen(model):
+        with evaluating(model):
             found = equalize_channels(model, readers, images, feature_maps,
                                       settings.channel_limit, batch_size)
     except UserError:  # of another process
@@ -114,19 +113,15 @@ def equalize_channels(model: nn.Module, readers: Dict[str, str], images: Tensor,
     sums = {norm: torch.zeros_like(norm.weight, dtype=torch.float32) for norm in norms.values()}
     counts = {norm: torch.zeros_like(total[0]) for norm, total in sums.items()}
 
-    def note(norm: nn.Module, args: Any, out: Tensor) -> None:
+    def add(norm: nn.Module, args: Any, out: Tensor) -> None:
         rows = out.flatten(0, -2).float()
         sums[norm] += rows.square().sum(0)
         counts[norm] += len(rows)
 
-    handles = [norm.register_forward_hook(note) for norm in norms.values()]
-    try:
-        with torch.no_grad(), stopping_together():
-            for batch in images_of_this_process(images).split(batch_size):
-                forward(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for norm in norms.values():
+            hooks.enter_context(norm.register_forward_hook(add))
+        run_images(forward, images, batch_size)
     factors = {}
     for name, norm in norms.items():
         all_reduce(sums[norm])

@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.processes import count_of_this_process
 from psaq_mm.quantization import Quantizer
-from psaq_mm.recipe.checks import check_positive_int, sides
+from psaq_mm.quantization.quantizer import restoring_ranges
+from psaq_mm.recipe.checks import sides
 from psaq_mm.synthesis import mosaic_count, mosaics
 
-from .calibration import Progress, calibrate_ranges, forward_of_scope
+from .calibration import calibrate_ranges, forward_of_scope
 from .history import note, require_calibrated, require_images
 
 
 def recalibrate(student: nn.Module, images: Tensor, size: Tuple[int, int], batch_size: int = 8,
-                progress: Progress = None) -> nn.Module:
+                progress: Optional[Callable[[int], None]] = None) -> nn.Module:
     """Set the ranges of activations once more, for images of another size.
 
     Ranges that were learned are not replaced: each end moves as the range rule's end does
@@ -40,8 +41,7 @@ def recalibrate(student: nn.Module, images: Tensor, size: Tuple[int, int], batch
         UserError: As of :func:`psaq_mm.calibrate`.
     """
     require_calibrated(student, 'recalibrate')
-    require_images(images, 'recalibrate')
-    check_positive_int(batch_size, 'batch_size')
+    require_images(images, 'recalibrate', batch_size)
     size = sides(size, '(height, width)')
     others = mosaics(images, size)
     learned = has_learned_ranges(student)
@@ -108,8 +108,8 @@ def equal_pixel_batch(batch_size: int, images: Tensor, others: Tensor) -> int:
 
 
 def transfer_learned_ranges(model: nn.Module, images: Tensor, others: Tensor,
-                      forward: Callable[[Tensor], None], batch_size: int,
-                      progress: Optional[Callable[[int], None]] = None) -> None:
+                            forward: Callable[[Tensor], None], batch_size: int,
+                            progress: Optional[Callable[[int], None]] = None) -> None:
     """Bring learned ranges of activations from one image size to another.
 
     At another size feature maps are padded otherwise, and padded tokens have
@@ -127,17 +127,12 @@ def transfer_learned_ranges(model: nn.Module, images: Tensor, others: Tensor,
             each finished batch, of either size. Defaults to None.
     """
     learned = activation_ranges(model)
-    kept = [(q, q.scale, q.zero_point, q.learned) for q in learned]
-    try:
+    with restoring_ranges(learned):
         calibrate_ranges(model, images, forward, batch_size, progress)
         before = activation_ranges(model)
         calibrate_ranges(model, others, forward, equal_pixel_batch(batch_size, images, others),
                          progress)
         after = activation_ranges(model)
-    except BaseException:  # Ctrl-C too: what was learned is not lost
-        for quantizer, scale, zero_point, was_learned in kept:
-            quantizer.restore_range(scale, zero_point, was_learned)
-        raise
     for quantizer, ends in learned.items():
         lower, upper = (transferred_end(*triple) for triple in
                         zip(ends, before[quantizer], after[quantizer]))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops
+from psaq_mm.recipe.checks import check_positive_int
 
 ATTRIBUTE = 'psaq_mm_history'
 """Name of the attribute of a model that holds it; a copy of the model has it too."""
@@ -77,12 +78,13 @@ def require_calibrated(model: nn.Module, step: str) -> None:
                                 'has no range: call psaq_mm.calibrate first')
 
 
-def require_images(images: object, step: str) -> Tensor:
-    """Raise if these are no images.
+def require_images(images: object, step: str, batch_size: int = 1) -> Tensor:
+    """Raise if these are no images, or do not make batches of that size.
 
     Args:
         images (Tensor): Should be normalized images of shape (N, C, H, W).
         step (str): What needs them, for the message.
+        batch_size (int): Images in a batch, from 1. Defaults to 1.
 
     Returns:
         Tensor: The images.
@@ -96,4 +98,5 @@ def require_images(images: object, step: str) -> Tensor:
             else type(images).__name__
         raise UserError(f'psaq_mm.{step} needs float32 images of shape (N, C, H, W) with N of at '
                         f'least 1, got {got}')
+    check_positive_int(batch_size, 'batch_size')
     return images

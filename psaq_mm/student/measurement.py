@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """How far each quantized module is from its float self."""
 import math
+from contextlib import ExitStack
 from typing import Any, Callable, Dict, List
 
 import torch
@@ -33,7 +34,6 @@ def measure_sqnr(model: nn.Module, images: Tensor,
     signal: Dict[str, float] = {}
     noise: Dict[str, float] = {}
     reference: Dict[str, List[Tensor]] = {}
-    handles = []
     recording = True
 
     def watch(name: str) -> Callable[..., None]:
@@ -51,20 +51,16 @@ def measure_sqnr(model: nn.Module, images: Tensor,
             noise[name] = noise.get(name, 0.) + float(error.pow(2).sum())
         return hook
 
-    try:
+    with torch.no_grad(), ExitStack() as hooks:
         for name, op in named_quant_ops(model):
-            handles.append(op.register_forward_hook(watch(name)))
-        with torch.no_grad():
-            for image in images.split(1):
-                recording = True
-                reference.clear()
-                with quantization_enabled(model, False):
-                    forward(image)
-                recording = False
+            hooks.enter_context(op.register_forward_hook(watch(name)))
+        for image in images.split(1):
+            recording = True
+            reference.clear()
+            with quantization_enabled(model, False):
                 forward(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+            recording = False
+            forward(image)
     result = {}
     for name, power in signal.items():
         if math.isnan(power):

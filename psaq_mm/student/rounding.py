@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Round weights by what their layers are given on images."""
+from contextlib import ExitStack
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
@@ -9,13 +10,12 @@ from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, named_quant_ops
-from psaq_mm.processes import images_of_this_process, stopping_together
+from psaq_mm.processes import run_images
 from psaq_mm.quantization import gptq_round
 from psaq_mm.quantization.gptq import parts_of, second_moments
-from psaq_mm.recipe.checks import check_positive_int
 from psaq_mm.synthesis import mosaics
 
-from .calibration import Progress, forward_of_scope
+from .calibration import forward_of_scope
 from .final_ranges import equal_pixel_batch
 from .history import history_of, require_calibrated, require_images
 
@@ -24,7 +24,7 @@ MAX_ELEMENTS = 2**24
 
 
 def round_weights(student: nn.Module, images: Tensor, batch_size: int = 8,
-                  progress: Progress = None) -> nn.Module:
+                  progress: Optional[Callable[[int], None]] = None) -> nn.Module:
     """Round the weights that ask for GPTQ (``weight.rounding='gptq'``), in place.
 
     The last step: ranges must be final. Weights that were learned in the game keep their
@@ -47,8 +47,7 @@ def round_weights(student: nn.Module, images: Tensor, batch_size: int = 8,
             it, or a layer was given values that are not finite.
     """
     require_calibrated(student, 'round_weights')
-    require_images(images, 'round_weights')
-    check_positive_int(batch_size, 'batch_size')
+    require_images(images, 'round_weights', batch_size)
     ops, others_left = ops_to_round(student), ops_without_rows(student)
     if others_left:
         print_log('weights that GPTQ cannot round (no product of a matrix) are rounded to '
@@ -121,16 +120,10 @@ def round_by_gptq(ops: Dict[str, QuantOp], images: Tensor, forward: Callable[[Te
             for total, moment in zip(moments[op], second_moments(op.input_rows(part))):
                 total += moment
 
-    handles = [op.register_forward_pre_hook(note) for op in moments]
-    try:
-        with torch.no_grad(), stopping_together():
-            for batch in images_of_this_process(images).split(batch_size):
-                forward(batch)
-                if progress is not None:
-                    progress(len(batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for op in moments:
+            hooks.enter_context(op.register_forward_pre_hook(note))
+        run_images(forward, images, batch_size, progress)
     rounded = {}
     for name, op in ops.items():
         for moment in moments[op]:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import module_device, require_float32
 from psaq_mm.errors import UserError
+from psaq_mm.modes import evaluating
 from psaq_mm.recipe import SynthesisSettings
 from psaq_mm.recipe.checks import check_seed
 
 from .synthesizer import Synthesizer
-from .teacher import float_teacher, frozen
+from .teacher import float_teacher
 
 
 def sized_for(model: nn.Module, settings: SynthesisSettings) -> SynthesisSettings:
@@ -71,7 +72,7 @@ def synthesizer(model: nn.Module, settings: Optional[SynthesisSettings] = None, 
     adapter = find_adapter(model)
     adapter.warn_of_padding(model, settings.size)
     lower, upper = adapter.valid_range(model)
-    with frozen(model), float_teacher(model, settings) as teacher:
+    with evaluating(model), float_teacher(model, settings) as teacher:
         yield Synthesizer(settings, lambda images: teacher(images)[0], lower, upper, seed,
                           module_device(model), indices)
 

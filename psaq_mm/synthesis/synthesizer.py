@@ -101,11 +101,6 @@ class Synthesizer:
         """Tensor, optional: The images of the batch in the making."""
         return None if self.pixels is None else self.pixels.images
 
-    @property
-    def optimizer(self) -> Optional[torch.optim.Optimizer]:
-        """torch.optim.Optimizer, optional: That of the batch in the making."""
-        return None if self.pixels is None else self.pixels.optimizer
-
     def _begin_batch(self, batch: int) -> None:
         size = self.settings.batch_size
         seeds = [derived_seed(self.seed, index)

@@ -11,24 +11,6 @@ from psaq_mm.recipe import SynthesisSettings
 
 
 @contextmanager
-def frozen(*models: nn.Module) -> Iterator[None]:
-    """Within the block models are in evaluation mode and need no gradient."""
-    modes = {m: m.training for model in models for m in model.modules()}
-    trainable = [p for model in models for p in model.parameters() if p.requires_grad]
-    for model in models:
-        model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
 def float_teacher(
         model: nn.Module, settings: SynthesisSettings, groups: Tuple[str, ...] = ()
 ) -> Iterator[Callable[[Tensor], Tuple[TeacherRecord, TapRecord]]]:

@@ -107,7 +107,7 @@ def test_inheritance_and_options_override(tmp_path, demo_config):
     assert recipe.quantization.spec_for('x', 'input').granularity == 'per_channel'
     assert recipe.quantization.exclude == ('*.downsample.*', )
     assert recipe.synthesis.size == (224, 448)
-    assert recipe.synthesis.batches() == [5]
+    assert recipe.synthesis.num_images == 5
     weights = {k: t.weight for k, t in recipe.synthesis.build_priors().items()}
     assert weights == dict(patch_similarity=2.0, total_variation=0.2)
     assert recipe.calibration.batch_size == 3

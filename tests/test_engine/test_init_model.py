@@ -90,6 +90,14 @@ def test_quantized_inferencer(quantization_config, quantized_demo, photos):
     assert found['bboxes'] == expected.bboxes.tolist()
 
 
+def test_inferencer_takes_no_other_weights(quantization_config, quantized_demo, demo_checkpoint):
+    ready = psaq_mm.inferencer_config(quantization_config, quantized_demo)
+    with pytest.raises(UserError, match='give no weights beside'):
+        mmdet.apis.DetInferencer(ready, weights=str(demo_checkpoint), device='cpu')
+    with pytest.raises(UserError, match='nowhere.pth does not exist'):
+        psaq_mm.inferencer_config(quantization_config, 'nowhere.pth')
+
+
 def test_a_config_object_stays_as_it_is(demo_config, demo_checkpoint, photos):
     config = Config.fromfile(demo_config)
     before = config.pretty_text

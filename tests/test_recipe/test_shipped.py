@@ -46,7 +46,7 @@ def test_default():
     spec = quantization.spec_for('x', 'attention')
     assert spec.observer['type'] == 'MSEObserver' and spec.bounds == (0, 1)
     assert recipe.evolution.rounds == 0
-    assert recipe.synthesis.batches() == [8]
+    assert recipe.synthesis.num_images == recipe.synthesis.batch_size == 8
     assert recipe.calibration.image_size == 'test'
 
 
@@ -134,7 +134,7 @@ def test_paper(base):
             for kinds in ((), ('patch_embed', ), ('roi_head', ), ('predictor', )):
                 spec = quantization.spec_for('x.attn.proj', role, kinds)
                 assert spec.observer == dict(type='MinMaxObserver') and spec.margin == 0
-    assert synthesis.batches() == [32]
+    assert synthesis.num_images == synthesis.batch_size == 32
     assert (synthesis.steps, synthesis.shifts, synthesis.lr) == (500, (15, 30), 0.25)
     terms = synthesis.build_priors()
     assert set(terms) == {'patch_similarity', 'total_variation'}  # no BatchNorm prior

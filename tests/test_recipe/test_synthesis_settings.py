@@ -12,26 +12,15 @@ NOT_COUNTS = [0, -1, 1.5, '8', None, True, [8]]
 def test_defaults():
     settings = SynthesisSettings.from_dict(None)
     assert settings == SynthesisSettings()
-    assert settings.batches() == [8]
+    assert settings.num_images == settings.batch_size == 8
     assert settings.image_size is None  # that of the model
     with pytest.raises(ValueError, match='follows a model'):
         assert settings.size
-    assert settings.total_steps == 100  # one batch, two phases of 50 steps
+    assert settings.steps == 50 and len(settings.shifts) == 2
     terms = settings.build_priors()
     assert isinstance(terms['patch_similarity'], PatchSimilarityPrior)
     assert isinstance(terms['total_variation'], TotalVariationPrior)
     assert CalibrationSettings.from_dict({}).batch_size == 8
-
-
-@pytest.mark.parametrize('num_images, batch_size, expected', [
-    (1, 8, [1]), (8, 8, [8]), (9, 8, [8, 1]), (16, 8, [8, 8]), (3, 1, [1, 1, 1]),
-    (5, 2, [2, 2, 1]),
-])
-def test_batches(num_images, batch_size, expected):
-    settings = SynthesisSettings(num_images=num_images, batch_size=batch_size, steps=10,
-                                 shifts=(15, 30, 5))
-    assert settings.batches() == expected
-    assert settings.total_steps == 10 * 3 * len(expected)
 
 
 @pytest.mark.parametrize('image_size, expected', [

@@ -11,11 +11,12 @@ from mmdet.models.backbones.swin import SwinTransformer
 from mmengine.logging import MMLogger
 
 from psaq_mm.errors import UserError
+from psaq_mm.modes import evaluating
 from psaq_mm.prior import AttentionRecord, PriorTerm, TeacherRecord, derived_seed
 from psaq_mm.recipe import SynthesisSettings
 from psaq_mm.registry import PRIORS
 from psaq_mm.synthesis import Synthesizer, learning_rate_factor, share_of
-from psaq_mm.synthesis.teacher import float_teacher, frozen
+from psaq_mm.synthesis.teacher import float_teacher
 
 LOWER = torch.tensor([-2., -1., 0.]).view(1, 3, 1, 1)
 UPPER = torch.tensor([2., 3., 0.5]).view(1, 3, 1, 1)
@@ -57,6 +58,18 @@ def assert_same(one, other):
     assert one.seed == other.seed
 
 
+@pytest.mark.parametrize('num_images, batch_size, expected', [
+    (1, 8, [1]), (8, 8, [8]), (9, 8, [8, 1]), (16, 8, [8, 8]), (3, 1, [1, 1, 1]),
+    (5, 2, [2, 2, 1]),
+])
+def test_batches(num_images, batch_size, expected):
+    images = synthesizer(num_images=num_images, batch_size=batch_size, steps=1,
+                         shifts=(15, 30, 5), image_size=7)
+    assert images.total_steps == 3 * len(expected)
+    finish(images)
+    assert [len(batch) for batch in images.finished] == expected
+
+
 # The schedule
 
 
@@ -86,9 +99,9 @@ def test_learning_rate_and_phases():
     rates, states = [], []
     while not images.done:
         images.step()
-        if images.optimizer is not None:  # gone after the last step
-            rates.append(images.optimizer.param_groups[0]['lr'])
-            states.append(int(images.optimizer.state[images.current]['step']))
+        if images.pixels is not None:  # gone after the last step
+            rates.append(images.pixels.optimizer.param_groups[0]['lr'])
+            states.append(int(images.pixels.optimizer.state[images.current]['step']))
     assert rates == pytest.approx([0.25, 0.5, 0.5, 0.25, 0.25, 0.5, 0.5])
     assert states == [1, 2, 3, 4, 1, 2, 3]
 
@@ -203,7 +216,7 @@ def swin():
 def images_of_swin(swin, batch_size, indices=None, seed=0, **changes):
     settings = SynthesisSettings.from_dict({**SMALL, **dict(
         num_images=8, image_size=56, batch_size=batch_size), **changes})
-    with frozen(swin), float_teacher(swin, settings) as teacher:
+    with evaluating(swin), float_teacher(swin, settings) as teacher:
         return finish(Synthesizer(settings, lambda images: teacher(images)[0], LOWER.double(),
                                   UPPER.double(), seed, indices=indices)).images
 

@@ -7,7 +7,6 @@ decode head of a segmentor. What follows (proposals, RoIAlign, RoI heads, NMS,
 resizing) is left to the host.
 """
 import copy
-import math
 from functools import cached_property
 from typing import Any, List, Optional, Sequence, Tuple
 
@@ -17,11 +16,12 @@ from torch import Tensor, nn
 
 from psaq_mm.adapters.openmmlab_taps import dense_head, takes_features_alone
 from psaq_mm.errors import UserError
+from psaq_mm.modes import evaluating
 
 from ..adaptive_pool import replace_adaptive_pools
 from ..exportable_ops import linear_of_patches, quantize
 from ..exportable_swin import ExportableBlock, ExportableMerging, ExportableStage, ExportableSwin
-from ..subgraph import FunctionModule, Run, Size, Subgraph, evaluation_mode
+from ..subgraph import FunctionModule, Run, Size, Subgraph
 from ..window_order import Window, padded
 
 NEIGHBOURS = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -214,7 +214,7 @@ class OpenMMLabSubgraph(Subgraph):
         weight = self._backbone.patch_embed.projection.weight
         images = weight.new_zeros(1, self.channels, *(self.fixed_size or PROBE_SIZE))
         head = None if hasattr(self.model, 'decode_head') else dense_head(self.model)
-        with evaluation_mode(self.model):
+        with evaluating(self.model), torch.no_grad():
             features = self._features(images)
             return len(features), () if head is None else _dense_names(head, features)
 
@@ -247,20 +247,12 @@ class OpenMMLabSubgraph(Subgraph):
 
     @property
     def fixed_size(self) -> Optional[Size]:
-        backbone = self._backbone
-        if not backbone.use_abs_pos_embed:
-            return None
-        count = backbone.absolute_pos_embed.shape[1]
-        side = math.isqrt(count)
-        if side * side != count:
+        size = super().fixed_size
+        if size is None and self._backbone.use_abs_pos_embed:
+            count = self._backbone.absolute_pos_embed.shape[1]
             raise UserError(f'backbone: position embeddings of {count} patches, which are no '
                             'square, cannot be exported')
-        height, width = backbone.patch_embed.projection.kernel_size
-        return side * height, side * width
-
-    @property
-    def channels(self) -> int:
-        return int(self._backbone.patch_embed.projection.in_channels)
+        return size
 
     def run(self, images: Tensor) -> Tuple[Tensor, ...]:
         return _outputs(self._features(images), self._decode_head, self._dense_head,

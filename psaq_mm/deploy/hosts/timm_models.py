@@ -74,15 +74,6 @@ class TimmSubgraph(Subgraph):
     def _model(self) -> Any:
         return getattr(self.model, 'model', self.model)
 
-    @property
-    def channels(self) -> int:
-        return int(self._model.in_chans)
-
-    @property
-    def fixed_size(self) -> Optional[Size]:
-        height, width = self._model.patch_embed.img_size
-        return int(height), int(width)
-
     def run(self, images: Tensor) -> Tuple[Tensor, ...]:
         return (self._model(images), )
 
