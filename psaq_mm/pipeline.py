@@ -236,7 +236,8 @@ class Pipeline:
             check_seed(self.seed, 'seed')
             check(self.teacher, self.recipe, get_world_size())
             if self.recipe.calibration.image_size == 'test' and self.test_size.size is not None:
-                _check_size(self.teacher, self.test_size.size, 'the size of test images')
+                find_adapter(self.teacher).check_image_size(
+                    self.teacher, self.test_size.size, 'the size of test images')
             if self._given_images is not None:
                 check_images(self.teacher, self._given_images)
         self.recipe = replace(self.recipe,
