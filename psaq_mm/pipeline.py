@@ -247,7 +247,8 @@ class Pipeline:
             identity = dict(identity or dict(weights=hash_of(self.teacher.state_dict())))
             given = self._given_images
             identity['images'] = None if given is None else hash_of(dict(images=given))
-            self.saved = SavedRun(path, resume, self.recipe, self.seed, identity)
+            with stopping_together():  # each process has a file of its own
+                self.saved = SavedRun(path, resume, self.recipe, self.seed, identity)
         self._make_images()
         self._calibrate()
         self._evolve()

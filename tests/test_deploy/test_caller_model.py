@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 from psaq_mm.deploy import Graphs, export, export_graphs
 from psaq_mm.deploy.hosts import find_subgraph
+from psaq_mm.deploy.subgraph import Subgraph
 from psaq_mm.ops import named_quant_ops, set_quantization
 
 pytest.importorskip('onnx')
@@ -72,7 +73,9 @@ class Traced(Exception):
 def test_device(tmp_path, monkeypatch, name):
     """A model on CUDA, made of fake tensors: an operation that mixes devices raises."""
     model = demo_model(name, scope='model')
-    set_quantization(model, False)  # it looks at values, which fake tensors do not have
+    # They look at values, which fake tensors do not have.
+    set_quantization(model, False)
+    monkeypatch.setattr(Subgraph, 'channels', 3)
     modules = {m for root in [model, *(op.float_module for _, op in named_quant_ops(model))]
                for m in root.modules()}
     if name == 'mask_rcnn_swin':  # its real tensors cannot be copied among fake ones
