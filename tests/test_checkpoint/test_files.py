@@ -9,7 +9,7 @@ from small_models import detector, left_as_it_was, partly_trained, raw_outputs, 
 
 import psaq_mm
 from psaq_mm import QuantizationSettings, UserError
-from psaq_mm.checkpoint import MANIFEST_KEY
+from psaq_mm.checkpoint import MANIFEST_KEY, load_checkpoint_file
 from psaq_mm.quantization import Quantizer
 
 NEAREST = dict(channel_limit=None, weight=dict(rounding='nearest'))
@@ -53,7 +53,7 @@ def test_what_is_recorded(model, tmp_path):
     path = tmp_path / 'quantized.pth'
     psaq_mm.save(model, path, meta=dict(dataset_meta=dict(classes=('a', 'b'))),
                  about=dict(seed=3, source='swin.pth'))
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = load_checkpoint_file(str(path))
     assert checkpoint['meta'] == dict(dataset_meta=dict(classes=['a', 'b']))
     assert checkpoint[MANIFEST_KEY]['seed'] == 3
     assert checkpoint[MANIFEST_KEY]['source'] == 'swin.pth'

@@ -177,7 +177,7 @@ def test_stock_torch_reads_what_carries_a_digest(tmp_path):
     save_torch(saved, tmp_path / 'a.pth')
     for options in (dict(weights_only=True), dict(weights_only=False),
                     dict(weights_only=True, mmap=True)):
-        loaded = torch.load(tmp_path / 'a.pth', **options)
+        loaded = torch.load(str(tmp_path / 'a.pth'), **options)
         assert loaded.keys() == {'a', 'b', DIGEST_KEY}
         assert torch.equal(loaded['a'], saved['a']) and torch.equal(loaded['b'][0], saved['b'][0])
 
