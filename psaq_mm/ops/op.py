@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.quantization import Quantizer, QuantSpec
-from psaq_mm.quantization.quantizer import LEARNED
+from psaq_mm.quantization.quantizer import INTEGERS, LEARNED
 from psaq_mm.quantization.spec import GPTQ
 from psaq_mm.registry import QUANT_OPS
 
@@ -20,7 +20,8 @@ SETTLED = 'psaq_mm_settled'
 
 def without_notes(state: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     """A state dict without what it says of how weights and ranges came about."""
-    return {k: v for k, v in state.items() if k.rpartition('.')[2] not in (SETTLED, LEARNED)}
+    return {k: v for k, v in state.items()
+            if k.rpartition('.')[2] not in (SETTLED, LEARNED, INTEGERS)}
 
 
 class QuantOp(nn.Module):

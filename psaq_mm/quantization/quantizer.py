@@ -6,6 +6,8 @@ from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, T
 import torch
 from torch import Tensor, nn
 
+from psaq_mm.errors import UserError
+
 from .fake_quantize import fake_quantize, quantize_to_integers
 from .observers import NOTHING_OBSERVED, Observer
 from .ranges import scale_and_zero_point
@@ -13,6 +15,9 @@ from .spec import PER_CHANNEL, QuantSpec
 
 LEARNED = 'psaq_mm_learned'
 """Key in a state dict that says that a range was learned; there only if it was."""
+
+INTEGERS = 'psaq_mm_integers'
+"""Key in a state dict of what integers a range is for: bits, and 1 if it is symmetric."""
 
 
 class Quantizer(nn.Module):
@@ -150,15 +155,29 @@ class Quantizer(nn.Module):
     def _save_to_state_dict(self, destination: Dict[str, Tensor], prefix: str,
                             keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.calibrated:
+            destination[prefix + INTEGERS] = torch.tensor([self.spec.bits, self.spec.symmetric])
         if self.learned:
             destination[prefix + LEARNED] = torch.tensor(True)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any,
                               **kwargs: Any) -> None:
-        self.reshape_like(state_dict, prefix)
         own = dict(state_dict)
+        self._require_own_integers(own.pop(prefix + INTEGERS, None), prefix)
+        self.reshape_like(own, prefix)
         self.learned = bool(own.pop(prefix + LEARNED, False))
         super()._load_from_state_dict(own, prefix, *args, **kwargs)
+
+    def _require_own_integers(self, given: Optional[Tensor], prefix: str) -> None:
+        """Raise if a state dict has its range for other integers; older ones do not say."""
+        own = [self.spec.bits, int(self.spec.symmetric)]
+        if given is not None and given.tolist() != own:
+            theirs, ours = (f'{bits} bits ({"symmetric" if symmetric else "asymmetric"})'
+                            for bits, symmetric in (given.tolist(), own))
+            op, _, role = prefix[:-1].partition('.quantizers.')
+            where = f'{op} ({role}): ' if role else ''
+            raise UserError(f'{where}the state dict is quantized to {theirs}, the model to '
+                            f'{ours}; prepare the model with the settings of the state dict')
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 """The quantizer module: without a range, observing, with one, switched off, and its state."""
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 
+from psaq_mm.errors import UserError
 from psaq_mm.quantization import Quantizer, QuantSpec, fake_quantize
+from psaq_mm.quantization.quantizer import INTEGERS
 
 PER_CHANNEL = dict(granularity='per_channel')
 
@@ -164,8 +167,8 @@ def test_ranges_are_buffers(kind):
     quantizer = calibrated(torch.randn(3, 4), 0, **kind)
     assert list(quantizer.parameters()) == []
     # The zero point of a symmetric range is 0 by definition and is not stored.
-    assert set(quantizer.state_dict()) == ({'scale'} if kind['symmetric'] else
-                                           {'scale', 'zero_point'})
+    assert set(quantizer.state_dict()) - {INTEGERS} == (
+        {'scale'} if kind['symmetric'] else {'scale', 'zero_point'})
     assert {name for name, _ in quantizer.named_buffers()} == {'scale', 'zero_point'}
 
 
@@ -213,6 +216,30 @@ def test_state_dict_of_another_shape(kind):
     assert torch.equal(target(x), source(x))
     target.load_state_dict(Quantizer(QuantSpec(**kind), 0).state_dict())
     assert not target.calibrated
+
+
+@pytest.mark.parametrize('own', [dict(bits=4), dict(bits=8, symmetric=False)])
+def test_state_dict_for_other_integers(own):
+    """The same numbers would stand for other values."""
+    source = torch.nn.ModuleDict(dict(quantizers=torch.nn.ModuleDict(dict(
+        weight=calibrated(torch.randn(3, 4), bits=8)))))
+    target = torch.nn.ModuleDict(dict(qkv=torch.nn.ModuleDict(dict(
+        quantizers=torch.nn.ModuleDict(dict(weight=Quantizer(QuantSpec(**own))))))))
+    state = {f'qkv.{key}': value for key, value in source.state_dict().items()}
+    kind = 'symmetric' if own.get('symmetric', True) else 'asymmetric'
+    with pytest.raises(UserError, match=re.escape(
+            'qkv (weight): the state dict is quantized to 8 bits (symmetric), the model to '
+            f'{own["bits"]} bits ({kind})')):
+        target.load_state_dict(state, strict=False)
+    assert not target['qkv']['quantizers']['weight'].calibrated
+
+
+def test_state_dict_of_a_version_that_does_not_say_for_which_integers():
+    source, target = calibrated(torch.randn(3, 4), bits=5), Quantizer(QuantSpec(bits=5))
+    state = source.state_dict()
+    assert state.pop(INTEGERS).tolist() == [5, 1]
+    target.load_state_dict(state)
+    assert torch.equal(target.scale, source.scale)
 
 
 @pytest.mark.parametrize('how', [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])

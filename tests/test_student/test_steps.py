@@ -352,6 +352,15 @@ def test_what_was_learned_and_rounded_is_in_the_state_dict(images):
     assert not any(op.weight_settled for _, op in named_quant_ops(third))
 
 
+def test_state_dict_of_other_bits(images):
+    teacher = swin()
+    student = psaq_mm.calibrate(psaq_mm.prepare(teacher, settings(**NONE)), images)
+    other = psaq_mm.prepare(teacher, settings(**NONE, weight=dict(bits=4)))
+    with pytest.raises(UserError, match=r'\(weight\): the state dict is quantized to 8 bits '
+                                        r'\(symmetric\), the model to 4 bits \(symmetric\)'):
+        other.load_state_dict(student.state_dict())
+
+
 def test_notes_are_not_in_the_file(images, tmp_path):
     teacher = swin()
     student = psaq_mm.calibrate(psaq_mm.prepare(teacher, settings(**GPTQ)), images)
