@@ -379,7 +379,6 @@ class Pipeline:
         def count_up(count: int) -> None:
             nonlocal done
             done += count
-            self.notify(f'after_{phase}_batch', count=count)
             self._report(phase, done, total)
 
         self._begin(phase, 0, total, total=total)

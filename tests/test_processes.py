@@ -34,6 +34,9 @@ class Noted(Pipeline):
         self.at, self.rank, self.points = at, rank, []
 
     def notify(self, point, **arguments):
+        progress = arguments.get('progress')
+        if progress is not None and progress.done:
+            point = f'{progress.phase} batch'
         self.points.append(point)
         if point == self.at and dist.get_rank() == self.rank:
             raise UserError(f'stopped at {point}')
@@ -53,8 +56,8 @@ def ended(pipeline):
 
 
 POINTS = ('before_synthesis', 'after_synthesis_step', 'after_synthesis', 'before_calibration',
-          'after_calibration_batch', 'before_evolution', 'after_evolution_step',
-          'after_evolution', 'after_final_ranges_batch', 'after_final_ranges')
+          'calibration batch', 'before_evolution', 'after_evolution_step',
+          'after_evolution', 'final_ranges batch', 'after_final_ranges')
 
 
 def one_of(rank, world, folder):
@@ -71,7 +74,7 @@ def one_of(rank, world, folder):
         results['stopped'] = {point: ended(Noted(model(), RECIPE, 7, at=point))[0]
                               for point in POINTS}
         results['rounding'] = {point: ended(Noted(model(), ROUNDED, 7, at=point))[0] for point in (
-            'before_rounding', 'after_rounding_batch')}
+            'before_rounding', 'rounding batch')}
         wrong = RECIPE if rank == 0 else replace(RECIPE, quantization=replace(
             RECIPE.quantization, include=('layers.*', )))
         results['check'] = ended(Pipeline(model(), wrong, 7))[0]

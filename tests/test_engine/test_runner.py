@@ -35,9 +35,6 @@ def trace():
         def before_calibration(self, runner, total):
             calls.append(f'before_calibration {total}')
 
-        def after_calibration_batch(self, runner, count):
-            calls.append(f'batch {count}')
-
         def after_calibration(self, runner):
             calls.append('after_calibration')
 
@@ -53,20 +50,18 @@ def trace():
         def before_final_ranges(self, runner, total):
             calls.append(f'before_final_ranges {total}')
 
-        def after_final_ranges_batch(self, runner, count):
-            calls.append(f'final batch {count}')
-
         def after_final_ranges(self, runner):
             calls.append('after_final_ranges')
 
         def before_rounding(self, runner, total):
             calls.append(f'before_rounding {total}')
 
-        def after_rounding_batch(self, runner, count):
-            calls.append(f'rounding batch {count}')
-
         def after_rounding(self, runner):
             calls.append('after_rounding')
+
+        def after_progress(self, runner, progress):
+            if progress.done and progress.phase in ('calibration', 'final_ranges', 'rounding'):
+                calls.append(f'{progress.phase} {progress.done}')
 
         def after_quantize(self, runner):
             calls.append('after_quantize')
@@ -112,12 +107,13 @@ def test_phases_and_hooks(trace, quantization_config, tmp_path):
     student = runner.quantize()
     sample = ['adversarial_factor', 'discrepancy', 'patch_similarity', 'total', 'total_variation']
     assert trace == ['before_synthesis', 'step 1', 'step 2', 'step 3', 'step 4',
-                     'after_synthesis', 'before_calibration 2', 'batch 2', 'after_calibration',
+                     'after_synthesis', 'before_calibration 2', 'calibration 2',
+                     'after_calibration',
                      'before_evolution',
                      f'evolution 1 {sample}', "evolution 2 ['discrepancy', 'round']",
                      f'evolution 3 {sample}', "evolution 4 ['discrepancy', 'round']",
-                     'after_evolution', 'before_final_ranges 3', 'final batch 2',
-                     'final batch 1', 'after_final_ranges', 'after_quantize']
+                     'after_evolution', 'before_final_ranges 3', 'final_ranges 2',
+                     'final_ranges 3', 'after_final_ranges', 'after_quantize']
     assert not any(type(hook).__name__ == 'EMAHook' for hook in runner.hooks)
     # The teacher stays float and computes what it did; the student is another model.
     assert not list(named_quant_ops(runner.teacher)) and list(named_quant_ops(student))
@@ -146,7 +142,7 @@ def test_weights_that_learn_nothing_are_rounded(options, rounded, trace, wide_ra
     game = runner.pipeline.recipe.evolution
     learns = bool(game.rounds) and game.learn == 'both'
     assert [call for call in trace if 'rounding' in call] == (
-        [] if rounded is None else ['before_rounding 1', 'rounding batch 1', 'after_rounding'])
+        [] if rounded is None else ['before_rounding 1', 'rounding 1', 'after_rounding'])
     assert ('rounding' in runner.pipeline.seconds) == (rounded is not None)
     for name, op in named_quant_ops(student):
         quantizer = op.weight_quantizer

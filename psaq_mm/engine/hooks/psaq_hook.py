@@ -48,9 +48,6 @@ class PSAQHook(Hook):
     def before_calibration(self, runner: 'PSAQRunner', total: int) -> None:
         """Before the first batch of ``total`` images."""
 
-    def after_calibration_batch(self, runner: 'PSAQRunner', count: int) -> None:
-        """After each batch of ``count`` images."""
-
     def after_calibration(self, runner: 'PSAQRunner') -> None:
         """When ``runner.pipeline.student`` is quantized and its ranges are set."""
 
@@ -77,23 +74,18 @@ class PSAQHook(Hook):
     def before_final_ranges(self, runner: 'PSAQRunner', total: int) -> None:
         """Before the ranges are set once more; ``total`` images will be run."""
 
-    def after_final_ranges_batch(self, runner: 'PSAQRunner', count: int) -> None:
-        """After each batch of ``count`` of them."""
-
     def after_final_ranges(self, runner: 'PSAQRunner') -> None:
         """When the ranges of the student are its last ones."""
 
     def before_rounding(self, runner: 'PSAQRunner', total: int) -> None:
         """Before weights are rounded by what ``total`` images give their layers."""
 
-    def after_rounding_batch(self, runner: 'PSAQRunner', count: int) -> None:
-        """After each batch of ``count`` of them."""
-
     def after_rounding(self, runner: 'PSAQRunner') -> None:
         """When the weights of the student are their last ones."""
 
     def after_progress(self, runner: 'PSAQRunner', progress: Progress) -> None:
-        """After each step or batch of every phase: how far it is, and its losses."""
+        """As a phase begins, and after each of its steps or batches: how far it is, and its
+        losses."""
 
     def after_quantize(self, runner: 'PSAQRunner') -> None:
         """When ``quantized.pth`` is written; in the main process alone."""
