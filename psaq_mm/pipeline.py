@@ -24,16 +24,15 @@ from .adapters import find_adapter
 from .adapters.tested_size import SizeFound, tested_size
 from .errors import UserError
 from .evolution import Evolver, check_evolution, evolver
-from .ops import named_quant_ops, plan_quantization
+from .ops import named_quant_ops, ops_to_round, plan_quantization
 from .processes import count_of_this_process, stopping_together
 from .recipe import Recipe
-from .recipe.checks import check_seed, sides
+from .recipe.checks import check_model, check_progress, check_seed, sides
 from .saved_run import SavedRun, hash_of
 from .student import (
     calibrate,
     equalize,
     has_learned_ranges,
-    ops_to_round,
     prepare,
     recalibrate,
     recalibration_count,
@@ -105,8 +104,7 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
         UserError: If the model cannot be quantized so, or a file is of another run.
         FloatingPointError: If a loss is not finite.
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(f'model must be a module with its weights, got {type(model).__name__}')
+    check_model(model)
     if recipe is not None and not isinstance(recipe, Recipe):
         raise UserError("recipe must be a psaq_mm.Recipe such as Recipe.shipped('w4a4'), got "
                         f'{recipe!r}')
@@ -115,8 +113,9 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
         found = SizeFound(sides(test_size, '(height, width)'), 'test_size')
     elif getattr(model, 'cfg', None) is not None:
         found = tested_size(model.cfg)
-    return Pipeline(copy.deepcopy(model), recipe or Recipe(), seed, found, progress,
-                    state_file, resume, images=images).run()
+    with torch.inference_mode(False):  # else nothing would have gradients
+        return Pipeline(copy.deepcopy(model), recipe or Recipe(), seed, found, progress,
+                        state_file, resume, images=images).run()
 
 
 def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
@@ -155,14 +154,11 @@ def check_images(model: nn.Module, images: object) -> Tensor:
     Raises:
         UserError: If the model cannot, or a value is not finite.
     """
-    found = require_images(images, 'quantize')
-    adapter = find_adapter(model)
-    channels = adapter.valid_range(model)[0].shape[1]
-    if found.shape[1] != channels:
-        raise UserError(f'the model takes images of {channels} channels, got {found.shape[1]}')
+    found = require_images(model, images, 'quantize')
     if not found.isfinite().all():
         raise UserError('images have values that are not finite')
-    adapter.check_image_size(model, (found.shape[-2], found.shape[-1]), 'the size of the images')
+    find_adapter(model).check_image_size(model, (found.shape[-2], found.shape[-1]),
+                                         'the size of the images')
     return found
 
 
@@ -193,6 +189,7 @@ class Pipeline:
                  images: Optional[Tensor] = None) -> None:
         self.teacher, self.recipe, self.seed = teacher, recipe, seed
         self.test_size = test_size or SizeFound(None, 'the model has no config')
+        check_progress(progress)
         self.progress = progress
         if resume and state_file is None:
             raise UserError('resume=True needs the state_file to go on from')
@@ -265,7 +262,7 @@ class Pipeline:
 
     def _make_images(self) -> None:
         if self._given_images is not None:
-            self.images = self._given_images.detach().cpu()
+            self.images = self._given_images.detach().cpu().clone()  # no inference tensor
             if self.saved is not None:
                 self.seconds.update(self.saved.restore_images())
             return
@@ -398,17 +395,17 @@ class Pipeline:
             self.saved.save_images(images, self.seconds)
             if stopped:
                 print_log(f'stopped at step {images.step_index} of {images.total_steps}; '
-                          '--resume continues from here', logger='current')
+                          'resuming continues from here', logger='current')
 
     def _save_game(self, game: Evolver, stopped: bool = False) -> None:
         if self.saved is None:
             return
         if not game.consistent:  # stopped within an update: the file holds an older step
-            print_log('stopped within a step; --resume continues from the last saved one, if '
+            print_log('stopped within a step; resuming continues from the last saved one, if '
                       f'there is a {self.saved.path}', logger='current')
             return
         self._count_seconds()
         self.saved.save_game(game, self.seconds, self.extra_state())
         if stopped:
             print_log(f'stopped at step {game.step_index} of {game.total_steps} of the '
-                      'evolution; --resume continues from here', logger='current')
+                      'evolution; resuming continues from here', logger='current')

@@ -78,7 +78,7 @@ class SavedRun:
         with stopping_together():
             state = self._read() if self.path.exists() else None
         if state is None:
-            print_log(f'--resume: there is no {self.path}; starting from the first step',
+            print_log(f'nothing to resume: there is no {self.path}; starting from the first step',
                       logger='current', level=logging.WARNING)
             return {}
         if images is not None:
@@ -127,11 +127,11 @@ class SavedRun:
         state = load_checkpoint_file(str(self.path))
         if not isinstance(state, dict) or not {'fingerprint', 'images', 'seconds'} <= {*state}:
             raise UserError(f'{self.path} is not the state of a quantization run; remove it, or '
-                            'run without --resume')
+                            'start anew (without resume)')
         others = _differing(state['fingerprint'], self._of_images)
         if others:
-            raise UserError(f'--resume: {self.path} was written by a run with another '
-                            f'{", ".join(others)}; use the same, or run without --resume')
+            raise UserError(f'cannot resume: {self.path} was written by a run with another '
+                            f'{", ".join(others)}; use the same, or start anew (without resume)')
         return state
 
 

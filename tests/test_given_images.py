@@ -5,7 +5,7 @@ import torch
 from mmdet.models.backbones.swin import SwinTransformer
 
 import psaq_mm
-from psaq_mm import UserError
+from psaq_mm import UserError, pipeline, saved_run
 
 RECIPE = psaq_mm.Recipe().changed(dict(
     synthesis=dict(num_images=3, batch_size=2, image_size=56, steps=2),
@@ -77,3 +77,67 @@ def test_refused_size():
                             strides=(4, 2), out_indices=(0, 1), use_abs_pos_embed=True)
     with pytest.raises(UserError, match='the size of the images must make 196 patches'):
         psaq_mm.quantize(model, RECIPE, images=torch.zeros(1, 3, 28, 28))
+
+
+# What is refused before any work, and what works in unusual surroundings
+
+
+def test_inference_mode(model):
+    """Nothing would have gradients in it; the student is that of outside."""
+    recipe = RECIPE.changed(dict(evolution=dict(rounds=1, student_steps=1)))
+    with torch.inference_mode():
+        images = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+        student = psaq_mm.quantize(model, recipe, images=images)
+        made = psaq_mm.quantize(model, RECIPE)
+    assert same(student, psaq_mm.quantize(model, recipe, images=images.clone()))
+    assert same(made, psaq_mm.quantize(model, RECIPE))
+    assert not any(value.is_inference() for value in student.state_dict().values())
+
+
+def test_images_of_another_channel_count(model):
+    student = psaq_mm.prepare(model, psaq_mm.QuantizationSettings(channel_limit=None))
+    with pytest.raises(UserError, match='calibrate: the model takes images of 3 channels, got 4'):
+        psaq_mm.calibrate(student, torch.zeros(1, 4, 56, 56))
+
+
+def test_no_model(tmp_path):
+    for step in (lambda: psaq_mm.load(None, tmp_path / 'a.pth'), lambda: psaq_mm.prepare(None),
+                 lambda: psaq_mm.save(None, tmp_path / 'a.pth'), lambda: psaq_mm.quantize(None),
+                 lambda: psaq_mm.calibrate(None, torch.zeros(1, 3, 56, 56))):
+        with pytest.raises(UserError, match='model must be a module .*, got NoneType'):
+            step()
+
+
+def test_no_file(model):
+    with pytest.raises(TypeError, match='not NoneType'):
+        psaq_mm.load(model, None)
+
+
+def test_progress_that_cannot_be_called(model):
+    images = torch.zeros(1, 3, 56, 56)
+    for step in (lambda: psaq_mm.quantize(model, RECIPE, progress=3),
+                 lambda: psaq_mm.synthesize(model, RECIPE.synthesis, progress=3),
+                 lambda: psaq_mm.calibrate(psaq_mm.prepare(model, psaq_mm.QuantizationSettings(
+                     channel_limit=None)), images, progress=3)):
+        with pytest.raises(TypeError, match='progress must be a function, got 3'):
+            step()
+
+
+def test_game_after_rounding(model):
+    images = torch.rand(1, 3, 56, 56)
+    student = psaq_mm.calibrate(psaq_mm.prepare(model, psaq_mm.QuantizationSettings(
+        channel_limit=None)), images)
+    psaq_mm.round_weights(student, images)
+    other = psaq_mm.prepare(model, psaq_mm.QuantizationSettings(channel_limit=None))
+    other.load_state_dict(student.state_dict())
+    for rounded in (student, other):
+        with pytest.raises(UserError, match='psaq_mm.evolve comes before psaq_mm.round_weights'):
+            psaq_mm.evolve(rounded, model, images)
+
+
+def test_no_advice_on_options_from_python(model, tmp_path, monkeypatch):
+    lines = []
+    for module in (pipeline, saved_run):
+        monkeypatch.setattr(module, 'print_log', lambda line, **kwargs: lines.append(line))
+    psaq_mm.quantize(model, RECIPE, resume=True, state_file=tmp_path / 'state.pth')
+    assert 'nothing to resume' in lines[0] and '--' not in ''.join(lines)

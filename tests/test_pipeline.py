@@ -12,9 +12,8 @@ from small_models import detector, left_as_it_was, partly_trained, raw_outputs, 
 import psaq_mm
 from psaq_mm import Recipe, UserError
 from psaq_mm.adapters.tested_size import SizeFound
-from psaq_mm.ops import named_quant_ops
+from psaq_mm.ops import named_quant_ops, ops_to_round
 from psaq_mm.pipeline import Pipeline
-from psaq_mm.student import ops_to_round
 
 FEW = dict(synthesis=dict(num_images=3, batch_size=2, image_size=56, steps=2, save_interval=3),
            calibration=dict(image_size=None, batch_size=2))
@@ -289,7 +288,7 @@ def test_state_of_another_run(uninterrupted, tmp_path):
     with torch.no_grad():
         other.norm1.bias[0] += 1e-6
     for arguments, match in (
-            ((model, chosen, 8), 'with another seed; use the same, or run without'),
+            ((model, chosen, 8), 'with another seed; use the same, or start anew'),
             ((model, chosen.changed(dict(synthesis=dict(lr=0.2))), 7), 'another synthesis;'),
             ((other, chosen, 7), 'with another weights;'),
             ((other, chosen, 8), 'with another seed, weights;')):

@@ -6,7 +6,8 @@ from typing import Any, Mapping, Optional, Union
 from torch import nn
 
 from psaq_mm.errors import UserError
-from psaq_mm.ops import named_quant_ops
+from psaq_mm.ops import ops_to_round
+from psaq_mm.recipe.checks import check_model
 
 from .atomic import save_torch
 from .manifest import is_quantized
@@ -32,11 +33,11 @@ def save(model: nn.Module, path: Union[str, Path], meta: Optional[Mapping[str, A
         UserError: If the model is not calibrated, weights wait to be rounded by GPTQ, or the
             file cannot be written.
     """
-    waiting = [name for name, op in named_quant_ops(model)
-               if op.awaits_gptq and op.weight_rows(op.weight) is not None]
+    check_model(model)
+    waiting = ops_to_round(model)
     if waiting:
-        raise UserError(f'weights of {len(waiting)} modules, such as {waiting[0]}, are to be '
-                        'rounded by GPTQ and are not: call psaq_mm.round_weights first, or '
+        raise UserError(f'weights of {len(waiting)} modules, such as {next(iter(waiting))}, are '
+                        'to be rounded by GPTQ and are not: call psaq_mm.round_weights first, or '
                         "prepare the student with quantization.weight.rounding='nearest'")
     save_torch(quantized_checkpoint(model, about, meta), path)
 
@@ -55,7 +56,8 @@ def load(model: nn.Module, path: Union[str, Path]) -> nn.Module:
         UserError: If the file is not a quantized checkpoint, or of another
             model; the first differences are named.
     """
-    checkpoint = load_checkpoint_file(str(path))
+    check_model(model)
+    checkpoint = load_checkpoint_file(path)
     if not is_quantized(checkpoint):
         raise UserError(f'{path} is not a quantized checkpoint of psaq_mm (it has no manifest)')
     load_quantized_state(model, checkpoint, str(path))

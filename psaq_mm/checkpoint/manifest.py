@@ -7,7 +7,7 @@ from torch import nn
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.ops.plan import Plan
-from psaq_mm.quantization import Quantizer, QuantSpec
+from psaq_mm.quantization import QuantSpec
 from psaq_mm.sections import is_integer
 from psaq_mm.version import __version__
 
@@ -42,10 +42,8 @@ def build_manifest(model: nn.Module, about: Optional[Mapping[str, Any]] = None) 
     """
     modules: Dict[str, Dict[str, Any]] = {}
     for name, op in named_quant_ops(model):
-        roles = {}
-        for role, quantizer in op.quantizers.items():
-            assert isinstance(quantizer, Quantizer)
-            roles[role] = {key: getattr(quantizer.spec, key) for key in _FORMAT}
+        roles = {role: {key: getattr(quantizer.spec, key) for key in _FORMAT}
+                 for role, quantizer in op.quantizers.items()}
         modules[name] = dict(op=type(op).__name__, roles=roles)
         if op.weight_quantizer is not None:
             modules[name]['weight_shape'] = list(op.weight.shape)

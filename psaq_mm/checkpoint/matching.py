@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, named_quant_ops, op_for, without_notes
 from psaq_mm.ops.plan import Plan
-from psaq_mm.quantization import Quantizer, QuantSpec
+from psaq_mm.quantization import QuantSpec
 
 SHOWN = 3
 """How many differences of a kind a message names."""
@@ -115,8 +115,7 @@ def _differences(module: Optional[nn.Module], entry: Mapping[str, Any],
         yield (f'.weight (has shape {list(module.get_parameter("weight").shape)}, the checkpoint '
                f'{entry["weight_shape"]})')
     elif isinstance(module, QuantOp):
-        own = {role: _kind(quantizer.spec) for role, quantizer in module.quantizers.items()
-               if isinstance(quantizer, Quantizer)}
+        own = {role: _kind(quantizer.spec) for role, quantizer in module.quantizers.items()}
         theirs = {role: _kind(spec) for role, spec in specs.items()}
         for role in {**own, **theirs}:
             if own.get(role) != theirs.get(role):

@@ -10,7 +10,7 @@ a float weight without a word.
 The state dict stands under a key of ours: see ``stock_loader_guard.py``.
 """
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from psaq_mm.ops import (
     QuantOp,
     apply_plan,
     named_quant_ops,
+    named_quantizers,
     set_quantization,
     unwrap,
     without_notes,
@@ -73,7 +74,7 @@ def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = 
     state = {k: v.detach().cpu() for k, v in without_notes(model.state_dict()).items()}
     manifest = build_manifest(model, plain(about or {}))
     for name, op in ops.items():
-        for role, quantizer in _quantizers(op):
+        for role, quantizer in op.quantizers.items():
             if not quantizer.calibrated:
                 raise UserError(f'{name} ({role}) has no range: call psaq_mm.calibrate first')
             flaw = _flaw_of_range(state, op, name, role)
@@ -158,9 +159,8 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
         if next(named_quant_ops(model), None) is None:
             apply_plan(model, plan)
         state = _unpack(model, without_notes(packed), path)
-        for name, op in named_quant_ops(model):
-            for role, quantizer in _quantizers(op):
-                quantizer.reshape_like(state, f'{name}.quantizers.{role}.')
+        for name, role, quantizer in named_quantizers(model):
+            quantizer.reshape_like(state, f'{name}.quantizers.{role}.')
         require_match(model, state, path)
         require_finite(state, path)
     for name, op in named_quant_ops(model):
@@ -183,17 +183,11 @@ def _damaged(path: str, what: str) -> UserError:
     return UserError(f'{path} is damaged: {what}; quantize again')
 
 
-def _quantizers(op: QuantOp) -> Iterator[Tuple[str, Quantizer]]:
-    for role, quantizer in op.quantizers.items():
-        assert isinstance(quantizer, Quantizer)
-        yield role, quantizer
-
-
 @contextmanager
 def _undone_on_failure(model: nn.Module) -> Iterator[None]:
     """Within the block, ops may be added, or those that are there reshaped."""
     was_quantized = next(named_quant_ops(model), None) is not None
-    with restoring_ranges(m for m in model.modules() if isinstance(m, Quantizer)):
+    with restoring_ranges(q for _, _, q in named_quantizers(model)):
         try:
             yield
         except BaseException:
@@ -206,7 +200,7 @@ def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str) -> Dict[s
     """The state dict with float weights in the place of integers."""
     state = dict(packed)
     for name, op in named_quant_ops(model):
-        for role, _ in _quantizers(op):
+        for role in op.quantizers:
             flaw = _flaw_of_range(state, op, name, role)
             if flaw:
                 raise _damaged(path, flaw)
@@ -234,7 +228,6 @@ def _flaw_of_range(state: Mapping[str, Tensor], op: QuantOp, name: str, role: st
     """What is wrong with a scale or zero point; how many channels an activation
     has is not known before it is seen."""
     quantizer = op.quantizers[role]
-    assert isinstance(quantizer, Quantizer)
     channels = op.weight.shape[op.roles['weight']] if role == 'weight' else None
     scale = None
     for part in ('scale', 'zero_point'):

@@ -13,7 +13,7 @@ from psaq_mm.modes import evaluating
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.ops.plan import Plan
 from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
-from psaq_mm.recipe.checks import check_seed
+from psaq_mm.recipe.checks import check_progress, check_seed
 from psaq_mm.student.history import require_calibrated, require_float, require_images
 from psaq_mm.synthesis.from_model import sized_for
 from psaq_mm.synthesis.teacher import float_teacher
@@ -58,8 +58,8 @@ def evolver(student: nn.Module, teacher: nn.Module, images: Tensor, settings: Ev
         seed (int): Seed of all randomness. Defaults to 0.
 
     Raises:
-        UserError: If there are no rounds, the student is not calibrated, or the teacher is
-            not its float model.
+        UserError: If there are no rounds, the student is not calibrated or its weights are
+            rounded already, or the teacher is not its float model.
     """
     if not settings.rounds:
         raise UserError('psaq_mm.evolve: evolution.rounds is 0, so there is nothing to do; give '
@@ -67,7 +67,8 @@ def evolver(student: nn.Module, teacher: nn.Module, images: Tensor, settings: Ev
     check_seed(seed, 'seed')
     require_calibrated(student, 'evolve')
     require_float(teacher, 'evolve (as teacher)')
-    require_images(images, 'evolve')
+    require_images(student, images, 'evolve')
+    _require_not_rounded(student)
     if module_device(student) != module_device(teacher):
         raise UserError(f'the student is on {module_device(student)} and the teacher on '
                         f'{module_device(teacher)}: move them to one device first')
@@ -113,11 +114,11 @@ def evolve(student: nn.Module, teacher: nn.Module, images: Tensor,
         nn.Module: The student.
 
     Raises:
-        UserError: If there are no rounds, the student is not calibrated, or the teacher is
-            not its float model.
+        UserError: As of :func:`evolver`.
         FloatingPointError: If a loss is not finite; the student is then that
             of the step before, or of the best round (:meth:`Evolver.step`).
     """
+    check_progress(progress)
     settings = settings or EvolutionSettings(rounds=5)
     with evolver(student, teacher, images, settings, synthesis, seed) as game:
         while not game.done:
@@ -147,6 +148,15 @@ def require_teacher_of(student: nn.Module, teacher: nn.Module) -> None:
             raise UserError(f'the teacher is not the float model of the student: {name} {found}; '
                             'psaq_mm.equalize comes before psaq_mm.prepare, which copies the '
                             'teacher')
+
+
+def _require_not_rounded(student: nn.Module) -> None:
+    """Raise if a weight is on its integers by GPTQ: learning would undo it."""
+    for name, op in named_quant_ops(student):
+        if op.weight_settled and torch.equal(op.quantized_weight(), op.weight):
+            raise UserError('psaq_mm.evolve comes before psaq_mm.round_weights, and the weight of '
+                            f'{name} is rounded already: call psaq_mm.prepare, calibrate, evolve '
+                            'and round_weights in this order')
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Put quantized ops into a model, switch them, and take them out again."""
 from contextlib import contextmanager
-from typing import Iterator, Tuple
+from typing import Dict, Iterator, Tuple
 
 from torch import nn
 
@@ -44,6 +44,19 @@ def named_quant_ops(model: nn.Module) -> Iterator[Tuple[str, QuantOp]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantOp):
             yield name, module
+
+
+def named_quantizers(model: nn.Module) -> Iterator[Tuple[str, str, Quantizer]]:
+    """Name of the module, role and quantizer of all that a model has, in its own order."""
+    for name, op in named_quant_ops(model):
+        for role, quantizer in op.quantizers.items():
+            yield name, role, quantizer
+
+
+def ops_to_round(model: nn.Module) -> Dict[str, QuantOp]:
+    """Ops of a student whose weight GPTQ is to round and can, by name."""
+    return {name: op for name, op in named_quant_ops(model)
+            if op.awaits_gptq and op.weight_rows(op.weight) is not None}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

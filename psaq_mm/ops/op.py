@@ -35,7 +35,8 @@ class QuantOp(nn.Module):
     roles: ClassVar[Mapping[str, int]] = {}
     """Role name -> channel axis of that tensor, for per-channel ranges."""
 
-    quantizers: nn.ModuleDict
+    quantizers: Dict[str, Any]
+    """A ModuleDict: role to :class:`Quantizer`, or to what stands for one in an export."""
     weight: Tensor
     weight_settled: bool
     """Whether the weight was learned or rounded by GPTQ: it then keeps its integers."""
@@ -62,9 +63,8 @@ class QuantOp(nn.Module):
         op.__dict__['_origin'] = (module, )  # in a tuple: not a child module
         op.__dict__['_weight_cache'] = None
         op.weight_settled = False
-        op.quantizers = nn.ModuleDict()
-        for role, spec in specs.items():
-            op.quantizers[role] = Quantizer(spec, cls.roles[role])
+        op.quantizers = nn.ModuleDict({  # type: ignore[assignment]
+            role: Quantizer(spec, cls.roles[role]) for role, spec in specs.items()})
         return op
 
     def set_weight_range(self) -> None:

@@ -43,17 +43,7 @@ class _LinearBinning(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, valid: Optional[Tensor], bins: int) -> Tensor:
-        """Bin the values of every row.
-
-        Args:
-            ctx (Any): Autograd's context.
-            values (Tensor): Values with shape of (rows, M).
-            valid (Tensor, optional): Boolean, broadcastable to ``values``.
-            bins (int): Number of grid points.
-
-        Returns:
-            Tensor: Mass on each grid point, with shape of (rows, bins).
-        """
+        """Mass on each grid point, shape (rows, bins), of values of shape (rows, M)."""
         position = (values + 1).mul_((bins - 1) / 2)
         # Cosines may leave [-1, 1] by a rounding error: they belong to the outermost cells.
         # The last grid point belongs to the cell on its left.

@@ -2,6 +2,8 @@
 """Checks of single values, with the message that a user gets."""
 from typing import Any, Tuple
 
+from torch import nn
+
 from psaq_mm.errors import UserError
 from psaq_mm.sections import is_integer, is_number
 
@@ -18,6 +20,18 @@ def check_number(value: Any, key: str, low: float, high: float) -> float:
     if not is_number(value) or not low <= value <= high:
         raise UserError(f'{key} must be a number from {low:g} to {high:g}, got {value!r}')
     return float(value)
+
+
+def check_model(model: object) -> None:
+    """Raise a :class:`UserError` unless this is a module."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f'model must be a module with its weights, got {type(model).__name__}')
+
+
+def check_progress(progress: object) -> None:
+    """Raise a :class:`TypeError` unless this can be called, or is None."""
+    if progress is not None and not callable(progress):
+        raise TypeError(f'progress must be a function, got {progress!r}')
 
 
 def check_seed(value: Any, key: str) -> int:

@@ -48,7 +48,7 @@ class EvolutionSettings:
             not show [measured].
         patience (int): Rounds in which the discrepancy may rise one after
             the other before the game ends. Defaults to 3.
-        save_interval (int): Steps between two saved states, for --resume.
+        save_interval (int): Steps between two saved states, to resume from.
             Defaults to 100.
         sample_steps (int): Steps of the images in a round; 0 leaves them as
             the prior made them. Defaults to 0. What follows is of these

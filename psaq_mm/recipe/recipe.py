@@ -40,6 +40,9 @@ class Recipe:
                 raise UserError(f'{section.name} must be {expected.__name__}, got {value!r}; '
                                 'Recipe.from_dict and Recipe.changed take dicts')
 
+    def __hash__(self) -> int:
+        return hash(_hashable(self.to_dict()))
+
     @classmethod
     def shipped(cls, base: str = 'w8a8', preset: str = 'default') -> 'Recipe':
         """A recipe that is shipped.
@@ -105,6 +108,13 @@ class Recipe:
             if section not in known:
                 raise UserError(f'unknown section {section!r}.{nearest(str(section), known)} '
                                 f'Known sections: {", ".join(known)}')
+
+
+def _hashable(value: Any) -> Any:
+    """Nested dicts and lists as frozen sets and tuples."""
+    if isinstance(value, Mapping):
+        return frozenset((key, _hashable(part)) for key, part in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
 def _require_known(what: str, name: Any, known: Mapping[str, Any]) -> None:

@@ -42,7 +42,7 @@ class SynthesisSettings:
         priors (dict): Name to config of a loss term of the PRIORS registry,
             each with its ``weight``. Defaults to the patch similarity and
             the total variation. ``None`` as a value drops a term.
-        save_interval (int): Steps between two saved states, for --resume.
+        save_interval (int): Steps between two saved states, to resume from.
             Defaults to 50.
     """
     num_images: int = 8

@@ -10,9 +10,8 @@ from .final_ranges import (
 )
 from .measurement import measure_sqnr
 from .preparation import prepare
-from .rounding import ops_to_round, round_by_gptq, round_weights
+from .rounding import round_by_gptq, round_weights
 
 __all__ = ['calibrate', 'calibrate_ranges', 'equalize', 'equalize_channels',
-           'has_learned_ranges', 'measure_sqnr', 'ops_to_round', 'prepare', 'recalibrate',
-           'recalibration_count', 'round_by_gptq', 'round_weights', 'scope_of',
-           'transfer_learned_ranges']
+           'has_learned_ranges', 'measure_sqnr', 'prepare', 'recalibrate', 'recalibration_count',
+           'round_by_gptq', 'round_weights', 'scope_of', 'transfer_learned_ranges']

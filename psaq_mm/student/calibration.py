@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Set the ranges of a student on images."""
 from contextlib import ExitStack, contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from mmengine.dist import all_gather_object, get_world_size
 from torch import Tensor, nn
@@ -10,10 +10,11 @@ from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import Adapter, module_device
 from psaq_mm.errors import UserError
 from psaq_mm.modes import evaluating
-from psaq_mm.ops import QuantOp, named_quant_ops, quantization_enabled
+from psaq_mm.ops import named_quant_ops, named_quantizers, quantization_enabled
 from psaq_mm.processes import run_images
 from psaq_mm.quantization import Quantizer
 from psaq_mm.quantization.quantizer import restoring_ranges
+from psaq_mm.recipe.checks import check_progress
 
 from .history import note, require_images, require_student
 
@@ -38,7 +39,8 @@ def calibrate(student: nn.Module, images: Tensor, batch_size: int = 8,
             quantizer saw no values or values that are not finite.
     """
     require_student(student, 'calibrate')
-    require_images(images, 'calibrate', batch_size)
+    require_images(student, images, 'calibrate', batch_size)
+    check_progress(progress)
     with forward_of_scope(student, 'calibration') as forward:
         calibrate_ranges(student, images, forward, batch_size, progress)
     note(student, image_size=(images.shape[-2], images.shape[-1]))
@@ -74,32 +76,19 @@ def forward_of_scope(model: nn.Module,
 def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor], None],
                      batch_size: int = 8,
                      progress: Optional[Callable[[int], None]] = None) -> None:
-    """Observe the float activations on images, and set the ranges.
+    """:func:`calibrate`, by any function that runs the model on a batch of images.
 
-    Ranges of weights that have none yet are set too. With several processes each
-    runs its part of the images, and all set the same ranges.
-
-    Args:
-        model (nn.Module): A model with quantized ops.
-        images (Tensor): Normalized images of shape (N, C, H, W).
-        forward (Callable): Runs the model on a batch of them.
-        batch_size (int): Images in a batch. Defaults to 8.
-        progress (Callable, optional): Called with the number of images of
-            each finished batch. Defaults to None.
+    With several processes each runs its part of the images, and all set the same ranges.
 
     Raises:
         ValueError: If a quantizer saw no values, or values that are not
             finite; it names the module and role. No range has changed then.
     """
-    observed: Dict[Quantizer, str] = {}
-    weights: Dict[Quantizer, Tuple[str, QuantOp]] = {}
-    for name, op in named_quant_ops(model):
-        for role, quantizer in op.quantizers.items():
-            assert isinstance(quantizer, Quantizer)
-            if role != 'weight':
-                observed[quantizer] = f'{name} ({role})'
-            elif not quantizer.calibrated:
-                weights[quantizer] = f'{name} (weight)', op
+    observed = {quantizer: f'{name} ({role})' for name, role, quantizer in
+                named_quantizers(model) if role != 'weight'}
+    weights = {op.weight_quantizer: (f'{name} (weight)', op) for name, op in
+               named_quant_ops(model)
+               if op.weight_quantizer is not None and not op.weight_quantizer.calibrated}
     try:
         with restoring_ranges([*observed, *weights]):
             for quantizer in observed:

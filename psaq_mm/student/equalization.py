@@ -50,7 +50,7 @@ def equalize(model: nn.Module, images: Tensor, settings: Optional[QuantizationSe
     """
     settings = settings or QuantizationSettings()
     require_float(model, 'equalize')
-    require_images(images, 'equalize', batch_size)
+    require_images(model, images, 'equalize', batch_size)
     if settings.channel_limit is None:
         raise UserError('psaq_mm.equalize: quantization.channel_limit is None, so there is '
                         'nothing to do; give it a limit such as 1.5, or leave this step out')
@@ -84,22 +84,17 @@ def equalize(model: nn.Module, images: Tensor, settings: Optional[QuantizationSe
 def equalize_channels(model: nn.Module, readers: Dict[str, str], images: Tensor,
                       forward: Callable[[Tensor], Sequence[Tensor]], limit: float,
                       batch_size: int = 8) -> Dict[str, int]:
-    """Divide channels of a LayerNorm that are too wide, and multiply what reads them.
+    """:func:`equalize`, by any function that gives the feature maps of a batch.
 
     RepQ-ViT's scale reparameterization (arXiv 2212.08254, section 3.2), of wide channels
     alone, as equal ones make weights harder to quantize, and without its shift: Swin
-    pads windows with zeros, and these must stay zeros [choice]. The outputs of the model
-    do not change. With several processes each runs its part of the images, and all
-    rescale alike.
+    pads windows with zeros, and these must stay zeros [choice]. With several processes
+    each runs its part of the images, and all rescale alike.
 
     Args:
-        model (nn.Module): A float model; changed in place.
         readers (dict[str, str]): Name of each LayerNorm to that of the Linear that
             alone reads its output.
-        images (Tensor): Normalized images of shape (N, C, H, W).
-        forward (Callable): Gives the feature maps of a batch of them.
         limit (float): Of :func:`psaq_mm.quantization.excess_width`.
-        batch_size (int): Images in a batch. Defaults to 8.
 
     Returns:
         dict[str, int]: How many channels of each norm were too wide.

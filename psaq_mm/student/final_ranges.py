@@ -6,11 +6,11 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from psaq_mm.ops import named_quant_ops
+from psaq_mm.ops import named_quantizers
 from psaq_mm.processes import count_of_this_process
 from psaq_mm.quantization import Quantizer
 from psaq_mm.quantization.quantizer import restoring_ranges
-from psaq_mm.recipe.checks import sides
+from psaq_mm.recipe.checks import check_progress, sides
 from psaq_mm.synthesis import mosaic_count, mosaics
 
 from .calibration import calibrate_ranges, forward_of_scope
@@ -41,7 +41,8 @@ def recalibrate(student: nn.Module, images: Tensor, size: Tuple[int, int], batch
         UserError: As of :func:`psaq_mm.calibrate`.
     """
     require_calibrated(student, 'recalibrate')
-    require_images(images, 'recalibrate', batch_size)
+    require_images(student, images, 'recalibrate', batch_size)
+    check_progress(progress)
     size = sides(size, '(height, width)')
     others = mosaics(images, size)
     learned = has_learned_ranges(student)
@@ -67,8 +68,8 @@ def recalibration_count(student: nn.Module, images: Tensor, size: Tuple[int, int
 
 def has_learned_ranges(student: nn.Module) -> bool:
     """Whether a range of an activation was learned."""
-    return any(quantizer.learned for _, op in named_quant_ops(student)
-               for role, quantizer in op.quantizers.items() if role != 'weight')
+    return any(quantizer.learned for _, role, quantizer in named_quantizers(student)
+               if role != 'weight')
 
 
 Range = Tuple[Tensor, Tensor]
@@ -77,8 +78,7 @@ Range = Tuple[Tensor, Tensor]
 def activation_ranges(model: nn.Module) -> Dict[Quantizer, Range]:
     """The ends of the range of each activation quantizer, shape () or (C,)."""
     return {quantizer: tuple(end.detach().clone() for end in quantizer.range())  # type: ignore
-            for _, op in named_quant_ops(model) for role, quantizer in op.quantizers.items()
-            if role != 'weight' and isinstance(quantizer, Quantizer)}
+            for _, role, quantizer in named_quantizers(model) if role != 'weight'}
 
 
 def transferred_end(learned: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -110,21 +110,12 @@ def equal_pixel_batch(batch_size: int, images: Tensor, others: Tensor) -> int:
 def transfer_learned_ranges(model: nn.Module, images: Tensor, others: Tensor,
                             forward: Callable[[Tensor], None], batch_size: int,
                             progress: Optional[Callable[[int], None]] = None) -> None:
-    """Bring learned ranges of activations from one image size to another.
+    """:func:`recalibrate` of learned ranges, by any function that runs the model.
 
     At another size feature maps are padded otherwise, and padded tokens have
     activations of their own. What was learned is kept relative to the range
-    rule: each end moves by as much as the rule's end moves from ``images`` to
-    ``others`` [choice].
-
-    Args:
-        model (nn.Module): A student with learned ranges.
-        images (Tensor): Shape (N, C, H, W), of the size that it learned at.
-        others (Tensor): Shape (M, C, H', W'), of the other size.
-        forward (Callable): Runs the model on a batch.
-        batch_size (int): Images in a batch.
-        progress (Callable, optional): Called with the number of images of
-            each finished batch, of either size. Defaults to None.
+    rule: each end moves by as much as the rule's end moves from ``images``,
+    shape (N, C, H, W), to ``others``, shape (M, C, H', W') [choice].
     """
     learned = activation_ranges(model)
     with restoring_ranges(learned):

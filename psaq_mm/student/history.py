@@ -6,9 +6,10 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from psaq_mm.adapters import find_adapter
 from psaq_mm.errors import UserError
-from psaq_mm.ops import named_quant_ops
-from psaq_mm.recipe.checks import check_positive_int
+from psaq_mm.ops import named_quant_ops, named_quantizers
+from psaq_mm.recipe.checks import check_model, check_positive_int
 
 ATTRIBUTE = 'psaq_mm_history'
 """Name of the attribute of a model that holds it; a copy of the model has it too."""
@@ -47,6 +48,7 @@ def require_float(model: nn.Module, step: str) -> None:
     Raises:
         UserError: If so.
     """
+    check_model(model)
     name = next((name for name, _ in named_quant_ops(model)), None)
     if name is not None:
         raise UserError(f'psaq_mm.{step} needs the float model, and this one is quantized '
@@ -59,6 +61,7 @@ def require_student(model: nn.Module, step: str) -> None:
     Raises:
         UserError: If so.
     """
+    check_model(model)
     if next(named_quant_ops(model), None) is None:
         raise UserError(f'psaq_mm.{step} needs a student, and this model has no quantized '
                         'modules: call psaq_mm.prepare first')
@@ -71,17 +74,17 @@ def require_calibrated(model: nn.Module, step: str) -> None:
         UserError: If so.
     """
     require_student(model, step)
-    for name, op in named_quant_ops(model):
-        for role, quantizer in op.quantizers.items():
-            if not quantizer.calibrated:
-                raise UserError(f'psaq_mm.{step} needs a calibrated student, and {name} ({role}) '
-                                'has no range: call psaq_mm.calibrate first')
+    for name, role, quantizer in named_quantizers(model):
+        if not quantizer.calibrated:
+            raise UserError(f'psaq_mm.{step} needs a calibrated student, and {name} ({role}) has '
+                            'no range: call psaq_mm.calibrate first')
 
 
-def require_images(images: object, step: str, batch_size: int = 1) -> Tensor:
-    """Raise if these are no images, or do not make batches of that size.
+def require_images(model: nn.Module, images: object, step: str, batch_size: int = 1) -> Tensor:
+    """Raise if these are no images of a model, or do not make batches of that size.
 
     Args:
+        model (nn.Module): Teacher or student.
         images (Tensor): Should be normalized images of shape (N, C, H, W).
         step (str): What needs them, for the message.
         batch_size (int): Images in a batch, from 1. Defaults to 1.
@@ -98,5 +101,9 @@ def require_images(images: object, step: str, batch_size: int = 1) -> Tensor:
             else type(images).__name__
         raise UserError(f'psaq_mm.{step} needs float32 images of shape (N, C, H, W) with N of at '
                         f'least 1, got {got}')
+    channels = find_adapter(model).valid_range(model)[0].shape[1]
+    if images.shape[1] != channels:
+        raise UserError(f'psaq_mm.{step}: the model takes images of {channels} channels, got '
+                        f'{images.shape[1]}')
     check_positive_int(batch_size, 'batch_size')
     return images

@@ -9,10 +9,11 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
-from psaq_mm.ops import QuantOp, named_quant_ops
+from psaq_mm.ops import QuantOp, named_quant_ops, ops_to_round
 from psaq_mm.processes import run_images
 from psaq_mm.quantization import gptq_round
 from psaq_mm.quantization.gptq import parts_of, second_moments
+from psaq_mm.recipe.checks import check_progress
 from psaq_mm.synthesis import mosaics
 
 from .calibration import forward_of_scope
@@ -47,8 +48,12 @@ def round_weights(student: nn.Module, images: Tensor, batch_size: int = 8,
             it, or a layer was given values that are not finite.
     """
     require_calibrated(student, 'round_weights')
-    require_images(images, 'round_weights', batch_size)
-    ops, others_left = ops_to_round(student), ops_without_rows(student)
+    require_images(student, images, 'round_weights', batch_size)
+    check_progress(progress)
+    ops = ops_to_round(student)
+    # Convolutions with groups, transposed ones whose outputs overlap.
+    others_left = [name for name, op in named_quant_ops(student)
+                   if op.awaits_gptq and name not in ops]
     if others_left:
         print_log('weights that GPTQ cannot round (no product of a matrix) are rounded to '
                   f'nearest: {", ".join(others_left)}', logger='current')
@@ -65,42 +70,13 @@ def round_weights(student: nn.Module, images: Tensor, batch_size: int = 8,
     return student
 
 
-def ops_to_round(model: nn.Module) -> Dict[str, QuantOp]:
-    """Ops whose weight GPTQ is to round and can, by name.
-
-    Args:
-        model (nn.Module): A student.
-    """
-    return {name: op for name, op in named_quant_ops(model)
-            if op.awaits_gptq and op.weight_rows(op.weight) is not None}
-
-
-def ops_without_rows(model: nn.Module) -> List[str]:
-    """Names of ops that GPTQ was asked for and cannot round, as they are no product of a
-    matrix: convolutions with groups, transposed ones whose outputs overlap.
-
-    Args:
-        model (nn.Module): A student.
-    """
-    return [name for name, op in named_quant_ops(model)
-            if op.awaits_gptq and op.weight_rows(op.weight) is None]
-
-
 def round_by_gptq(ops: Dict[str, QuantOp], images: Tensor, forward: Callable[[Tensor], None],
                   batch_size: int = 8, progress: Optional[Callable[[int], None]] = None) -> None:
-    """Put weights on their integers, by the quantized inputs of their layers.
+    """:func:`round_weights` of some ops, by any function that runs their model.
 
     Inputs are those of the model as it is, its weights rounded to nearest, in one
     pass over the images [choice: GPTQ rounds layer after layer]. With several
     processes each runs its part of the images, and all round alike.
-
-    Args:
-        ops (dict[str, QuantOp]): From :func:`ops_to_round`, of a calibrated model.
-        images (Tensor): Normalized images of shape (N, C, H, W).
-        forward (Callable): Runs the model on a batch of them.
-        batch_size (int): Images in a batch. Defaults to 8.
-        progress (Callable, optional): Called with the number of images of
-            each finished batch. Defaults to None.
 
     Raises:
         ValueError: If inputs of a module are not finite; it names the module,

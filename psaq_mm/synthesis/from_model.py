@@ -11,7 +11,7 @@ from psaq_mm.adapters.adapter import module_device, require_float32
 from psaq_mm.errors import UserError
 from psaq_mm.modes import evaluating
 from psaq_mm.recipe import SynthesisSettings
-from psaq_mm.recipe.checks import check_seed
+from psaq_mm.recipe.checks import check_progress, check_seed
 
 from .synthesizer import Synthesizer
 from .teacher import float_teacher
@@ -96,6 +96,7 @@ def synthesize(model: nn.Module, settings: Optional[SynthesisSettings] = None, s
         UserError: If a setting is wrong or the backbone is not one of those.
         FloatingPointError: If a loss is not finite.
     """
+    check_progress(progress)
     with synthesizer(model, settings, seed) as images:
         while not images.done:
             losses = images.step()

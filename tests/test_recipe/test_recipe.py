@@ -227,3 +227,8 @@ def test_plain_copy():
 def test_sections_have_their_types(value):
     with pytest.raises(UserError, match='synthesis must be SynthesisSettings'):
         Recipe(synthesis=value)
+
+
+def test_recipes_are_hashable():
+    same = [Recipe.shipped('w4a4'), Recipe.from_dict(Recipe.shipped('w4a4').to_dict())]
+    assert len({*same, Recipe.shipped('w4a4', 'paper'), Recipe()}) == 3

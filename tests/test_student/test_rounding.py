@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from psaq_mm.ops import apply_plan, named_quant_ops, without_notes
+from psaq_mm.ops import apply_plan, named_quant_ops, ops_to_round, without_notes
 from psaq_mm.quantization import QuantSpec, gptq_round, second_moments
-from psaq_mm.student import calibrate_ranges, ops_to_round, round_by_gptq
+from psaq_mm.student import calibrate_ranges, round_by_gptq
 from psaq_mm.student import rounding as weight_rounding
-from psaq_mm.student.rounding import ops_without_rows
 
 
 def specs(bits=4, granularity='per_channel', **weight):
@@ -115,18 +114,20 @@ def test_as_many_rows_at_a_time_as_memory_allows(items, limit, images, monkeypat
 def test_which_ops_are_rounded(images):
     model = quantized(images)[1]
     assert list(ops_to_round(model)) == ['conv', 'up', 'linear']
-    assert ops_without_rows(model) == ['grouped']
+    assert [name for name, op in named_quant_ops(model) if op.awaits_gptq] == [
+        'conv', 'up', 'grouped', 'linear']
     for op in (model.up, model.grouped):
         op.weight_settled = True  # it was learned
     assert list(ops_to_round(model)) == ['conv', 'linear']
-    assert ops_without_rows(model) == []
+    assert [name for name, op in named_quant_ops(model) if op.awaits_gptq] == [
+        'conv', 'linear']
     before = weights(model)
     round_by_gptq(ops_to_round(model), images, model)
     assert ops_to_round(model) == {}  # rounded once
     for name, weight in weights(model).items():
         assert torch.equal(weight, before[name]) is (name in ('up', 'grouped'))
     other = quantized(images, rounding='nearest')[1]
-    assert ops_to_round(other) == {} and ops_without_rows(other) == []
+    assert not any(op.awaits_gptq for _, op in named_quant_ops(other))
 
 
 def test_the_rest_is_left_alone(images):

@@ -12,7 +12,6 @@ import torch
 from psaq_mm.checkpoint import save_json, size_of_quantized
 from psaq_mm.evolution import Evolver
 from psaq_mm.ops import named_quant_ops
-from psaq_mm.quantization import Quantizer
 from psaq_mm.registry import HOOKS
 from psaq_mm.student import measure_sqnr
 from psaq_mm.synthesis import Synthesizer
@@ -41,7 +40,6 @@ def describe_modules(model: torch.nn.Module, sqnr: Dict[str, float]) -> List[Dic
     for name, op in named_quant_ops(model):
         tensors = {}
         for role, quantizer in op.quantizers.items():
-            assert isinstance(quantizer, Quantizer)
             lower, upper = quantizer.range()
             tensors[role] = dict(bits=quantizer.spec.bits, symmetric=quantizer.spec.symmetric,
                                  granularity=quantizer.spec.granularity,
