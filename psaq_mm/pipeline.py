@@ -121,14 +121,9 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
 def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
     """Raise for what is wrong with a model or recipe, before any heavy work.
 
-    Args:
-        model (nn.Module): The float model; its weights play no part.
-        recipe (Recipe): What is to be done.
-        processes (int): How many share the work. Defaults to 1.
-
     Raises:
-        UserError: If the model cannot be quantized so, or the processes cannot share the
-            images evenly.
+        UserError: If the float model cannot be quantized so, whatever its weights, or so many
+            processes cannot share the images evenly.
     """
     require_float(model, 'quantize')
     check_synthesis(model, recipe.synthesis)
@@ -141,44 +136,32 @@ def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
     recipe.evolution.require_even_batches(processes)
 
 
-def check_images(model: nn.Module, images: object) -> Tensor:
-    """Raise unless a model can take these images in the place of synthetic ones.
-
-    Args:
-        model (nn.Module): The float model.
-        images (Tensor): Should be normalized images of shape (N, C, H, W).
-
-    Returns:
-        Tensor: The images.
+def check_images(model: nn.Module, images: object) -> None:
+    """Raise unless a float model can take these images in the place of synthetic ones.
 
     Raises:
-        UserError: If the model cannot, or a value is not finite.
+        UserError: If they are not finite, or not normalized images of shape (N, C, H, W) of a
+            size that it takes.
     """
     found = require_images(model, images, 'quantize')
     if not found.isfinite().all():
         raise UserError('images have values that are not finite')
     find_adapter(model).check_image_size(model, (found.shape[-2], found.shape[-1]),
                                          'the size of the images')
-    return found
 
 
 class Pipeline:
     """One quantization: its models, its images, and which step comes next.
 
+    Other arguments are those of :func:`quantize`. Of several processes each has a state
+    file of its own, and all have the same images.
+
     Args:
         teacher (nn.Module): The float model; equalization changes it in place.
-        recipe (Recipe): What is done.
-        seed (int): Seed of all randomness. Defaults to 0.
         test_size (SizeFound, optional): Of test images, for
             ``calibration.image_size='test'``. Defaults to None: not known.
-        progress (Callable, optional): As of :func:`quantize`. Defaults to None.
-        state_file (str or Path, optional): As of :func:`quantize`; of several processes
-            each has its own. Defaults to None.
-        resume (bool): As of :func:`quantize`. Defaults to False.
         identity (Mapping, optional): What a resumed run must have in common with the first,
             beside seed and settings, by name. Defaults to None: a hash of the weights.
-        images (Tensor, optional): As of :func:`quantize`; the same in all processes.
-            Defaults to None.
     """
 
     def __init__(self, teacher: nn.Module, recipe: Recipe, seed: int = 0,
@@ -394,8 +377,7 @@ class Pipeline:
             self._count_seconds()
             self.saved.save_images(images, self.seconds)
             if stopped:
-                print_log(f'stopped at step {images.step_index} of {images.total_steps}; '
-                          'resuming continues from here', logger='current')
+                _log_stop(images)
 
     def _save_game(self, game: Evolver, stopped: bool = False) -> None:
         if self.saved is None:
@@ -407,5 +389,10 @@ class Pipeline:
         self._count_seconds()
         self.saved.save_game(game, self.seconds, self.extra_state())
         if stopped:
-            print_log(f'stopped at step {game.step_index} of {game.total_steps} of the '
-                      'evolution; resuming continues from here', logger='current')
+            _log_stop(game)
+
+
+def _log_stop(phase: Union[Synthesizer, Evolver]) -> None:
+    kind = 'evolution' if isinstance(phase, Evolver) else 'synthesis'
+    print_log(f'stopped at step {phase.step_index} of {phase.total_steps} of the {kind}; '
+              'resuming continues from here', logger='current')

@@ -1,6 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What the rest of the project asks of a host library."""
-import importlib
 import itertools
 import logging
 import math
@@ -32,7 +31,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from psaq_mm.errors import UserError
 from psaq_mm.prior import AttentionRecord, BatchNormRecord, channel_statistics
-from psaq_mm.registry import ADAPTERS
 
 from .predictors import last_layers, layers_of_own_width
 from .tap_record import TapRecord
@@ -65,14 +63,11 @@ windows."""
 
 
 def real_tokens(stages: Iterable[WindowGrid], size: Tuple[int, int]) -> Iterator[float]:
-    """The share of tokens in the windows of each stage that are no padding.
+    """The share of tokens in the windows of each stage that are no padding, above 0 to 1.
 
     Args:
         stages (Iterable[WindowGrid]): Of :meth:`Adapter.attention_windows`.
         size (tuple[int, int]): Height and width of the images.
-
-    Yields:
-        float: From above 0 to 1.
     """
     height, width = size
     for step, window in stages:
@@ -139,13 +134,10 @@ class Adapter:
         return name == self._prefix(model) + self.patch_projection
 
     def predictors(self, model: nn.Module) -> FrozenSet[str]:
-        """Names of the layers whose output is the model's: scores, boxes, logits.
+        """Names of the layers whose output is the float model's: scores, boxes, logits.
 
         A small image goes through the model once. If that fails, layers are taken
-        by their widths, and a warning says so.
-
-        Args:
-            model (nn.Module): The float model. The answer is kept for it.
+        by their widths, and a warning says so. The answer is kept for the model.
         """
         if model not in _PREDICTORS:
             _PREDICTORS[model] = self._find_predictors(model)
@@ -190,12 +182,8 @@ class Adapter:
         return False
 
     def kinds(self, model: nn.Module, name: str, predictors: Collection[str]) -> Tuple[str, ...]:
-        """What a module is, of ``psaq_mm.recipe.quantization.KINDS``.
-
-        Args:
-            model (nn.Module): The float model.
-            name (str): Name of the module.
-            predictors (Collection[str]): From :meth:`predictors`.
+        """What a module is, of ``psaq_mm.recipe.quantization.KINDS``; predictors are those of
+        :meth:`predictors`.
         """
         found = dict(patch_embed=self.is_patch_embed(model, name),
                      predictor=name in predictors,
@@ -242,11 +230,9 @@ class Adapter:
 
     def check_image_size(self, model: nn.Module, size: Tuple[int, int],
                          key: str = 'synthesis.image_size') -> None:
-        """Raise if the model cannot take images of this height and width.
+        """Raise if the float model cannot take images of this height and width, in pixels.
 
         Args:
-            model (nn.Module): The float model.
-            size (tuple[int, int]): Height and width in pixels.
             key (str): What the message calls the size.
 
         Raises:
@@ -254,12 +240,8 @@ class Adapter:
         """
 
     def warn_of_padding(self, model: nn.Module, size: Tuple[int, int]) -> None:
-        """Log a warning if images of this height and width leave attention windows
+        """Log a warning if images of this height and width, in pixels, leave attention windows
         partly empty: what padding attends to says nothing about a model.
-
-        Args:
-            model (nn.Module): The float model.
-            size (tuple[int, int]): Height and width in pixels.
         """
         stages = list(real_tokens(self.attention_windows(model), size))
         if not stages or min(stages) == 1:
@@ -399,49 +381,6 @@ class Adapter:
             yield recorder
 
 
-HOSTS = dict(mmdet=('mmdet_swin', ), mmseg=('mmseg_swin', ), timm=('timm_swin', 'timm_vit'))
-"""Host library -> the files of this folder that know it."""
-
-
-def import_hosts(model: nn.Module) -> None:
-    """Import what knows the host libraries that a model is made of.
-
-    The others may be absent or too old, and importing them would cost seconds.
-    """
-    packages = {cls.__module__.split('.')[0] for kind in {type(m) for m in model.modules()}
-                for cls in kind.__mro__}
-    for host, files in HOSTS.items():
-        if host in packages:
-            for file in files:
-                importlib.import_module(f'psaq_mm.adapters.{file}')
-
-
-def matching_adapter(model: nn.Module) -> Optional[Adapter]:
-    """The adapter that serves a model, if there is one."""
-    import_hosts(model)
-    for cls in ADAPTERS.module_dict.values():
-        if cls.matches(model):
-            return cls()
-    return None
-
-
-def find_adapter(model: nn.Module) -> Adapter:
-    """The adapter that serves a model.
-
-    Raises:
-        UserError: If there is none, e.g. since the backbone is not Swin.
-    """
-    adapter = matching_adapter(model)
-    if adapter is None:
-        key = next((k for k in ('backbone', 'model') if hasattr(model, k)), '')
-        found = getattr(model, key) if key else model
-        raise UserError(
-            f'model{"." + key if key else ""} is {type(found).__name__}; expected a Swin '
-            'Transformer of mmdet, mmseg or timm, or a DeiT of timm. Its attention is what images '
-            'are synthesized from, so other backbones cannot be quantized without data.')
-    return adapter
-
-
 def module_device(module: nn.Module) -> torch.device:
     """Device of a module's first parameter or buffer."""
     tensors = itertools.chain(module.parameters(), module.buffers())
@@ -451,9 +390,6 @@ def module_device(module: nn.Module) -> torch.device:
 def require_float32(model: nn.Module) -> None:
     """Raise if a model has weights in half or double precision, in which images and
     ranges cannot be computed.
-
-    Args:
-        model (nn.Module): The float model.
 
     Raises:
         UserError: If so.

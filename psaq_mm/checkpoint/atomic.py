@@ -44,7 +44,7 @@ _ADVICE = {
 }
 
 
-def atomic_write(path: PathLike, write: Callable[[BinaryIO], None]) -> None:
+def atomic_write(path: PathLike, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a temporary file, then rename it to ``path``.
 
     Whatever goes wrong before the rename, the temporary file is removed and
@@ -127,10 +127,7 @@ def _unreadable(value: Any) -> str:
 def save_json(obj: Any, path: PathLike) -> None:
     """Save an object as JSON, indented by 2 and with a newline at the end.
 
-    Args:
-        obj (Any): What to save; anything that ``json.dumps`` takes. Numbers that are not finite
-            become null: JSON has none.
-        path (str or PathLike): File to write.
+    Numbers that are not finite become null: JSON has none.
 
     Raises:
         UserError: If the file cannot be written.
@@ -150,18 +147,10 @@ def _finite(value: Any) -> Any:
 def save_bytes(data: Union[bytes, memoryview], path: PathLike) -> None:
     """Save bytes, whole or not at all.
 
-    Args:
-        data (bytes or memoryview): What to save.
-        path (str or PathLike): File to write.
-
     Raises:
         UserError: If the file cannot be written.
     """
-
-    def write(file: BinaryIO) -> None:
-        file.write(data)
-
-    atomic_write(path, write)
+    atomic_write(path, lambda file: file.write(data))
 
 
 def ensure_writable_dir(path: PathLike) -> None:

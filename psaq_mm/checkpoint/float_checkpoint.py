@@ -36,13 +36,13 @@ def fit_float_state(model: nn.Module, checkpoint: Any, path: str) -> Dict[str, T
     if adapter is not None:
         state, layout = adapter.convert_state(model, state)
         if not layout:
+            differences = first_differences(model, state, allow_extra=True)
             known = '; '.join(f'{key} ({name})' for name, key in adapter.layouts.items())
             raise UserError(
                 f'{path} holds weights in an unknown layout: it begins with {next(iter(state))}; '
                 f'expected keys such as {known}.\n'
-                f'{_capitalised(first_differences(model, state, allow_extra=True))}. Give the '
-                'checkpoint of the whole trained model: weights of a backbone alone lack its '
-                'neck and heads.')
+                f'{differences[:1].upper() + differences[1:]}. Give the checkpoint of the whole '
+                'trained model: weights of a backbone alone lack its neck and heads.')
         print_log(f'{path}: layout of the weights: {layout}', logger='current')
     require_match(model, state, path, allow_extra=True)
     extra = first_differences(model, state)
@@ -50,10 +50,6 @@ def fit_float_state(model: nn.Module, checkpoint: Any, path: str) -> Dict[str, T
         print_log(f'{path}: keys that the model does not have are ignored; {extra}',
                   logger='current', level=logging.WARNING)
     return state
-
-
-def _capitalised(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def load_float_weights(model: nn.Module, path: str, trust: bool = False) -> Dict[str, Any]:
@@ -77,18 +73,10 @@ def load_float_weights(model: nn.Module, path: str, trust: bool = False) -> Dict
 
 
 def load_float_state(model: nn.Module, checkpoint: Any, path: str) -> Dict[str, Any]:
-    """As :func:`load_float_weights`, from the content of a file.
+    """As :func:`load_float_weights`, from what was read of a file.
 
     Args:
-        model (nn.Module): The float model; changed only if all is well.
-        checkpoint (Any): What was read.
-        path (str): From where, for messages.
-
-    Returns:
-        dict: The checkpoint's ``meta`` entry, or an empty dict.
-
-    Raises:
-        UserError: As there.
+        path (str): Name of that file, for messages.
     """
     if is_quantized(checkpoint):
         raise UserError(f'{path} is quantized already; pass the float checkpoint')

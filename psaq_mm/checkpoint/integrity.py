@@ -87,7 +87,6 @@ def require_digest(content: object, has_digest: bool, path: str) -> None:
     Args:
         content (object): What was read; :data:`DIGEST_KEY` is taken out.
         has_digest (bool): What :func:`require_undamaged` said.
-        path (str): Name of the file, for the message.
 
     Raises:
         UserError: If there must be one and there is none.

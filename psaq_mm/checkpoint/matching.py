@@ -21,17 +21,12 @@ def _some(names: List[str]) -> str:
 
 def first_differences(model: nn.Module, state: Mapping[str, Tensor],
                       allow_extra: bool = False) -> str:
-    """Name the first keys that keep a state dict from fitting a model.
+    """Name the first keys that keep a state dict from fitting a model; empty if it fits.
 
     Args:
-        model (nn.Module): The model.
-        state (Mapping[str, Tensor]): The state dict.
         allow_extra (bool): Whether keys that the model does not have are
             fine, but for those of further blocks: every other weight of a
             deeper model may fit. Defaults to False.
-
-    Returns:
-        str: Empty if it fits.
     """
     own = without_notes(model.state_dict())
     # Counters of BatchNorm and Swin's index tables are absent from some
@@ -73,14 +68,9 @@ def require_match(model: nn.Module, state: Mapping[str, Tensor], path: str,
 
 def require_same_modules(model: nn.Module, manifest: Mapping[str, Any], plan: Plan,
                          path: str) -> None:
-    """Raise if a model has not the modules that a manifest names.
+    """Raise if a model has not the modules that a manifest and its plan name.
 
-    Args:
-        model (nn.Module): A float model, or a quantized one, whose ops must
-            then be those of the manifest.
-        manifest (Mapping): From :func:`read_manifest`.
-        plan (dict): The manifest's plan.
-        path (str): Name of the checkpoint, for the message.
+    A model that is quantized already must have the ops of the manifest.
 
     Raises:
         UserError: Naming the file and the first differences.

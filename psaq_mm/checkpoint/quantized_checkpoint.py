@@ -33,7 +33,9 @@ from psaq_mm.quantization import (
     pack_integers,
     unpack_integers,
 )
+from psaq_mm.quantization.packing import packed_bytes
 from psaq_mm.quantization.quantizer import restoring_ranges
+from psaq_mm.quantization.ranges import flaw_of_range
 from psaq_mm.quantization.spec import PER_TENSOR
 
 from .manifest import (
@@ -95,16 +97,8 @@ def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = 
 
 
 def guarded(state: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Dict[str, Any]:
-    """The entries of a checkpoint that say what is quantized, with what weights.
-
-    Args:
-        state (Mapping[str, Tensor]): Weights as :func:`prepare_for_loading`
-            takes them.
-        manifest (Mapping): From :func:`build_manifest`.
-
-    Returns:
-        dict: ``state_dict``, which stops loaders that know nothing of
-        quantization, the weights, and the manifest.
+    """The entries of a checkpoint that say what is quantized, with what weights: a manifest, and
+    weights as :func:`prepare_for_loading` takes them. ``state_dict`` stops other loaders.
     """
     return {'state_dict': StockLoaderGuard(), STATE_KEY: state, MANIFEST_KEY: manifest}
 
@@ -171,9 +165,7 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
 
 
 def load_quantized_state(model: nn.Module, checkpoint: Mapping[str, Any], path: str) -> None:
-    """Load the content of a quantized checkpoint into a model, in place, and
-    switch its quantization on: what :func:`prepare_for_loading` says of the
-    arguments and errors holds."""
+    """Load a quantized checkpoint in place, by the rules of :func:`prepare_for_loading`."""
     state = prepare_for_loading(model, checkpoint, path)
     with torch.no_grad():
         model.load_state_dict(state, strict=False)  # checked to match already
@@ -245,14 +237,9 @@ def _flaw_of_range(state: Mapping[str, Tensor], op: QuantOp, name: str, role: st
             fits = value.dim() == 1 and len(value) > 0 and channels in (None, len(value))
         if not fits or value.shape != scale.shape:
             return f'{key} has shape {tuple(value.shape)}'
-        if not value.is_floating_point() or not torch.isfinite(value).all():
-            return f'{key} is not finite or holds {value.dtype}'
-        low, high = quantizer.spec.integer_range
-        if part == 'scale' and not (value > 0).all():
-            return f'{key} is not above 0'
-        # A learned one lies between integers.
-        if part == 'zero_point' and not ((value >= low) & (value <= high)).all():
-            return f'{key} is not one of the integers from {low} to {high}'
+        flaw = flaw_of_range(part, value, quantizer.spec)
+        if flaw:
+            return f'{key} {flaw}'
     return ''
 
 
@@ -265,11 +252,11 @@ def size_of_quantized(model: nn.Module) -> Dict[str, int]:
         point of the model, those of activations included.
     """
     float_bytes = stored_bytes = 0
-    state = quantized_checkpoint(model)[STATE_KEY]
-    for name, op in named_quant_ops(model):
+    for _, op in named_quant_ops(model):
         if op.weight_quantizer is not None:
             float_bytes += 4 * op.weight.numel()
-        for key in state:
-            if key == f'{name}.weight_integers' or key.startswith(f'{name}.quantizers.'):
-                stored_bytes += state[key].numel() * state[key].element_size()
+            stored_bytes += packed_bytes(op.weight.numel(), op.weight_quantizer.spec.bits)
+        for quantizer in op.quantizers.values():
+            stored_bytes += sum(4 * value.numel() for value in quantizer.state_dict().values()
+                                if value.is_floating_point())
     return dict(float_bytes=float_bytes, stored_bytes=stored_bytes)

@@ -117,13 +117,7 @@ def meta_of(checkpoint: Any) -> Dict[str, Any]:
 
 
 def sha256_of_file(path: PathLike) -> str:
-    """Hash a file piece by piece.
-
-    Args:
-        path (str or PathLike): File to read.
-
-    Returns:
-        str: SHA-256 in 64 lower-case hexadecimal digits.
+    """SHA-256 of a file, in 64 lower-case hexadecimal digits.
 
     Raises:
         UserError: If the file cannot be read.

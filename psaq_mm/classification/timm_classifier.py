@@ -15,15 +15,7 @@ from psaq_mm.registry import MODELS
 
 
 def require_timm_model(name: str) -> None:
-    """Check that timm has a model of this name.
-
-    Args:
-        name (str): As of ``timm.create_model``, with or without the tag of
-            its weights.
-
-    Raises:
-        UserError: If not; the nearest names are given.
-    """
+    """Raise a :class:`UserError` that gives the nearest names unless timm has this model."""
     known = timm.is_model(name)
     try:
         timm.get_pretrained_cfg(name)  # raises for a wrong tag

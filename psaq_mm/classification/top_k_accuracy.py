@@ -37,13 +37,7 @@ class TopKAccuracy(BaseMetric):
             raise UserError(f'TopKAccuracy: topk must be positive integers, got {topk!r}')
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
-        """Compare predictions with labels.
-
-        Args:
-            data_batch (Any): Not used.
-            data_samples (Sequence[dict]): For each image the ``logits``, shape
-                (num_classes, ), and the ``label``.
-        """
+        """Compare ``logits``, shape (num_classes, ), with the ``label`` of each image."""
         for sample in data_samples:
             logits, label = sample['logits'], sample['label']
             if label is None:
@@ -63,14 +57,7 @@ class TopKAccuracy(BaseMetric):
             self.results.append({k: label in ranked[:k] for k in self.topk if k < classes})
 
     def compute_metrics(self, results: List[Dict[int, bool]]) -> Dict[str, float]:
-        """Average over the images.
-
-        Args:
-            results (list[dict]): For each image, k to whether it is right.
-
-        Returns:
-            dict[str, float]: ``top<k>`` in percent, 0 to 100.
-        """
+        """The average over images: ``top<k>`` in percent, 0 to 100."""
         metrics = {}
         for k in self.topk:
             if results and k in results[0]:

@@ -12,29 +12,17 @@ from torch import Tensor, nn
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp
 from psaq_mm.quantization import Quantizer
+from psaq_mm.quantization.ranges import flaw_of_range
 
 from .graph_ops import dequantize_linear, fake_quantize, quantize_linear
 
 
 def check_range(quantizer: Quantizer, where: str) -> None:
-    """Check that scale and zero point fit the types of ONNX.
-
-    Args:
-        quantizer (Quantizer): A calibrated quantizer.
-        where (str): Its name, for messages.
-
-    Raises:
-        UserError: If a scale is not positive, or a zero point is not one of
-            the integers.
-    """
-    low, high = quantizer.spec.integer_range
-    zero_point = quantizer.zero_point.round()
-    if (quantizer.scale <= 0).any():
-        raise UserError(f'{where}: a scale is not positive, which no engine accepts; quantize '
-                        'again')
-    if (zero_point < low).any() or (zero_point > high).any():
-        raise UserError(f'{where}: a zero point lies outside of the integers {low} to {high}, '
-                        'which no engine accepts; quantize again')
+    """Raise a :class:`UserError` unless scale and zero point fit the types of ONNX."""
+    for part in ('scale', 'zero_point'):
+        flaw = flaw_of_range(part, getattr(quantizer, part), quantizer.spec)
+        if flaw:
+            raise UserError(f'{where}.{part} {flaw}, which no engine accepts; quantize again')
 
 
 class ExportableQuantizer(nn.Module):

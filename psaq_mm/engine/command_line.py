@@ -39,13 +39,7 @@ class ConfigOptions(DictAction):
 
 
 def tool_parser(description: str, config: str, checkpoint: str) -> argparse.ArgumentParser:
-    """A parser of what all tools take.
-
-    Args:
-        description (str): What the tool does.
-        config (str): Help on its first argument.
-        checkpoint (str): Help on its second.
-    """
+    """A parser of what all tools take, by help on the tool and its first two arguments."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help=config)
     parser.add_argument('checkpoint', help=checkpoint)
@@ -229,15 +223,7 @@ def require_backend(backend: str, exported: Optional[str], threads: int, precisi
 def hooks_for_test(config: Config, checkpoint: str, backend: str, folder: Optional[str],
                    threads: int, precision: str) -> List[Any]:
     """The config's own hooks but those of training, and those that load a checkpoint and run
-    an engine.
-
-    Args:
-        config (Config): Ours, or a plain one of a host.
-        checkpoint (str): Its file.
-        backend (str): ``torch``, or an engine of :func:`require_backend`.
-        folder (str, optional): What tools/export.py wrote; None to export now.
-        threads (int): Of the engine.
-        precision (str): Of what the engine does not compute in integers.
+    an engine (:class:`psaq_mm.engine.hooks.BackendHook`).
 
     Raises:
         UserError: If ``custom_hooks`` is no list of hooks.

@@ -17,12 +17,7 @@ from psaq_mm.adapters.tested_size import test_dataset
 def inference_config(config: Config) -> Config:
     """A copy of a config whose test pipeline takes an image without annotations.
 
-    Args:
-        config (Config): With a ``test_dataloader``, or without.
-
-    Returns:
-        Config: Steps that load annotations are gone from the test pipeline, which is
-        ``test_pipeline`` too: mmseg's ``inference_model`` reads that.
+    The pipeline is ``test_pipeline`` too: mmseg's ``inference_model`` reads that.
     """
     config = copy.deepcopy(config)
     dataset, _ = test_dataset(config)

@@ -181,12 +181,7 @@ def plain_prediction(sample: Any, classes: Sequence[str]) -> Dict[str, Any]:
 
 
 def build_visualizer(config: Config, meta: Mapping[str, Any]) -> Any:
-    """The config's own visualizer, or the host's; it stores nothing by itself.
-
-    Args:
-        config (Config): The model's.
-        meta (Mapping): ``classes`` and ``palette``.
-    """
+    """The config's own visualizer, or the host's; it stores nothing by itself."""
     scope = config.get('default_scope') or 'mmdet'
     init_default_scope(scope)
     given = config.get('visualizer') or dict(
@@ -200,12 +195,7 @@ def build_visualizer(config: Config, meta: Mapping[str, Any]) -> Any:
 
 
 def draw(image: np.ndarray, sample: Any, visualizer: Any) -> np.ndarray:
-    """A prediction on its image, as the host draws it.
-
-    Args:
-        image (np.ndarray): RGB, of shape (H, W, 3).
-        sample (Any): From :func:`predict`; it is not changed.
-        visualizer (Any): From :func:`build_visualizer`.
+    """A prediction of :func:`predict` on its RGB image of shape (H, W, 3), as the host draws it.
 
     Returns:
         np.ndarray: RGB; small images are enlarged. Below those of a classifier stand its classes.
@@ -247,15 +237,7 @@ def _enlarge(planes: Any, factor: int) -> Any:
 
 
 def side_by_side(panels: Sequence[Tuple[str, np.ndarray]], gap: int = 8) -> Image.Image:
-    """Pictures of one size in a row, a title over each.
-
-    Args:
-        panels (Sequence[tuple[str, np.ndarray]]): Title, and RGB picture.
-        gap (int): Pixels between two. Defaults to 8.
-
-    Returns:
-        Image: The row.
-    """
+    """Pictures of one size in a row, a title over each, and ``gap`` pixels between two."""
     columns: List[np.ndarray] = []
     for title, picture in panels:
         column = np.concatenate([_text([title], picture.shape[1]), picture])

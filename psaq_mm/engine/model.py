@@ -76,12 +76,6 @@ def build_float_model(config: Config) -> nn.Module:
 def build_model(config: Config, path: str, trust: bool = False) -> nn.Module:
     """Build the model of a config on the CPU, with the weights of a checkpoint.
 
-    Args:
-        config (Config): The config.
-        path (str): A float or a quantized checkpoint.
-        trust (bool): Whether the file may run code when it is unpickled.
-            Defaults to False.
-
     Returns:
         nn.Module: The model; quantized and switched on if the checkpoint is.
 

@@ -34,12 +34,7 @@ from .hooks import PSAQHook
 
 
 class RunnerPipeline(Pipeline):
-    """A pipeline whose points are those of the hooks of a runner.
-
-    Args:
-        runner (PSAQRunner): The runner.
-        **kwargs: As of :class:`psaq_mm.pipeline.Pipeline`.
-    """
+    """A pipeline whose points are those of the hooks of a runner."""
 
     def __init__(self, runner: 'PSAQRunner', **kwargs: Any) -> None:
         super().__init__(**kwargs)

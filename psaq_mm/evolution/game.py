@@ -26,11 +26,6 @@ def check_evolution(model: nn.Module, settings: EvolutionSettings, plan: Plan) -
     """Raise if teacher and student cannot be compared so, or the student has nothing
     to learn, before any step.
 
-    Args:
-        model (nn.Module): The float model.
-        settings (EvolutionSettings): The ``evolution`` section.
-        plan (dict): What will be quantized.
-
     Raises:
         UserError: If the model has none of the taps, or only weights are to be
             learned and none is quantized.
@@ -45,21 +40,10 @@ def evolver(student: nn.Module, teacher: nn.Module, images: Tensor, settings: Ev
             synthesis: Optional[SynthesisSettings] = None, seed: int = 0) -> Iterator[Evolver]:
     """An :class:`Evolver`, to be stepped within the block.
 
+    The arguments are those of :func:`evolve`.
+
     Both models are in evaluation mode inside, and as before after it. What the student
     has learned is noted on its ops and quantizers at the end of the block.
-
-    Args:
-        student (nn.Module): From :func:`psaq_mm.calibrate`.
-        teacher (nn.Module): The float model that it is a copy of.
-        images (Tensor): From :func:`psaq_mm.synthesize`, shape (N, C, H, W).
-        settings (EvolutionSettings): The rules.
-        synthesis (SynthesisSettings, optional): The prior of the images. Defaults to
-            None: the defaults.
-        seed (int): Seed of all randomness. Defaults to 0.
-
-    Raises:
-        UserError: If there are no rounds, the student is not calibrated or its weights are
-            rounded already, or the teacher is not its float model.
     """
     if not settings.rounds:
         raise UserError('psaq_mm.evolve: evolution.rounds is 0, so there is nothing to do; give '
@@ -114,7 +98,8 @@ def evolve(student: nn.Module, teacher: nn.Module, images: Tensor,
         nn.Module: The student.
 
     Raises:
-        UserError: As of :func:`evolver`.
+        UserError: If there are no rounds, the student is not calibrated or its weights are
+            rounded already, or the teacher is not its float model.
         FloatingPointError: If a loss is not finite; the student is then that
             of the step before, or of the best round (:meth:`Evolver.step`).
     """
@@ -130,11 +115,8 @@ def evolve(student: nn.Module, teacher: nn.Module, images: Tensor,
 
 
 def require_teacher_of(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise if a student is no copy of a float model.
-
-    Raises:
-        UserError: If a weight is missing or differs that the student cannot have learned;
-            one is named.
+    """Raise a :class:`UserError` if a student is no copy of a float model: a weight is missing, or
+    differs that the student cannot have learned.
     """
     weights = dict(teacher.named_parameters(remove_duplicate=False))
     own = dict(student.named_parameters(remove_duplicate=False))

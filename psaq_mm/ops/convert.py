@@ -20,13 +20,9 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
-    """Replace the planned modules by their quantized ops, in place.
+    """Replace the modules of a float model that are planned by their quantized ops, in place.
 
     The outputs of the model do not change until its quantizers have ranges.
-
-    Args:
-        model (nn.Module): The float model.
-        plan (dict): From :func:`plan_quantization`.
     """
     # Parents first: an op copies its float module's table of children, so a
     # child replaced later is replaced in the op and not in the float parent,

@@ -45,10 +45,6 @@ class QuantOp(nn.Module):
     def from_float(cls, module: nn.Module, specs: Mapping[str, QuantSpec]) -> 'QuantOp':
         """Make the quantized counterpart of a float module.
 
-        Args:
-            module (nn.Module): Instance of a class that the op replaces.
-            specs (Mapping[str, QuantSpec]): Role name to spec.
-
         Returns:
             QuantOp: Shares parameters, buffers and children with ``module``;
             no quantizer has a range yet, so it computes what the module does.
@@ -166,9 +162,6 @@ def register_op(*float_classes: type) -> Callable[[OpT], OpT]:
 
     Subclasses are not matched: they may compute something else (mmdet's
     ``NormedLinear`` is an ``nn.Linear``).
-
-    Args:
-        *float_classes (type): The float classes.
     """
 
     def register(op: OpT) -> OpT:

@@ -85,12 +85,6 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
 def unquantized_weights(model: nn.Module, plan: Plan, adapter: 'Adapter', scope: str) -> List[str]:
     """Names of modules in scope whose weights a plan does not quantize.
 
-    Args:
-        model (nn.Module): The float model.
-        plan (dict): From :func:`plan_quantization`.
-        adapter (Adapter): Knows the scope.
-        scope (str): ``backbone`` or ``model``.
-
     Returns:
         list[str]: ``name (class)`` of each module that has a weight matrix
         or kernel of its own: excluded ones, and those without an op.

@@ -35,17 +35,7 @@ class BatchNormPrior(PriorTerm):
     couples_images = True
 
     def __call__(self, state: PriorState) -> Tensor:
-        """Compute the term.
-
-        Args:
-            state (PriorState): What the step's forward pass left behind.
-
-        Returns:
-            Tensor: The weighted loss, a scalar for the whole batch.
-
-        Raises:
-            UserError: If the model has no BatchNorm statistics.
-        """
+        """The weighted loss, a scalar for the whole batch."""
         if not state.batch_norms:
             raise UserError(
                 'synthesis.priors: BatchNormPrior found no BatchNorm statistics in this model; '

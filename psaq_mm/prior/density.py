@@ -71,16 +71,7 @@ class _LinearBinning(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
-        """Slope of the upstream gradient in each value's cell; 0 in the discard cell.
-
-        Args:
-            ctx (Any): Autograd's context.
-            grad (Tensor): Gradient of the mass, with shape of (rows, bins).
-
-        Returns:
-            tuple: The gradient of the values with shape of (rows, M), and None
-            for the two other arguments.
-        """
+        """Slope of the gradient in each value's cell; 0 in the discard cell."""
         (cell, ) = ctx.saved_tensors
         slope = torch.zeros_like(grad, memory_format=torch.contiguous_format)
         torch.sub(grad[:, 1:], grad[:, :-1], out=slope[:, :-1])
@@ -97,8 +88,7 @@ def linear_binning(values: Tensor, bins: int, valid: Optional[Tensor] = None) ->
     Args:
         values (Tensor): Values with shape of (rows, M).
         bins (int): Number of grid points, at least 2.
-        valid (Tensor, optional): Boolean, broadcastable to ``values``: True for
-            the values that count. Defaults to None, which counts them all.
+        valid (Tensor, optional): As of :func:`binned_density`.
 
     Returns:
         Tensor: Mass on each grid point, with shape of (rows, bins).
@@ -109,10 +99,6 @@ def linear_binning(values: Tensor, bins: int, valid: Optional[Tensor] = None) ->
 def gaussian_kernel(step: float, bandwidth: float) -> Tensor:
     """Gaussian sampled at the distances of an even grid, with sum 1.
 
-    Args:
-        step (float): Distance between grid points.
-        bandwidth (float): Standard deviation, in the same unit.
-
     Returns:
         Tensor: Weights in float64, with shape of (2 * reach + 1, ).
     """
@@ -122,9 +108,7 @@ def gaussian_kernel(step: float, bandwidth: float) -> Tensor:
     return kernel / kernel.sum()
 
 
-def binned_density(values: Tensor,
-                   bins: int = 256,
-                   bandwidth: float = 0.01,
+def binned_density(values: Tensor, bins: int = 256, bandwidth: float = 0.01,
                    valid: Optional[Tensor] = None) -> Tensor:
     """Density of each image's similarities on a fixed grid over [-1, 1] [choice].
 
@@ -172,19 +156,7 @@ class _ExactDensity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, grid: Tensor, bandwidth: float,
                 chunk: int) -> Tensor:
-        """Sum the kernel over each row's values.
-
-        Args:
-            ctx (Any): Autograd's context.
-            values (Tensor): Values with shape of (B, M).
-            weight (Tensor): Weight of each value, with shape of (B, M).
-            grid (Tensor): Points with shape of (points, ) or (B, points).
-            bandwidth (float): Standard deviation h of the kernel.
-            chunk (int): Number of values of a row taken at a time.
-
-        Returns:
-            Tensor: Density with shape of (B, points).
-        """
+        """Density of shape (B, points), of values and weights of shape (B, M)."""
         density = values.new_zeros(values.shape[0], grid.shape[-1])
         for part, share in zip(values.split(chunk, 1), weight.split(chunk, 1)):
             z = (grid[..., :, None] - part[:, None, :]).div_(bandwidth)
@@ -197,16 +169,7 @@ class _ExactDensity(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None, None, None]:
-        """Derivative of the kernel at each value, summed over the grid.
-
-        Args:
-            ctx (Any): Autograd's context.
-            grad (Tensor): Gradient of the density, with shape of (B, points).
-
-        Returns:
-            tuple: The gradient of the values with shape of (B, M), and None for
-            the other arguments.
-        """
+        """Derivative of the kernel at each value, summed over the grid, shape (B, M)."""
         values, weight, grid = ctx.saved_tensors
         parts = []
         for part, share in zip(values.split(ctx.chunk, 1), weight.split(ctx.chunk, 1)):
@@ -217,25 +180,18 @@ class _ExactDensity(torch.autograd.Function):
         return total, None, None, None, None
 
 
-def exact_density(values: Tensor,
-                  grid: Tensor,
-                  bandwidth: float = 0.01,
+def exact_density(values: Tensor, grid: Tensor, bandwidth: float = 0.01,
                   valid: Optional[Tensor] = None) -> Tensor:
     """Gaussian kernel density estimate of each image's values [v1].
 
     p(x) = 1 / (M h sqrt(2 pi)) * sum over m of exp(-((x - s_m) / h)^2 / 2).
 
-    It is the reference that :func:`binned_density` is tested against. The
-    gradient flows to the values and not to the grid. Memory is bounded.
+    It is the reference that :func:`binned_density` is tested against, which says what the
+    other arguments are. The gradient flows to the values and not to the grid. Memory is bounded.
 
     Args:
-        values (Tensor): Values with shape of (B, ..., M): all entries of one
-            index in the first dimension belong to one image.
         grid (Tensor): Points x with shape of (points, ), or (B, points) for
             images with grids of their own.
-        bandwidth (float): Standard deviation h of the kernel. Defaults to 0.01.
-        valid (Tensor, optional): Boolean, broadcastable to ``values``: True for
-            the values that count. Defaults to None, which counts them all.
 
     Returns:
         Tensor: Density with shape of (B, points). It is 0 for an image without

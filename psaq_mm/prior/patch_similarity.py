@@ -20,17 +20,11 @@ _MIN_NORM = 1e-6
 
 
 def cosine_similarity_matrix(u: Tensor) -> Tensor:
-    """Cosine similarity of every two tokens of a window.
+    """Cosine similarity of every two tokens of a window: shape (n, N, D) to (n, N, N).
 
     Normalising once and multiplying costs a fraction of broadcasting
     ``torch.cosine_similarity`` as V1 does. Half-precision input is computed in
     float32, under autocast too: the kernel's bandwidth is near bfloat16's step.
-
-    Args:
-        u (Tensor): Tokens with shape of (n, N, D).
-
-    Returns:
-        Tensor: Similarities with shape of (n, N, N).
     """
     with torch.autocast(device_type=u.device.type, enabled=False):
         if u.dtype in (torch.float16, torch.bfloat16):
@@ -40,15 +34,7 @@ def cosine_similarity_matrix(u: Tensor) -> Tensor:
 
 
 def _similarities_by_image(u: Tensor, batch_size: int) -> Tensor:
-    """Similarities grouped by image.
-
-    Args:
-        u (Tensor): Tokens with shape of (num_windows*B, N, D), where the
-            windows of an image are neighbours.
-        batch_size (int): Number of images B.
-
-    Returns:
-        Tensor: Similarities with shape of (B, num_windows, N*N).
+    """Similarities grouped by image: (num_windows*B, N, D) to (B, num_windows, N*N).
 
     Raises:
         ValueError: If the windows do not divide evenly among the images.
@@ -61,17 +47,7 @@ def _similarities_by_image(u: Tensor, batch_size: int) -> Tensor:
 
 
 def _valid_pairs(valid: Optional[Tensor], similarities: Tensor) -> Optional[Tensor]:
-    """Pairs of which both tokens are real.
-
-    Args:
-        valid (Tensor, optional): Boolean with shape of (num_windows, N): False
-            for padding. None if all tokens are real.
-        similarities (Tensor): Similarities that the pairs are for, with shape
-            of (B, num_windows, N*N).
-
-    Returns:
-        Tensor | None: Boolean with shape of (num_windows, N*N), or None if
-        ``valid`` is None.
+    """Pairs of which both tokens are real: (num_windows, N) to (num_windows, N*N).
 
     Raises:
         ValueError: If ``valid`` is of another number of windows or tokens.
@@ -86,11 +62,8 @@ def _valid_pairs(valid: Optional[Tensor], similarities: Tensor) -> Optional[Tens
     return (valid[:, :, None] & valid[:, None, :]).flatten(1)
 
 
-def patch_similarity_entropy(u: Tensor,
-                             batch_size: int,
-                             valid: Optional[Tensor] = None,
-                             bins: int = 256,
-                             bandwidth: float = 0.01) -> Tensor:
+def patch_similarity_entropy(u: Tensor, batch_size: int, valid: Optional[Tensor] = None,
+                             bins: int = 256, bandwidth: float = 0.01) -> Tensor:
     """Patch similarity entropy of one block, on a dense fixed grid [choice].
 
     V1's entropy with :func:`binned_density` in place of a kernel density
@@ -120,35 +93,14 @@ def patch_similarity_entropy(u: Tensor,
     return entropy(density, 2 / (bins - 1))
 
 
-def patch_similarity_entropy_v1(u: Tensor,
-                                batch_size: int,
-                                valid: Optional[Tensor] = None,
-                                points: int = 10,
-                                bandwidth: float = 0.01) -> Tensor:
+def patch_similarity_entropy_v1(u: Tensor, batch_size: int, valid: Optional[Tensor] = None,
+                                points: int = 10, bandwidth: float = 0.01) -> Tensor:
     """Patch similarity entropy of one block as V1 computes it [v1].
 
     An exact kernel density estimate on a few points from the smallest to the
     largest similarity of the image; V1 takes the extremes of the whole batch, but
     an image must not depend on its neighbours [choice]. V1 knows no padding:
-    ``valid`` is ours [choice].
-
-    Args:
-        u (Tensor): Mean over heads of attention @ value, with shape of
-            (num_windows*B, N, head_dim). Window w of image b has the index
-            b * num_windows + w.
-        batch_size (int): Number of images B.
-        valid (Tensor, optional): Boolean with shape of (num_windows, N): False
-            for tokens that only pad the feature map. A pair counts if both of
-            its tokens do. Defaults to None, which counts all.
-        points (int): Number of grid points. Defaults to 10.
-        bandwidth (float): Standard deviation h of the kernel. Defaults to 0.01.
-
-    Returns:
-        Tensor: Entropy of each image, with shape of (B, ).
-
-    Raises:
-        ValueError: If the windows do not divide evenly among the images, or
-            ``valid`` does not fit them.
+    ``valid`` is ours [choice]. All but ``points`` is as of :func:`patch_similarity_entropy`.
     """
     similarities = _similarities_by_image(u, batch_size)
     pairs = _valid_pairs(valid, similarities)

@@ -34,32 +34,17 @@ class PatchSimilarityPrior(PriorTerm):
 
     needs_attention = True
 
-    def __init__(self,
-                 weight: float = 1.0,
-                 bins: int = 256,
-                 bandwidth: float = 0.01,
-                 form: str = 'binned',
-                 points: int = 10) -> None:
+    def __init__(self, weight: float = 1.0, bins: int = 256, bandwidth: float = 0.01,
+                 form: str = 'binned', points: int = 10) -> None:
         super().__init__(weight)
         require(is_integer(bins) and bins >= 8, 'bins', 'an integer of at least 8', bins)
         require(is_number(bandwidth) and bandwidth > 0, 'bandwidth', 'a number above 0', bandwidth)
         require(form in ('binned', 'v1'), 'form', "'binned' or 'v1'", form)
         require(is_integer(points) and points >= 2, 'points', 'an integer of at least 2', points)
-        self.bins = bins
-        self.bandwidth = float(bandwidth)
-        self.form = form
-        self.points = points
+        self.bins, self.bandwidth, self.form, self.points = bins, float(bandwidth), form, points
 
     def _block_entropy(self, record: AttentionRecord, batch_size: int) -> Tensor:
-        """Entropy of one block.
-
-        Args:
-            record (AttentionRecord): What the block computed.
-            batch_size (int): Number of images B.
-
-        Returns:
-            Tensor: Entropy of each image, with shape of (B, ).
-        """
+        """Entropy of one block, of each image: shape (B, )."""
         output = record.output
         dtype = torch.promote_types(output.dtype, torch.float32)
         u = output.mean(dim=2, dtype=dtype)  # (num_windows*B, N, head_dim)
@@ -70,17 +55,7 @@ class PatchSimilarityPrior(PriorTerm):
             u, batch_size, record.valid, bins=self.bins, bandwidth=self.bandwidth)
 
     def __call__(self, state: PriorState) -> Tensor:
-        """Compute the term.
-
-        Args:
-            state (PriorState): What the step's forward pass left behind.
-
-        Returns:
-            Tensor: The weighted loss of each image, with shape of (B, ).
-
-        Raises:
-            UserError: If no attention block was recorded.
-        """
+        """The weighted loss of each image, shape (B, )."""
         if not state.attention:
             raise UserError(
                 'synthesis.priors: PatchSimilarityPrior found no attention block in this model; '

@@ -12,17 +12,7 @@ from psaq_mm.sections import is_number
 
 
 def require(fulfilled: bool, key: str, expected: str, value: object) -> None:
-    """Check an argument that comes from the config.
-
-    Args:
-        fulfilled (bool): Whether the value is as expected.
-        key (str): Name of the argument.
-        expected (str): What it must be, to follow "must be".
-        value (object): What it is.
-
-    Raises:
-        UserError: If it is not as expected.
-    """
+    """Raise a :class:`UserError` unless an argument of a term is as expected, after "must be"."""
     if not fulfilled:
         raise UserError(f'synthesis.priors: {key} must be {expected}, got {value!r}')
 
@@ -85,12 +75,11 @@ class PriorState:
     Args:
         images (Tensor): Augmented, normalised images that went through the
             model, with shape of (B, 3, H, W).
-        attention (list[AttentionRecord]): One record for each attention block,
-            in the order of the forward pass. Empty unless a term needs it.
+        attention (list[AttentionRecord]): As of :class:`TeacherRecord`; empty unless a
+            term needs it.
         generators (Sequence[torch.Generator]): Source of each image's draws, on
             the CPU, fresh in each step (:func:`psaq_mm.prior.uniform`).
-        batch_norms (list[BatchNormRecord]): One record for each BatchNorm
-            layer. Empty unless a term needs it.
+        batch_norms (list[BatchNormRecord]): Likewise.
     """
 
     images: Tensor
@@ -128,13 +117,8 @@ class PriorTerm(ABC):
 
     @abstractmethod
     def __call__(self, state: PriorState) -> Tensor:
-        """Compute the term.
+        """The weighted loss of each image, shape (B, ).
 
-        Args:
-            state (PriorState): What the step's forward pass left behind.
-
-        Returns:
-            Tensor: The weighted loss of each image, with shape of (B, ). A
-            scalar is taken as the loss of each: it should then be a mean over
-            the images, and the term couples them.
+        A scalar is taken as the loss of each: it should then be a mean over the images,
+        and the term couples them.
         """

@@ -34,14 +34,7 @@ class TotalVariationPrior(PriorTerm):
         self.high = float(high)
 
     def __call__(self, state: PriorState) -> Tensor:
-        """Compute the term.
-
-        Args:
-            state (PriorState): What the step's forward pass left behind.
-
-        Returns:
-            Tensor: The weighted loss of each image, with shape of (B, ).
-        """
+        """The weighted loss of each image, shape (B, )."""
         draws = uniform(state.generators, 1)[:, 0]
         target = self.low + (self.high - self.low) * draws
         dtype = torch.promote_types(state.images.dtype, torch.float32)

@@ -12,7 +12,7 @@ bits of the last byte are zero.
 """
 
 import math
-from typing import Sequence, Tuple
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -76,9 +76,8 @@ def unpack_integers(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
             ``bits``.
     """
     slot_bits = _slot_bits(bits)
-    per_byte = 8 // slot_bits
     count = math.prod(shape)
-    expected_bytes = -(-count // per_byte)
+    expected_bytes = packed_bytes(count, bits)
     expected_dtype = torch.int8 if slot_bits == 8 else torch.uint8
     if packed.dtype != expected_dtype:
         raise ValueError(f'{bits}-bit values are stored as {expected_dtype}, got {packed.dtype}')
@@ -99,6 +98,11 @@ def unpack_integers(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     return values
 
 
+def packed_bytes(count: int, bits: int) -> int:
+    """How many bytes so many values of ``bits`` take when they are packed."""
+    return -(-count * _slot_bits(bits) // 8)
+
+
 def _slot_bits(bits: int) -> int:
     """Bits that a value takes in storage: 2, 4 or 8."""
     if not is_integer(bits) or not MIN_BITS <= bits <= MAX_BITS:
@@ -106,14 +110,10 @@ def _slot_bits(bits: int) -> int:
     return 2 if bits == 2 else 4 if bits <= 4 else 8
 
 
-def _limits(bits: int) -> Tuple[int, int]:
-    return -2**(bits - 1), 2**(bits - 1) - 1
-
-
 def _require_range(values: Tensor, bits: int) -> None:
     if values.numel() == 0:
         return
-    lowest, highest = _limits(bits)
+    lowest, highest = -2**(bits - 1), 2**(bits - 1) - 1
     smallest, largest = int(values.min()), int(values.max())
     if smallest < lowest or largest > highest:
         raise ValueError(f'{bits}-bit values lie in [{lowest}, {highest}], '

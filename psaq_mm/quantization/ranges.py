@@ -8,6 +8,19 @@ from torch import Tensor
 from .spec import QuantSpec
 
 
+def flaw_of_range(part: str, value: Tensor, spec: QuantSpec) -> str:
+    """What is wrong with a ``scale`` or ``zero_point``; empty if nothing is."""
+    low, high = spec.integer_range
+    if not value.is_floating_point() or not torch.isfinite(value).all():
+        return f'is not finite or holds {value.dtype}'
+    if part == 'scale' and not (value > 0).all():
+        return 'is not above 0'
+    # A learned one lies between integers.
+    if part == 'zero_point' and not ((value >= low) & (value <= high)).all():
+        return f'is not one of the integers from {low} to {high}'
+    return ''
+
+
 def scale_and_zero_point(lower: Tensor, upper: Tensor, spec: QuantSpec) -> Tuple[Tensor, Tensor]:
     """Scale and zero point that cover a range.
 

@@ -128,27 +128,13 @@ class EvolutionSettings:
         return chosen
 
     def require_learnable(self, weights: bool) -> None:
-        """Raise if there is nothing to learn.
-
-        Args:
-            weights (bool): Whether any weight is quantized.
-
-        Raises:
-            UserError: If only weights are to be learned, and none is.
-        """
+        """Raise a :class:`UserError` if only weights are to be learned, and none is quantized."""
         if self.learn == 'weights' and not weights:
             raise UserError("evolution.learn='weights', but no weight is quantized; set it to "
                             "'ranges', or let quantization.placement and include have weights")
 
     def require_even_batches(self, processes: int) -> None:
-        """Raise if several processes cannot split a batch of the game evenly.
-
-        Args:
-            processes (int): How many there are.
-
-        Raises:
-            UserError: If not.
-        """
+        """Raise a :class:`UserError` if processes cannot split a batch of the game evenly."""
         if self.rounds and self.batch_size % processes:
             even = -(-self.batch_size // processes) * processes
             raise UserError(f'evolution.batch_size must be a multiple of the {processes} '

@@ -176,19 +176,14 @@ class QuantizationSettings:
 
     def spec_for(self, module_name: str, role: str,
                  kinds: Collection[str] = ()) -> QuantSpec:
-        """The spec of one tensor.
+        """The spec of one tensor of the float module of that name.
 
         Later ones win: the group's defaults, ``weight`` or ``activation``,
         ``patch_embed_bits`` or ``predictor_bits``, ``roles``, ``overrides``.
 
         Args:
-            module_name (str): Full name of the float module.
-            role (str): The tensor's role.
             kinds (Collection[str]): What the module is, of :data:`KINDS`.
                 Defaults to none of them.
-
-        Returns:
-            QuantSpec: Its spec.
 
         Raises:
             UserError: If a value is out of range.

@@ -97,14 +97,7 @@ class SynthesisSettings:
         return sides(self.image_size, '')
 
     def require_images_for(self, processes: int) -> None:
-        """Raise if some of several processes would have no image to make.
-
-        Args:
-            processes (int): How many there are.
-
-        Raises:
-            UserError: If there are fewer images.
-        """
+        """Raise a :class:`UserError` if some process would have no image to make."""
         if self.num_images < processes:
             raise UserError(f'synthesis.num_images must be at least the {processes} processes, '
                             f'got {self.num_images}')

@@ -43,11 +43,7 @@ def note(model: nn.Module, **changes: Any) -> None:
 
 
 def require_float(model: nn.Module, step: str) -> None:
-    """Raise if a model is quantized already.
-
-    Raises:
-        UserError: If so.
-    """
+    """Raise a :class:`UserError` if a model is quantized already."""
     check_model(model)
     name = next((name for name, _ in named_quant_ops(model)), None)
     if name is not None:
@@ -56,11 +52,7 @@ def require_float(model: nn.Module, step: str) -> None:
 
 
 def require_student(model: nn.Module, step: str) -> None:
-    """Raise if a model has no quantized ops.
-
-    Raises:
-        UserError: If so.
-    """
+    """Raise a :class:`UserError` if a model has no quantized ops."""
     check_model(model)
     if next(named_quant_ops(model), None) is None:
         raise UserError(f'psaq_mm.{step} needs a student, and this model has no quantized '
@@ -68,11 +60,7 @@ def require_student(model: nn.Module, step: str) -> None:
 
 
 def require_calibrated(model: nn.Module, step: str) -> None:
-    """Raise if a model is not quantized, or a range of it is not set.
-
-    Raises:
-        UserError: If so.
-    """
+    """Raise a :class:`UserError` if a model is not quantized, or a range of it is not set."""
     require_student(model, step)
     for name, role, quantizer in named_quantizers(model):
         if not quantizer.calibrated:
@@ -81,13 +69,12 @@ def require_calibrated(model: nn.Module, step: str) -> None:
 
 
 def require_images(model: nn.Module, images: object, step: str, batch_size: int = 1) -> Tensor:
-    """Raise if these are no images of a model, or do not make batches of that size.
+    """Raise if these are no images of teacher or student, or make no batches of that size.
 
     Args:
-        model (nn.Module): Teacher or student.
-        images (Tensor): Should be normalized images of shape (N, C, H, W).
+        images (Tensor): Should be normalized float32 images of shape (N, C, H, W).
         step (str): What needs them, for the message.
-        batch_size (int): Images in a batch, from 1. Defaults to 1.
+        batch_size (int): Should be 1 or more. Defaults to 1.
 
     Returns:
         Tensor: The images.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.ops import named_quant_ops, quantization_enabled
+from psaq_mm.quantization.sqnr import decibel
 
 
 def _first_tensor(output: Any) -> Tensor:
@@ -27,8 +28,7 @@ def measure_sqnr(model: nn.Module, images: Tensor,
         forward (Callable): Runs the model on a batch of them.
 
     Returns:
-        dict[str, float]: Module name to decibel; inf where nothing is lost,
-        -inf where the float output is zero and the other is not. Modules whose output has
+        dict[str, float]: Module name to decibel, as of :func:`decibel`. Modules whose output has
         another shape in both runs (heads on other proposals) are left out.
     """
     signal: Dict[str, float] = {}
@@ -61,13 +61,5 @@ def measure_sqnr(model: nn.Module, images: Tensor,
                 forward(image)
             recording = False
             forward(image)
-    result = {}
-    for name, power in signal.items():
-        if math.isnan(power):
-            continue
-        error = noise[name]
-        if error == 0:
-            result[name] = math.inf
-        else:
-            result[name] = 10 * math.log10(power / error) if power > 0 else -math.inf
-    return result
+    return {name: decibel(power, noise[name]) for name, power in signal.items()
+            if not math.isnan(power)}

@@ -26,7 +26,7 @@ def test_every_kind_of_part_is_registered():
     import importlib
 
     from psaq_mm import registry
-    from psaq_mm.adapters.adapter import HOSTS
+    from psaq_mm.adapters.hosts import HOSTS
     for files in HOSTS.values():  # imported with the first model of the host
         for file in files:
             importlib.import_module(f'psaq_mm.adapters.{file}')

@@ -31,13 +31,7 @@ class PSAQHook(Hook):
 
     def after_synthesis_step(self, runner: 'PSAQRunner', synthesizer: Synthesizer,
                              losses: Dict[str, float]) -> None:
-        """After each step.
-
-        Args:
-            runner (PSAQRunner): The runner.
-            synthesizer (Synthesizer): Its state after the step.
-            losses (dict[str, float]): Term name to weighted value.
-        """
+        """After each step; ``losses`` has the weighted value of each term by name."""
 
     def interrupt_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
         """When an exception, such as Ctrl-C, ends the phase early."""
@@ -56,14 +50,7 @@ class PSAQHook(Hook):
 
     def after_evolution_step(self, runner: 'PSAQRunner', evolver: Evolver,
                              losses: Dict[str, float]) -> None:
-        """After each step.
-
-        Args:
-            runner (PSAQRunner): The runner.
-            evolver (Evolver): Its state after the step.
-            losses (dict[str, float]): Name to value; ``round`` is among them
-                if the step ended a round.
-        """
+        """After each step; ``round`` is among the losses if it ended a round."""
 
     def interrupt_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
         """When an exception, such as Ctrl-C, ends the phase early."""

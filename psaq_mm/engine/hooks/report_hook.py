@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 def describe_modules(model: torch.nn.Module, sqnr: Dict[str, float]) -> List[Dict[str, Any]]:
     """One entry for each quantized module: its tensors and its SQNR.
 
-    Args:
-        model (nn.Module): A calibrated model.
-        sqnr (dict[str, float]): Module name to decibel.
-
     Returns:
         list[dict]: ``name``, ``op``, ``sqnr_db`` (None where it is infinite
         or was not measured) and ``tensors``: for each role ``bits``,

@@ -13,10 +13,7 @@ class MAEObserver(MSEObserver):
     bounds that of ``attn @ v``, whether it is the error of one large weight or
     of many small ones. The squared error looks at the large ones alone: its range
     may round to 0 all of a window that attends evenly, as those of a plain
-    background do.
-
-    Args:
-        spec (QuantSpec): As of :class:`MSEObserver`, and so are the others.
+    background do. Arguments are those of :class:`MSEObserver`.
     """
 
     power = 1

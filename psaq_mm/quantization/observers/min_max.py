@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 @OBSERVERS.register_module()
 class MinMaxObserver(Observer):
-    """Running minimum and maximum, "naive" in the paper [v1].
-
-    Args:
-        spec (QuantSpec): What the range is for.
-    """
+    """Running minimum and maximum, "naive" in the paper [v1]."""
 
     def __init__(self, spec: 'QuantSpec') -> None:
         super().__init__(spec)

@@ -61,13 +61,9 @@ class Observer:
         raise NotImplementedError
 
     def snapshot(self, device: Any) -> 'Observer':
-        """A copy of what was seen, for :meth:`merge` in another process.
+        """A copy of what was seen on a device, for :meth:`merge` in another process.
 
-        It holds no generator, which torch before 2.4 cannot pickle, so it
-        observes no more.
-
-        Args:
-            device (torch.device or str): Where its tensors are.
+        It holds no generator, which torch before 2.4 cannot pickle, so it observes no more.
         """
         def moved(value: Any) -> Any:
             if isinstance(value, Tensor):
