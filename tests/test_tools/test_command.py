@@ -106,10 +106,12 @@ def test_wheel(tmp_path, demo_checkpoint):
         (elsewhere / file).write_text(text.replace('../configs/', 'psaq_mm::'))
     assert 'psaq_mm::_base_/w8a8.py' in (elsewhere / 'mask_rcnn_swin_demo_w8a8.py').read_text()
     options = dict(cwd=str(elsewhere), env={**os.environ, 'PYTHONPATH': str(target)})
-    where = run(sys.executable, '-c', 'import psaq_mm; print(psaq_mm.__file__)', **options)
+    where = run(sys.executable, '-c', 'import importlib.util as u; '
+                'print(u.find_spec("psaq_mm").origin)', **options)
     assert where.splitlines()[-1] == str(target / 'psaq_mm' / '__init__.py')
     run(sys.executable, target / 'bin' / 'psaq_mm', 'quantize', 'mask_rcnn_swin_demo_w8a8.py',
         demo_checkpoint, '--device', 'cpu', '--cfg-options', 'synthesis.steps=2',
-        'synthesis.num_images=2', 'synthesis.image_size=64', 'log_level=WARNING', **options)
+        'synthesis.num_images=2', 'synthesis.image_size=64', 'calibration.image_size=None',
+        'quantization.weight.rounding=nearest', 'log_level=WARNING', **options)
     file = elsewhere / 'work_dirs' / 'mask_rcnn_swin_demo_w8a8' / 'quantized.pth'
     assert 'psaq_mm' in torch.load(str(file), weights_only=True)
