@@ -8,12 +8,8 @@ from torch import nn
 
 @contextmanager
 def evaluating(*models: nn.Module, gradients: bool = False) -> Iterator[None]:
-    """Within the block models are in evaluation mode; all is as before after it.
-
-    Args:
-        *models (nn.Module): The models.
-        gradients (bool): Whether their parameters need gradients meanwhile. Defaults to
-            False.
+    """Within the block models are in evaluation mode, and their parameters need gradients or do
+    not; all is as before after it.
     """
     modes = {m: m.training for model in models for m in model.modules()}
     changed = [p for model in models for p in model.parameters()

@@ -27,12 +27,8 @@ def run_images(forward: Callable[[Tensor], Any], images: Tensor, batch_size: int
     """Run a function on the images of this process, without gradients; all processes stop
     where one fails.
 
-    Args:
-        forward (Callable): Called with each batch.
-        images (Tensor): Those of all processes, shape (N, C, H, W).
-        batch_size (int): Images in a batch.
-        progress (Callable, optional): Called with the number of images of each finished
-            batch. Defaults to None.
+    ``images`` are those of all processes, shape (N, C, H, W). ``progress`` is called with the
+    number of images of each finished batch.
     """
     with torch.no_grad(), stopping_together():
         for batch in images_of_this_process(images).split(batch_size):

@@ -269,11 +269,7 @@ class Adapter:
 
     def convert_state(self, model: nn.Module,
                       state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], str]:
-        """Bring published weights into the keys and channel order of the model.
-
-        Args:
-            model (nn.Module): The float model.
-            state (Mapping[str, Tensor]): Weights by name.
+        """Bring published weights into the keys and channel order of the float model.
 
         Returns:
             tuple: The weights, and the name of the layout they came in;

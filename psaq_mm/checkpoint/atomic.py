@@ -89,7 +89,6 @@ def save_torch(obj: Any, path: PathLike) -> None:
         obj (Any): What to save: tensors, strings, numbers and containers of
             them, as :func:`load_checkpoint_file` skips all else. A dict is
             marked with :data:`~psaq_mm.checkpoint.integrity.DIGEST_KEY`.
-        path (str or PathLike): File to write.
 
     Raises:
         UserError: If the file cannot be written, or holds anything else.
@@ -159,9 +158,6 @@ def ensure_writable_dir(path: PathLike) -> None:
     A long run calls this first, so that it does not end with results that it
     cannot save. Nothing is left behind if it fails: neither the folder nor
     those of its parents that were missing.
-
-    Args:
-        path (str or PathLike): The folder.
 
     Raises:
         UserError: If the folder cannot be created or written to.

@@ -15,17 +15,12 @@ from .safe_load import extract_state_dict, load_checkpoint_file, meta_of, requir
 
 
 def fit_float_state(model: nn.Module, checkpoint: Any, path: str) -> Dict[str, Tensor]:
-    """The weights of a float checkpoint in the keys of a model.
+    """The weights of a float checkpoint in the keys of a model, which is not changed.
 
     Published layouts are recognised and converted, and the log names them.
 
     Args:
-        model (nn.Module): The float model; it is not changed.
-        checkpoint (Any): What :func:`load_checkpoint_file` returned.
-        path (str): Its name, for messages.
-
-    Returns:
-        dict[str, Tensor]: Weights of the model by name.
+        checkpoint (Any): What :func:`load_checkpoint_file` returned of ``path``.
 
     Raises:
         UserError: If there are no weights, their layout is unknown, or they
@@ -65,19 +60,14 @@ def load_float_weights(model: nn.Module, path: str, trust: bool = False) -> Dict
         dict: The checkpoint's ``meta`` entry, or an empty dict.
 
     Raises:
-        UserError: If the file is missing, not a checkpoint, quantized
-            already, of another model or an unknown layout, or holds values
-            that are not finite.
+        UserError: If the file is missing, not a checkpoint, quantized already, of another
+            model or an unknown layout, or holds values that are not finite.
     """
     return load_float_state(model, load_checkpoint_file(path, trust=trust), path)
 
 
 def load_float_state(model: nn.Module, checkpoint: Any, path: str) -> Dict[str, Any]:
-    """As :func:`load_float_weights`, from what was read of a file.
-
-    Args:
-        path (str): Name of that file, for messages.
-    """
+    """As :func:`load_float_weights`, from what was read of the file at ``path``."""
     if is_quantized(checkpoint):
         raise UserError(f'{path} is quantized already; pass the float checkpoint')
     state = fit_float_state(model, checkpoint, path)

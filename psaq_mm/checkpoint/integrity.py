@@ -34,28 +34,15 @@ _MAX = 0xFFFFFFFF
 
 
 def digest_comment(archive: memoryview) -> bytes:
-    """Make room for a digest in a zip archive without a comment.
-
-    Args:
-        archive (memoryview): The whole archive; the last two bytes, which are
-            the length of its comment, are changed.
-
-    Returns:
-        bytes: The comment, to be written behind the archive.
+    """Make room for a digest in a zip archive, whose last two bytes, the length of its comment,
+    are changed; the comment, to be written behind the archive, is returned.
     """
     archive[-2:] = struct.pack('<H', _COMMENT_LENGTH)
     return _COMMENT + hashlib.sha256(archive).hexdigest().encode()
 
 
 def require_undamaged(file: BinaryIO, path: str) -> bool:
-    """Check all bytes of a zip file.
-
-    Args:
-        file (BinaryIO): The file.
-        path (str): Its name, for messages.
-
-    Returns:
-        bool: Whether the file holds a digest of its own.
+    """Check all bytes of a zip file; whether it holds a digest of its own is returned.
 
     Raises:
         UserError: If a byte has changed, or bytes are missing or too many.

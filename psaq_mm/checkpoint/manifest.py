@@ -26,11 +26,6 @@ _FORMAT = ('bits', 'symmetric', 'granularity')
 def build_manifest(model: nn.Module, about: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
     """Describe the quantized ops of a model, in plain dicts, lists and numbers.
 
-    Args:
-        model (nn.Module): A model with quantized ops.
-        about (Mapping, optional): What else to record: seed, settings, the
-            source checkpoint's name and hash. Defaults to None.
-
     Returns:
         dict: ``format_version``, ``psaq_mm_version``, ``modules`` (name ->
         ``op``, ``roles`` and, where the weight is quantized,
@@ -100,10 +95,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def plan_of_manifest(manifest: Mapping[str, Any]) -> Plan:
-    """The plan that rebuilds the quantized ops of a manifest.
-
-    Args:
-        manifest (Mapping): From :func:`read_manifest`.
+    """The plan that rebuilds the quantized ops of a manifest of :func:`read_manifest`.
 
     Raises:
         UserError: If a spec is damaged; its module and role are named.

@@ -53,12 +53,10 @@ from .stock_loader_guard import StockLoaderGuard
 
 def quantized_checkpoint(model: nn.Module, about: Optional[Mapping[str, Any]] = None,
                          meta: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
-    """The content of a quantized checkpoint.
+    """The content of a quantized checkpoint of a calibrated model.
 
     Args:
-        model (nn.Module): A calibrated model with quantized ops.
-        about (Mapping, optional): Further entries of the manifest. Defaults
-            to None.
+        about (Mapping, optional): Further entries of the manifest. Defaults to None.
         meta (Mapping, optional): The float checkpoint's ``meta``; its plain
             values are kept, such as ``dataset_meta``. Defaults to None.
 

@@ -82,18 +82,11 @@ def load_checkpoint_file(path: PathLike, trust: bool = False) -> Any:
 
 
 def extract_state_dict(checkpoint: Any, path: PathLike) -> Dict[str, Tensor]:
-    """Find the weights in a loaded checkpoint.
+    """Find the weights in what :func:`load_checkpoint_file` returned of a file.
 
     They are taken from ``checkpoint['state_dict']``, else from
     ``checkpoint['model']``, else ``checkpoint`` itself is the state dict. The
     prefix ``module.`` that ``DistributedDataParallel`` adds is removed.
-
-    Args:
-        checkpoint (Any): What :func:`load_checkpoint_file` returned.
-        path (str or PathLike): Where it came from, for the message.
-
-    Returns:
-        Dict[str, Tensor]: Weights by name.
 
     Raises:
         UserError: If none of the three places holds tensors by name.
@@ -135,12 +128,7 @@ def sha256_of_file(path: PathLike) -> str:
 
 
 def require_finite(state_dict: Mapping[str, Tensor], path: PathLike) -> None:
-    """Refuse weights that hold NaN or infinity.
-
-    Args:
-        state_dict (Mapping[str, Tensor]): Weights by name. Only those of a
-            floating-point dtype are looked at.
-        path (str or PathLike): Where they came from, for the message.
+    """Refuse weights of a file, by name, that hold NaN or infinity.
 
     Raises:
         UserError: If a weight is not finite; the first three are named.

@@ -149,14 +149,11 @@ def custom_hooks(config: Config) -> List[Any]:
 
 
 def hook_class(hook: Any, scope: str) -> Optional[type]:
-    """The class of a hook that is registered here, in a host or in mmengine.
+    """The class of a hook that is registered here, in a host or in mmengine, or None.
 
     Args:
         hook (Any): A hook, or a dict with its type, a class or a name.
         scope (str): The host's, where names without a scope are looked up too.
-
-    Returns:
-        type, optional: None if there is no such hook.
     """
     kind = hook.get('type') if isinstance(hook, Mapping) else type(hook)
     if not isinstance(kind, str):

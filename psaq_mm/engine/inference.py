@@ -33,11 +33,8 @@ TOP = 5
 def find_images(paths: Sequence[str]) -> List[Path]:
     """The image files among files and folders, each of which is opened once.
 
-    Args:
-        paths (Sequence[str]): Files, and folders to search with their subfolders.
-
     Returns:
-        list[Path]: In the order of ``paths``; those of a folder sorted.
+        list[Path]: In the order of ``paths``; those of a folder, and of its subfolders, sorted.
 
     Raises:
         UserError: If a path does not exist, a folder holds no image, or an image cannot be read.
@@ -127,10 +124,9 @@ def read_rgb(path: Path) -> np.ndarray:
 
 
 def predict(model: nn.Module, inputs: Mapping[str, Any], score_thr: float = 0.3) -> Any:
-    """What a model predicts for one image.
+    """What a model of :func:`~psaq_mm.engine.init_model` predicts for one image.
 
     Args:
-        model (nn.Module): From :func:`~psaq_mm.engine.init_model`.
         inputs (Mapping): From :func:`input_pipeline`.
         score_thr (float): Instances that score less are left out. Defaults to 0.3.
 

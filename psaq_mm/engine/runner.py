@@ -181,12 +181,7 @@ class PSAQRunner(Runner):
             resume (bool): Whether to go on from the last saved state.
                 Defaults to False.
             device (str or torch.device): Defaults to ``cpu``; a launcher
-                gives each process its own.
-            launcher (str): ``none``, ``pytorch``, ``slurm`` or ``mpi``.
-                Defaults to ``none``.
-
-        Returns:
-            PSAQRunner: The runner.
+                (``pytorch``, ``slurm`` or ``mpi``) gives each process its own.
         """
         hooks = cls.hooks_for_quantization(config)
         # mmengine's default hooks count iterations of a data loader; there is

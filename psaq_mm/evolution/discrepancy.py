@@ -21,15 +21,9 @@ def _by_image(values: Tensor) -> Tensor:
 
 
 def relative_l1(teacher: Tensor, student: Tensor) -> Tensor:
-    """``mean|T - S| / (mean|T| + eps)`` of each image: free of the tap's scale
-    [choice].
+    """``mean|T - S| / (mean|T| + eps)`` of each image: free of the tap's scale [choice].
 
-    Args:
-        teacher (Tensor): Shape (B, ...).
-        student (Tensor): Same shape.
-
-    Returns:
-        Tensor: Shape (B,).
+    Both are of shape (B, ...), the result of shape (B,).
     """
     return _by_image((teacher - student).abs()) / (_by_image(teacher.abs()) + EPSILON)
 
@@ -38,12 +32,7 @@ def binary_kl(teacher: Tensor, student: Tensor) -> Tensor:
     """KL divergence of the student's Bernoulli scores from the teacher's, of
     each image, for logits that go through a sigmoid [peer: APHQ-ViT].
 
-    Args:
-        teacher (Tensor): Logits of shape (B, ...).
-        student (Tensor): Same shape.
-
-    Returns:
-        Tensor: Shape (B,), in nats a score.
+    Both are of shape (B, ...), the result of shape (B,), in nats a score.
     """
     p = teacher.sigmoid()
     on, off = F.logsigmoid(teacher), F.logsigmoid(-teacher)

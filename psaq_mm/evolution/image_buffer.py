@@ -41,16 +41,7 @@ class ImageBuffer:
             self.later.pop(0)
 
     def draw(self, count: int, new_fraction: float, generator: torch.Generator) -> Tensor:
-        """A batch of new and old images.
-
-        Args:
-            count (int): Images in it.
-            new_fraction (float): Fraction of them from the newest round.
-            generator (torch.Generator): Source of the draws.
-
-        Returns:
-            Tensor: Shape (count, C, H, W).
-        """
+        """A batch of shape (count, C, H, W): a fraction from the newest round, the rest of all."""
         new = round(count * new_fraction)
         parts = [_pick(self.newest, new, generator), _pick(self.images, count - new, generator)]
         return torch.cat(parts)

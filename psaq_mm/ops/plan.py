@@ -34,15 +34,7 @@ def _require_matches(key: str, patterns: Sequence[str], names: List[str],
 
 def plan_quantization(model: nn.Module, settings: QuantizationSettings,
                       adapter: 'Adapter') -> Plan:
-    """Choose the modules and specs of a quantization.
-
-    Args:
-        model (nn.Module): The float model.
-        settings (QuantizationSettings): The ``quantization`` section.
-        adapter (Adapter): Knows the scope and the output points of the model.
-
-    Returns:
-        dict: The plan.
+    """Choose the modules and specs of a quantization of a float model.
 
     Raises:
         UserError: If the model is quantized already, an ``include``,

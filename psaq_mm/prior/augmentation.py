@@ -34,15 +34,9 @@ def random_roll(images: Tensor, max_shift: Union[int, Tuple[int, int]],
 
 
 def random_flip(images: Tensor, probability: float, draws: Tensor) -> Tensor:
-    """Mirror some images left to right [v1].
+    """Mirror images of shape (B, C, H, W) left to right, each with a probability [v1: 0.5].
 
-    Args:
-        images (Tensor): Images with shape of (B, C, H, W).
-        probability (float): Probability of the flip. V1 uses 0.5.
-        draws (Tensor): Uniform in [0, 1), with shape of (B, ).
-
-    Returns:
-        Tensor: Images with shape of (B, C, H, W).
+    ``draws`` are uniform in [0, 1), with shape of (B, ).
     """
     flip = (draws < probability).to(images.device).view(-1, 1, 1, 1)
     return torch.where(flip, images.flip(-1), images)

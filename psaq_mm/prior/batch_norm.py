@@ -9,11 +9,7 @@ from torch import Tensor
 def channel_statistics(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, as BatchNorm computes them.
 
-    Args:
-        x (Tensor): Input of a BatchNorm layer, shape (B, C, ...).
-
-    Returns:
-        tuple[Tensor, Tensor]: Shape (C, ) each, in at least float32.
+    Of an input of shape (B, C, ...): shape (C, ) each, in at least float32.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).flatten(1)
     return x.mean(1), x.var(1, unbiased=False)
@@ -24,18 +20,8 @@ def gaussian_divergence(mean: Tensor, var: Tensor, running_mean: Tensor, running
     """KL(N(mean, var) || N(running_mean, running_var)) of each channel.
 
     Zero where the statistics agree, and free of the channel's scale
-    [choice; DeepInversion takes the L2 distance of both (peer)].
-
-    Args:
-        mean (Tensor): Of the batch, shape (C, ).
-        var (Tensor): Of the batch, shape (C, ).
-        running_mean (Tensor): As stored, shape (C, ).
-        running_var (Tensor): As stored, shape (C, ).
-        eps (float): Added to both variances, as BatchNorm does. Defaults to
-            1e-5.
-
-    Returns:
-        Tensor: Shape (C, ), not negative, in nats.
+    [choice; DeepInversion takes the L2 distance of both (peer)]. ``eps`` is added to both
+    variances, as BatchNorm does. All are of shape (C, ), and so is the result, in nats.
     """
     var, running_var = var + eps, running_var + eps
     ratio = var / running_var

@@ -11,31 +11,16 @@ from torch import Tensor
 
 
 def derived_seed(seed: int, index: int) -> int:
-    """Seed of one of many streams of random numbers, such as those of an image.
+    """Seed, in [0, 2^64), of one of many streams of random numbers, such as those of an image.
 
     NumPy's seeds of parallel streams: neither neighbouring seeds nor
-    neighbouring indices have anything in common.
-
-    Args:
-        seed (int): What all of them come from.
-        index (int): Which of them, from 0.
-
-    Returns:
-        int: In [0, 2^64).
+    neighbouring indices, from 0, have anything in common.
     """
     sequence = np.random.SeedSequence(seed % 2**64, spawn_key=(index, ))
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def uniform(generators: Sequence[torch.Generator], count: int) -> Tensor:
-    """Draw numbers uniformly from [0, 1).
-
-    Args:
-        generators (Sequence[torch.Generator]): One for each image, on the CPU.
-        count (int): Numbers for each.
-
-    Returns:
-        Tensor: Float64, with shape of (B, count), on the CPU.
-    """
+    """Draw numbers from [0, 1) by each generator: float64, shape (B, count), on the CPU."""
     return torch.stack([torch.rand(count, generator=generator, dtype=torch.float64)
                         for generator in generators])

@@ -38,12 +38,9 @@ class AttentionRecord:
 class BatchNormRecord:
     """What one BatchNorm layer saw in one forward pass, and what it remembers.
 
-    Args:
-        mean (Tensor): Of its input in this batch, with shape of (C, ).
-        var (Tensor): Biased variance of the same, with shape of (C, ).
-        running_mean (Tensor): As stored in the layer, with shape of (C, ).
-        running_var (Tensor): As stored in the layer, with shape of (C, ).
-        eps (float): What the layer adds to variances.
+    Mean and biased variance are of its input in this batch, ``running_mean`` and
+    ``running_var`` as stored in the layer, with shape of (C, ) each; ``eps`` is what the layer
+    adds to variances.
     """
 
     mean: Tensor
@@ -55,13 +52,8 @@ class BatchNormRecord:
 
 @dataclass
 class TeacherRecord:
-    """What one forward pass of the teacher left behind.
-
-    Args:
-        attention (list[AttentionRecord]): One record for each attention block,
-            in the order of the forward pass.
-        batch_norms (list[BatchNormRecord]): One record for each BatchNorm
-            layer that ran, likewise.
+    """What one forward pass of the teacher left behind: a record for each attention block, and
+    for each BatchNorm layer that ran, in the order of the pass.
     """
 
     attention: List[AttentionRecord] = field(default_factory=list)

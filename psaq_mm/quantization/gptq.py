@@ -31,10 +31,7 @@ def parts_of(inputs: int) -> List[int]:
 
 
 def second_moments(x: Tensor) -> List[Tensor]:
-    """The sum of x x^T over inputs, of each part.
-
-    Args:
-        x (Tensor): Inputs as rows, shape (N, I).
+    """The sum of x x^T over inputs, the rows of ``x`` of shape (N, I), of each part.
 
     Returns:
         list[Tensor]: Shape (P, P) each, float32; the parts' sizes P add up to I.
@@ -43,10 +40,7 @@ def second_moments(x: Tensor) -> List[Tensor]:
 
 
 def inverse_factor(second_moment: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of a damped second moment.
-
-    Args:
-        second_moment (Tensor): H, shape (P, P).
+    """The upper Cholesky factor of the inverse of a damped second moment H of shape (P, P).
 
     Returns:
         Tensor: U, upper triangular, float64, with U^T U = (H + d)^-1.

@@ -60,15 +60,7 @@ def pack_integers(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_integers(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
-    """Undo :func:`pack_integers`.
-
-    Args:
-        packed (Tensor): What ``pack_integers`` returned.
-        bits (int): Bits of a value, 2 to 8.
-        shape (Sequence[int]): Shape of the values.
-
-    Returns:
-        Tensor: int8 with shape of ``shape``.
+    """Undo :func:`pack_integers`: int8 values of that shape.
 
     Raises:
         ValueError: If ``bits`` is not in 2 to 8, or dtype or number of bytes

@@ -88,12 +88,7 @@ class Quantizer(nn.Module):
         self.set_range(lower, upper)
 
     def set_range(self, lower: Tensor, upper: Tensor) -> None:
-        """Set scale and zero point to cover a range.
-
-        Args:
-            lower (Tensor): Lower ends, shape (C,), or (1,) for per-tensor.
-            upper (Tensor): Upper ends, same shape.
-        """
+        """Set scale and zero point to cover a range with ends of shape (C,), or (1,)."""
         scale, zero_point = scale_and_zero_point(lower, upper, self.spec)
         with torch.inference_mode(False):  # else they could not be loaded over
             scale, zero_point = scale.clone(), zero_point.clone()

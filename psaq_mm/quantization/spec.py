@@ -101,11 +101,7 @@ class QuantSpec:
         return 0, 2**self.bits - 1
 
     def widen(self, lower: Tensor, upper: Tensor) -> Tuple[Tensor, Tensor]:
-        """Give a range its margin.
-
-        Args:
-            lower (Tensor): What was observed.
-            upper (Tensor): Likewise, same shape.
+        """Give a range that was observed its margin.
 
         Returns:
             tuple[Tensor, Tensor]: Ends at least as far from 0, within the

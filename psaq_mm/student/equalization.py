@@ -84,7 +84,7 @@ def equalize(model: nn.Module, images: Tensor, settings: Optional[QuantizationSe
 def equalize_channels(model: nn.Module, readers: Dict[str, str], images: Tensor,
                       forward: Callable[[Tensor], Sequence[Tensor]], limit: float,
                       batch_size: int = 8) -> Dict[str, int]:
-    """:func:`equalize`, by any function that gives the feature maps of a batch.
+    """As :func:`equalize`, by any function that gives the feature maps of a batch.
 
     RepQ-ViT's scale reparameterization (arXiv 2212.08254, section 3.2), of wide channels
     alone, as equal ones make weights harder to quantize, and without its shift: Swin

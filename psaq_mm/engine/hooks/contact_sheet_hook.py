@@ -25,15 +25,8 @@ def contact_sheet(images: Tensor, lower: Tensor, upper: Tensor, rgb: bool,
                   columns: int = 4) -> bytes:
     """A PNG with all images side by side.
 
-    Args:
-        images (Tensor): Normalized images of shape (N, C, H, W).
-        lower (Tensor): Normalized value of pixel 0, shape (1, C, 1, 1).
-        upper (Tensor): Normalized value of pixel 255, same shape.
-        rgb (bool): Whether the channels are RGB; else BGR.
-        columns (int): Images in a row. Defaults to 4.
-
-    Returns:
-        bytes: The file.
+    Images are normalized, of shape (N, C, H, W); ``lower`` and ``upper`` of shape (1, C, 1, 1)
+    are pixels 0 and 255. Their channels are RGB, else BGR.
     """
     pixels = ((images.cpu() - lower) / (upper - lower)).clamp(0, 1)
     if pixels.shape[1] == 3 and not rgb:
