@@ -59,8 +59,8 @@ def test_learned_zero_point_is_rounded():
     assert torch.equal(form.scale, source.scale)
 
 
-@pytest.mark.parametrize('change, word', [(dict(zero_point=-3.), 'zero point'),
-                                          (dict(scale=-1.), 'not positive')])
+@pytest.mark.parametrize('change, word', [(dict(zero_point=-3.), 'zero_point'),
+                                          (dict(scale=-1.), 'scale is not above 0')])
 def test_ranges_that_fit_no_engine(change, word):
     source = quantizer([-1.], [1.], bits=8, symmetric=False)
     for name, value in change.items():
