@@ -17,7 +17,8 @@ LEARNED = 'psaq_mm_learned'
 """Key in a state dict that says that a range was learned; there only if it was."""
 
 INTEGERS = 'psaq_mm_integers'
-"""Key in a state dict of what integers a range is for: bits, and 1 if it is symmetric."""
+"""Key in a state dict of what integers a range is for: bits, and 1 if it is symmetric;
+on the CPU, wherever the model is."""
 
 
 class Quantizer(nn.Module):
