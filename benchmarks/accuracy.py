@@ -3,6 +3,7 @@
 
     python benchmarks/accuracy.py                              # the demo detector
     python benchmarks/accuracy.py --model bccd                 # real photographs, if present
+    PSAQ_NUCLEI=DIR python benchmarks/accuracy.py --model nuclei
     python benchmarks/accuracy.py --settings w4a4 --rows real32 default evolve --scope model
     python benchmarks/accuracy.py --table                      # what is measured so far
     python benchmarks/accuracy.py --table --plot cost.png      # and accuracy against cost
@@ -29,9 +30,10 @@ the student then learns:
     evolve     the preset ``evolve``: as ``default``, and the student learns from views of these
                images
 
-SQNR is that of the backbone's feature maps on real test images. Every value is
-kept in benchmarks/measured as soon as it is there, with a fingerprint of what it was
-measured of; a run that was cut off goes on, and what is outdated is measured again.
+SQNR is that of the backbone's feature maps on real test images. "With float" is agreement:
+ground truth are the float model's classes, or its detections of scores above 0.3. Every
+value is kept in benchmarks/measured as soon as it is there, with a fingerprint of what it
+was measured of; a run that was cut off goes on, and what is outdated is measured again.
 """
 import argparse
 import functools
@@ -105,6 +107,8 @@ def print_table(float_model: Dict[str, float], found: Found, scope: str, setting
     for key in metrics_of(float_model):
         cells = {row: [cell(found(row, setting), key, seeds) for setting in settings]
                  for row in rows}
+        if key not in float_model and not any(any(values) for values in cells.values()):
+            continue
         print(f'\n{METRICS[key][0]}, scope `{scope}`: mean (lowest to highest seed)\n')
         print(f'| | {" | ".join(s.upper() for s in settings)} |')
         print('|---' * (len(settings) + 1) + '|')

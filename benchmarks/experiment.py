@@ -33,6 +33,7 @@ from typing import (
 
 import torch
 import torch.nn.functional as F
+from agreement import Detections, agreement_ap, detections_of
 from mmengine.config import ConfigDict
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
@@ -51,6 +52,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'demo'
 BCCD = Path(os.environ.get('PSAQ_BCCD', ROOT.parent / 'shared' / 'real' / 'bccd'))
 """Where a detector of blood cells and its photographs are; not in the repository."""
+NUCLEI = Path(os.environ.setdefault(  # the config reads it too
+    'PSAQ_NUCLEI', str(ROOT.parent / 'shared' / 'real' / 'nuclei')))
+"""Where microscope images of nuclei are; not in the repository."""
+PHOTOGRAPHS = dict(bccd=(BCCD, 'train32.json'), nuclei=(NUCLEI, 'train.json'))
+"""Folder and training annotations of what is no demo model."""
+NUCLEI_DETECTOR = ROOT / 'benchmarks' / 'models' / 'mask_rcnn_swin_nuclei.py'
 TRAINED = ROOT / 'work_dirs' / 'train'
 """Where demo/train.py leaves what is too large to be shipped."""
 
@@ -63,10 +70,13 @@ MODELS = dict(
     upernet=(DEMO / 'upernet_swin_demo.py', DEMO / 'upernet_swin_demo.pth'),
     swin=(DEMO / 'swin_demo.py', DEMO / 'swin_demo.pth'),
     deit=(DEMO / 'deit_demo.py', DEMO / 'deit_demo.pth'),
-    bccd=(BCCD / 'mask_rcnn_swin_bccd.py', BCCD / 'mask_rcnn_swin_bccd.pth'))
+    bccd=(BCCD / 'mask_rcnn_swin_bccd.py', BCCD / 'mask_rcnn_swin_bccd.pth'),
+    nuclei=(NUCLEI_DETECTOR, NUCLEI_DETECTOR.with_suffix('.pth')))
 
 METRICS = {'coco/bbox_mAP': ('box AP', 100), 'coco/segm_mAP': ('mask AP', 100),
            'mIoU': ('mIoU', 1), 'agreement': ('mIoU with float', 1),
+           'agreement/bbox': ('box AP with float', 100),
+           'agreement/segm': ('mask AP with float', 100),
            'accuracy/top1': ('top-1', 1), 'sqnr': ('SQNR', 1)}
 """Key to its name in tables and its factor to points (or decibel)."""
 
@@ -175,8 +185,9 @@ class Subject:
 
     def __init__(self, name: str, work_dir: Path, scenes: int = 0) -> None:
         file, self.checkpoint = MODELS[name]
-        if not file.exists():
-            sys.exit(f'{file} is not here: nothing to measure or to compare with')
+        for needed in (PHOTOGRAPHS[name][0] if name in PHOTOGRAPHS else file, file):
+            if not needed.exists():
+                sys.exit(f'{needed} is not here: nothing to measure or to compare with')
         if scenes and DEMO not in file.parents:
             sys.exit(f'--scenes: {name} has no scenes that could be rendered; leave it out')
         self.name, self.work_dir, self.scenes = name, work_dir / name, scenes
@@ -191,7 +202,7 @@ class Subject:
             sys.exit(f'{self.checkpoint} is not here' + (
                 f': python demo/train.py demo/{MODELS[self.name][0].name} --half trains it'
                 if DEMO in MODELS[self.name][0].parents else ': nothing to measure'))
-        if self.name != 'bccd':
+        if self.name not in PHOTOGRAPHS:
             from scenes import render_split
             folder = DEMO / 'data'
             if self.scenes:
@@ -257,23 +268,43 @@ class Subject:
         either = sum((a | b).sum(0) for a, b in pairs)
         return 100 * float((both / either)[either > 0].mean())
 
-    def evaluate(self, student: nn.Module, metrics: bool = True) -> Dict[str, float]:
-        """SQNR, and the metrics of the config's own evaluator on its test set; of
-        segmentors the agreement with the float model too."""
-        found = {} if student is self.model else dict(sqnr=self.sqnr(student))
-        if not metrics:
-            return found
-        if found and hasattr(student, 'decode_head'):
-            found['agreement'] = self.agreement(student)
+    @functools.cached_property
+    def _float_detections(self) -> List[Detections]:
+        """What the float model finds in the test images."""
+        return self._test(self.model)[1]
+
+    def _test(self, student: nn.Module) -> Tuple[Dict[str, float], List[Detections]]:
+        """Metrics of the config's own evaluator on its test set, and what a detector finds
+        in each image."""
         loader = Runner.build_dataloader(copy.deepcopy(self.config.test_dataloader))
         evaluator = Evaluator(copy.deepcopy(self.config.test_evaluator))
         evaluator.dataset_meta = loader.dataset.metainfo
+        detections = []
         with torch.no_grad():
             for batch in loader:
-                evaluator.process(data_samples=student.test_step(batch), data_batch=batch)
+                samples = student.test_step(batch)
+                detections += [detections_of(s) for s in samples if 'pred_instances' in s]
+                evaluator.process(data_samples=samples, data_batch=batch)
         with contextlib.redirect_stdout(io.StringIO()):  # the tables of pycocotools
             values = evaluator.evaluate(len(loader.dataset))
-        return {**found, **{k: float(v) for k, v in values.items()}}
+        return {k: float(v) for k, v in values.items()}, detections
+
+    def evaluate(self, student: nn.Module, metrics: bool = True) -> Dict[str, float]:
+        """SQNR, and the metrics of the config's own evaluator on its test set; of
+        detectors and segmentors the agreement with the float model too."""
+        found = {} if student is self.model else dict(sqnr=self.sqnr(student))
+        if not metrics:
+            return found
+        values, detections = self._test(student)
+        if student is self.model:
+            self._float_detections = detections
+            return values
+        if hasattr(student, 'decode_head'):
+            found['agreement'] = self.agreement(student)
+        for kind in ('bbox', 'segm'):
+            if f'coco/{kind}_mAP' in values:
+                found[f'agreement/{kind}'] = agreement_ap(self._float_detections, detections, kind)
+        return {**found, **values}
 
     def real_images(self, count: int, seed: int) -> Tensor:
         """Training images as the test pipeline prepares them, shape
@@ -281,8 +312,8 @@ class Subject:
         preprocess: Any = self.model.data_preprocessor  # the model registers its host's datasets
         loader: Any = copy.deepcopy(self.config.test_dataloader)
         dataset: ConfigDict = loader.dataset
-        if self.name == 'bccd':
-            dataset.ann_file = 'train32.json'
+        if self.name in PHOTOGRAPHS:
+            dataset.ann_file = PHOTOGRAPHS[self.name][1]
         elif 'root' in dataset:
             dataset.root = str(TRAINING / 'train_crops')
         else:
@@ -441,7 +472,9 @@ class Results:
 def metrics_of(float_model: Mapping[str, float]) -> List[str]:
     """Keys of what a table shows: the float model's metrics, and those of a student
     beside it."""
-    beside = ('sqnr', 'agreement') if 'mIoU' in float_model else ('sqnr', )
+    beside = {'sqnr', *({'agreement'} if 'mIoU' in float_model else ()),
+              *(f'agreement/{kind}' for kind in ('bbox', 'segm')
+                if f'coco/{kind}_mAP' in float_model)}
     return [key for key in METRICS if key in float_model or key in beside]
 
 

@@ -18,9 +18,8 @@ from psaq_mm.engine import load_config
 HERE = Path(__file__).resolve().parent
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('config', type=Path, nargs='?', default=HERE / 'mask_rcnn_swin_demo.py')
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Of a training: where it leaves what, and whether it goes on."""
     parser.add_argument('--work-dir', type=Path, default=None,
                         help='default: work_dirs/train/<name of the config>')
     parser.add_argument('--out', type=Path, default=None,
@@ -29,12 +28,17 @@ def main() -> None:
                         help='write the weights as float16, in half of the size')
     parser.add_argument('--resume', action='store_true')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
 
-    for split in SPLITS:
-        render_split(split, HERE / 'data')
-    cfg = load_config(args.config)
-    work_dir = args.work_dir or Path('work_dirs/train') / args.config.stem
+
+def train(config: Path, args: argparse.Namespace) -> None:
+    """Train a config and write its weights.
+
+    Args:
+        config (Path): Its data is there.
+        args (Namespace): As of :func:`add_options`.
+    """
+    cfg = load_config(config)
+    work_dir = args.work_dir or Path('work_dirs/train') / config.stem
     cfg.work_dir = str(work_dir)
     cfg.resume = args.resume
     if args.resume:
@@ -47,13 +51,23 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     runner = Runner.from_cfg(cfg)
     runner.train()
-    out = args.out or work_dir / f'{args.config.stem}.pth'
+    out = args.out or work_dir / f'{config.stem}.pth'
     weights = {k: v.detach().cpu() for k, v in runner.model.state_dict().items()}
     if args.half:
         weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     meta = dict(dataset_meta=dict(runner.val_dataloader.dataset.metainfo))
     torch.save(dict(meta=meta, state_dict=weights), out)
     print(f'weights: {out}, {out.stat().st_size / 1e6:.1f} MB')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('config', type=Path, nargs='?', default=HERE / 'mask_rcnn_swin_demo.py')
+    add_options(parser)
+    args = parser.parse_args()
+    for split in SPLITS:
+        render_split(split, HERE / 'data')
+    train(args.config, args)
 
 
 if __name__ == '__main__':

@@ -78,3 +78,10 @@ def test_rows_that_the_results_name_exist(scripts):
             rest = words[words.index(option) + 1:]
             named = rest[:next((i for i, w in enumerate(rest) if w.startswith('--')), None)]
             assert {*named} <= {*names_of(scripts[script])}
+
+
+def test_absent_images_are_named(scripts, tmp_path, monkeypatch):
+    experiment = scripts['experiment']
+    monkeypatch.setitem(experiment.PHOTOGRAPHS, 'nuclei', (tmp_path / 'images', 'train.json'))
+    with pytest.raises(SystemExit, match='images is not here'):
+        experiment.Subject('nuclei', tmp_path)
