@@ -4,21 +4,9 @@
 The two are classes of their own with the same submodules and the same code;
 ``mmdet_swin.py`` and ``mmseg_swin.py`` bind what is here to each.
 """
-import copy
 import math
-from contextlib import ExitStack, contextmanager
-from typing import (
-    Any,
-    ClassVar,
-    Collection,
-    Dict,
-    FrozenSet,
-    Iterator,
-    List,
-    Mapping,
-    Optional,
-    Tuple,
-)
+from contextlib import ExitStack
+from typing import Any, ClassVar, Collection, Dict, FrozenSet, List, Mapping, Optional, Tuple
 
 from torch import Tensor, nn
 
@@ -31,6 +19,7 @@ from . import (
     openmmlab_taps,
 )
 from .adapter import Adapter, AttentionRecorder, WindowGrid, pixel_range, shown_size
+from .openmmlab_taps import fewer_regions, samples_for
 from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
 from .swin_layouts import OPENMMLAB, SWIN_AUTHORS, convert_openmmlab_swin
 from .tap_record import TapRecord
@@ -115,22 +104,9 @@ class PatchEmbedOp(QuantOp):
         return self.quantize('output', tokens), hw_shape
 
 
-@contextmanager
-def _fewer_proposals(model: nn.Module, count: int = 64) -> Iterator[None]:
-    """Within the block, no more than ``count`` regions of an image reach the
-    RoI heads: 1000 would take gigabytes with gradients [choice]."""
-    head: Any = getattr(model, 'rpn_head', None)
-    if head is None or head.test_cfg is None:
-        yield
-        return
-    before = head.test_cfg
-    head.test_cfg = copy.deepcopy(before)
-    head.test_cfg.max_per_img = min(count, before.get('max_per_img', count))
-    try:
-        yield
-    finally:
-        head.test_cfg = before
-
+REGIONS = 256, 32
+"""How many proposals of an image box heads are given, and how many detections mask heads
+[choice]."""
 
 NORMS_OF_BLOCK = {'norm1': 'attn.w_msa.qkv', 'norm2': 'ffn.layers.0.0'}
 NORMS_OF_MERGING = {'norm': 'reduction'}
@@ -169,7 +145,7 @@ class OpenMMLabSwinAdapter(Adapter):
     def predictors(self, model: nn.Module) -> FrozenSet[str]:
         if isinstance(model, self.backbone_class):
             return frozenset()
-        with _fewer_proposals(model, count=2):
+        with fewer_regions(model, 2, 2):
             return super().predictors(model)
 
     def head_of(self, model: nn.Module, name: str) -> str:
@@ -239,19 +215,20 @@ class OpenMMLabSwinAdapter(Adapter):
         if isinstance(model, self.backbone_class):
             raise UserError("quantization.scope='model' needs a whole model, got a backbone")
         size = (images.shape[2], images.shape[3])
-        meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
-                    scale_factor=(1.0, 1.0), padding_size=[0, 0, 0, 0])
         if self.is_segmentor(model):
+            meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
+                        scale_factor=(1.0, 1.0), padding_size=[0, 0, 0, 0])
             return model.encode_decode(images, [dict(meta) for _ in images])
-        from mmdet.structures import DetDataSample
-        samples = []
-        for index in range(len(images)):
-            sample = DetDataSample()
-            sample.set_metainfo(dict(meta, img_id=index))
-            samples.append(sample)
-        # 'tensor' mode runs RoI heads on the region proposals themselves, so
-        # every head sees data even where nothing is detected.
-        return model(images, samples, mode='tensor')
+        return model(images, samples_for(images, size), mode='tensor')
+
+    def forward(self, model: Any, images: Tensor, scope: str) -> None:
+        if scope == 'backbone' or not openmmlab_taps.is_two_stage(model):
+            super().forward(model, images, scope)
+            return
+        # Not 'tensor' mode: there mask heads see proposals, and some of one image alone.
+        with fewer_regions(model, *REGIONS):
+            model.predict(images, samples_for(images, (images.shape[2], images.shape[3])),
+                          rescale=False)
 
     def forward_norms(self, model: Any, images: Tensor) -> None:
         if isinstance(model, self.backbone_class):
@@ -266,8 +243,8 @@ class OpenMMLabSwinAdapter(Adapter):
                 if part is not None:
                     part(features[-1])
         else:
-            with _fewer_proposals(model):
-                self.forward_model(model, images)
+            with fewer_regions(model):
+                self.forward(model, images, 'model')
 
     def tap_groups(self, model: nn.Module) -> Tuple[str, ...]:
         return ('backbone', ) if isinstance(model, self.backbone_class) \
@@ -277,7 +254,7 @@ class OpenMMLabSwinAdapter(Adapter):
                      regions: Optional[List[Tensor]] = None) -> TapRecord:
         return openmmlab_taps.forward_taps(
             model, self.forward_backbone(model, images), (images.shape[2], images.shape[3]),
-            groups, regions, _fewer_proposals)
+            groups, regions)
 
     def _record(self, backbone: Any, recorder: AttentionRecorder, hooks: ExitStack) -> None:
         for module in backbone.modules():

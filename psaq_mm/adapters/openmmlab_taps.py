@@ -1,8 +1,11 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Where teacher and student are compared in models of mmdet and mmseg."""
+import copy
 import inspect
-from typing import Any, Callable, Collection, ContextManager, Dict, List, Optional, Tuple
+from contextlib import ExitStack, contextmanager
+from typing import Any, Collection, Dict, Iterator, List, Optional, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from .tap_record import TapRecord
@@ -34,6 +37,11 @@ def dense_head(model: Any) -> Optional[nn.Module]:
     return None
 
 
+def is_two_stage(model: Any) -> bool:
+    """Whether a detector proposes regions, and has heads for them."""
+    return getattr(model, 'roi_head', None) is not None and bool(getattr(model, 'with_rpn', False))
+
+
 def tap_groups(model: Any) -> Tuple[str, ...]:
     """Groups of taps of a detector or segmentor."""
     groups = ['backbone']
@@ -45,14 +53,56 @@ def tap_groups(model: Any) -> Tuple[str, ...]:
         return (*groups, 'logits') if takes_features_alone(first) else tuple(groups)
     if dense_head(model) is not None:
         groups += ['scores', 'deltas']
-    if getattr(model, 'roi_head', None) is not None and getattr(model, 'with_rpn', False):
+    if is_two_stage(model):
         groups.append('rois')
     return tuple(groups)
 
 
+@contextmanager
+def fewer_regions(model: nn.Module, proposals: int = 64, detections: int = 16) -> Iterator[None]:
+    """Within the block, no more than so many regions of an image reach the RoI heads: 1000
+    in each stage of a cascade would take tens of gigabytes.
+
+    Box heads see the proposals that the RPN scores best. Mask heads see, as in a test, what
+    the box heads make of them; the best are detected whatever their score, so that each
+    image has some. 64 and 16 are for passes with gradients [choice].
+
+    Args:
+        model (nn.Module): Detector, or another.
+        proposals (int): At most for box heads. Defaults to 64.
+        detections (int): At most for mask heads. Defaults to 16.
+    """
+    before: Dict[Any, Any] = {}
+    try:
+        for name, count in (('rpn_head', proposals), ('roi_head', detections)):
+            head: Any = getattr(model, name, None)
+            if getattr(head, 'test_cfg', None) is not None:
+                before[head] = head.test_cfg
+                head.test_cfg = settings = copy.deepcopy(head.test_cfg)
+                settings.max_per_img = min(count, settings.get('max_per_img', count))
+                if 'score_thr' in settings:
+                    settings.score_thr = 0.
+        yield
+    finally:
+        for head, settings in before.items():
+            head.test_cfg = settings
+
+
+def samples_for(images_or_features: Tensor, size: Tuple[int, int]) -> List[Any]:
+    """What mmdet wants to know of each image of a batch that is not resized.
+
+    Args:
+        images_or_features (Tensor): Shape (B, ...).
+        size (tuple[int, int]): Height and width of the images.
+    """
+    from mmdet.structures import DetDataSample
+    return [DetDataSample(metainfo=dict(
+        img_id=index, img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
+        scale_factor=(1.0, 1.0))) for index in range(len(images_or_features))]
+
+
 def forward_taps(model: Any, features: Tuple[Tensor, ...], size: Tuple[int, int],
-                 groups: Collection[str], regions: Optional[List[Tensor]],
-                 fewer_proposals: Callable[[Any], ContextManager[None]]) -> TapRecord:
+                 groups: Collection[str], regions: Optional[List[Tensor]]) -> TapRecord:
     """Run neck and heads as far as the groups need.
 
     Args:
@@ -60,9 +110,7 @@ def forward_taps(model: Any, features: Tuple[Tensor, ...], size: Tuple[int, int]
         features (tuple[Tensor]): What its backbone computed.
         size (tuple[int, int]): Height and width of the images.
         groups (Collection[str]): Wanted groups.
-        regions (list[Tensor], optional): Boxes for RoI heads; None for the
-            model's own proposals.
-        fewer_proposals (Callable): Bounds the number of those.
+        regions (list[Tensor], optional): Of :class:`TapRecord`; None for the model's own.
 
     Returns:
         TapRecord: The taps.
@@ -85,9 +133,10 @@ def forward_taps(model: Any, features: Tuple[Tensor, ...], size: Tuple[int, int]
                 taps.update(numbered(group, tensors))
     if 'rois' in groups:
         if regions is None:
-            with fewer_proposals(model):
-                regions = _propose(model, features, size)
-        taps.update(numbered('rois', _classify_regions(model.roi_head, features, regions)))
+            with fewer_regions(model), torch.no_grad():
+                regions = _find_regions(model, features, size)
+        taps.update(numbered('rois', _classify_regions(
+            model.roi_head, features, regions, len(features[0]))))
     return TapRecord(taps, regions)
 
 
@@ -102,37 +151,40 @@ def _segment(model: Any, features: Tuple[Tensor, ...]) -> Tensor:
     return out
 
 
-def _propose(model: Any, features: Tuple[Tensor, ...], size: Tuple[int, int]) -> List[Tensor]:
-    from mmdet.structures import DetDataSample
-    samples = []
-    for _ in range(len(features[0])):
-        sample = DetDataSample()
-        sample.set_metainfo(dict(img_shape=size, ori_shape=size, pad_shape=size,
-                                 batch_input_shape=size, scale_factor=(1.0, 1.0)))
-        samples.append(sample)
-    found = model.rpn_head.predict(features, samples, rescale=False)
-    # As many for each image, so that regions of one image stay together.
-    count = min(len(boxes) for boxes in found)
-    return [boxes.bboxes[:count].detach() for boxes in found]
-
-
-def _classify_regions(roi_head: Any, features: Tuple[Tensor, ...],
-                      regions: List[Tensor]) -> List[Tensor]:
-    """Class logits, box deltas and mask logits of every stage on the same
-    regions (a cascade would move them in between) [choice]."""
+def _find_regions(model: Any, features: Tuple[Tensor, ...], size: Tuple[int, int]) \
+        -> List[Tensor]:
+    """What each RoI head sees in a test, as many for each image."""
     from mmdet.structures.bbox import bbox2roi
-    if not len(regions[0]):
-        return []
-    rois = bbox2roi(list(regions))
+    roi_head, samples = model.roi_head, samples_for(features[0], size)
+    proposals = model.rpn_head.predict(features, samples, rescale=False)
+    # As many for each image, so that regions of one image stay together.
+    count = min(len(boxes) for boxes in proposals)
+    seen: List[Tensor] = []
+    with ExitStack() as hooks:
+        for extractor in _stages(roi_head.bbox_roi_extractor):
+            hooks.enter_context(extractor.register_forward_pre_hook(
+                lambda module, args: seen.append(args[1])))
+        found = roi_head.predict_bbox(features, [sample.metainfo for sample in samples],
+                                      [boxes[:count] for boxes in proposals], roi_head.test_cfg)
+    if roi_head.with_mask and seen:
+        count = min(len(boxes) for boxes in found)
+        seen.append(bbox2roi([boxes.bboxes[:count] for boxes in found]))
+    return seen
+
+
+def _stages(part: nn.Module) -> List[Any]:
+    """Those of a cascade, or the one there is."""
+    return list(part) if isinstance(part, nn.ModuleList) else [part]
+
+
+def _classify_regions(roi_head: Any, features: Tuple[Tensor, ...], regions: List[Tensor],
+                      images: int) -> List[Tensor]:
+    """Class logits, box deltas and mask logits of every stage."""
     found: List[Dict[str, Tensor]] = []
-    if isinstance(roi_head.bbox_head, nn.ModuleList):  # a cascade
-        for stage in range(len(roi_head.bbox_head)):
-            found.append(roi_head._bbox_forward(stage, features, rois))
-            if roi_head.with_mask:
-                found.append(roi_head._mask_forward(stage, features, rois))
-    else:
-        found.append(roi_head._bbox_forward(features, rois))
-        if roi_head.with_mask:
-            found.append(roi_head._mask_forward(features, rois))
-    return [output[key].unflatten(0, (len(regions), -1)) for output in found
+    for stage, rois in enumerate(regions[:len(_stages(roi_head.bbox_head))]):
+        which = (stage, ) if isinstance(roi_head.bbox_head, nn.ModuleList) else ()
+        found.append(roi_head._bbox_forward(*which, features, rois))
+        if roi_head.with_mask and len(regions[-1]):
+            found.append(roi_head._mask_forward(*which, features, regions[-1]))
+    return [output[key].unflatten(0, (images, -1)) for output in found
             for key in ('cls_score', 'bbox_pred', 'mask_preds') if key in output]

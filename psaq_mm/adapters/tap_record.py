@@ -13,8 +13,9 @@ class TapRecord:
     Args:
         taps (dict[str, Tensor]): ``<group>.<number>`` to a tensor of shape
             (B, ...), in the order of the forward pass.
-        regions (list[Tensor], optional): For each image the boxes that RoI
-            heads ran on, shape (n, 4) in pixels. Defaults to None.
+        regions (list[Tensor], optional): What RoI heads ran on: of each stage's box head,
+            then of all mask heads if there are any, shape (n, 5), the number of the image
+            and a box in pixels; none if nothing was proposed. Defaults to None.
     """
 
     taps: Dict[str, Tensor]

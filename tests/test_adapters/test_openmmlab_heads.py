@@ -1,10 +1,14 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Whole models of mmdet and mmseg: what runs, what is quantized, what is recorded."""
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
 from conftest import DEMO, ROOT, plain_student
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmdet.structures import DetDataSample
+from small_models import detector
 from torch import nn
 
 import psaq_mm
@@ -107,6 +111,71 @@ def test_quantized_segmentor_predicts_through_quantized_ops(models, images):
         plain = models['upernet'].predict(images)[0].seg_logits.data
     assert quantized.shape == plain.shape == (7, 64, 96)
     assert not torch.allclose(quantized, plain, atol=1e-2)
+
+
+# What RoI heads see
+
+
+def rois_of(model, images):
+    """Per call of a box or mask head, the RoIs it is given in scope `model`."""
+    found = []
+    with ExitStack() as hooks, torch.no_grad():
+        for name, part in model.roi_head.named_modules():
+            if isinstance(part, SingleRoIExtractor):
+                hooks.enter_context(part.register_forward_pre_hook(
+                    lambda module, args, kind=name[:4]: found.append((kind, args[1]))))
+        find_adapter(model).forward(model, images, 'model')
+    return found
+
+
+def shown(model, images):
+    """What the model detects in a test."""
+    samples = [DetDataSample(metainfo=dict(img_shape=(64, 96), ori_shape=(64, 96),
+                                           scale_factor=(1., 1.))) for _ in images]
+    with torch.no_grad():
+        return [s.pred_instances.bboxes for s in model.predict(images, samples, rescale=False)]
+
+
+def test_mask_head_sees_the_detections_of_all_images():
+    torch.manual_seed(0)
+    model, images = detector(), torch.randn(3, 3, 64, 96)
+    (box, proposals), (mask, detections) = rois_of(model, images)
+    assert (box, mask) == ('bbox', 'mask')
+    assert proposals[:, 0].tolist() == sorted([0, 1, 2] * 20)  # max_per_img of its RPN
+    for image, boxes in enumerate(shown(model, images)):
+        own = detections[detections[:, 0] == image, 1:]
+        assert len(own) == 32 < len(boxes)
+        assert torch.equal(own, boxes[:32])
+        # The same as alone.
+        torch.testing.assert_close(rois_of(model, images[[image]])[1][1][:, 1:], own,
+                                   rtol=1e-4, atol=1e-2)
+
+
+def test_mask_head_sees_something_where_nothing_is_detected():
+    torch.manual_seed(0)
+    model, images = detector(), torch.randn(2, 3, 64, 96)
+    before = rois_of(model, images)[1][1]
+    test_cfg = copy.deepcopy(model.roi_head.test_cfg)
+    with torch.no_grad():
+        model.roi_head.bbox_head.fc_cls.bias[-1] += 8
+    assert all(len(boxes) == 0 for boxes in shown(model, images))
+    after = rois_of(model, images)[1][1]
+    assert [int((after[:, 0] == image).sum()) for image in (0, 1)] == [32, 32]
+    # Scores fall alike, but for what the softmax over more background leaves of them.
+    assert len({tuple(r) for r in after.tolist()} & {tuple(r) for r in before.tolist()}) > 32
+    assert model.roi_head.test_cfg == test_cfg
+
+
+def test_cascade_bounds_what_each_stage_sees(models, images):
+    model = models['cascade']
+    found = rois_of(model, images)
+    assert [kind for kind, _ in found] == ['bbox'] * 3 + ['mask'] * 3
+    for kind, rois in found:
+        counts = [int((rois[:, 0] == image).sum()) for image in range(len(images))]
+        assert min(counts) > 0 and max(counts) <= (256 if kind == 'bbox' else 32)
+    boxes, masks = [r for k, r in found if k == 'bbox'], [r for k, r in found if k == 'mask']
+    assert not torch.equal(boxes[0], boxes[1]) and not torch.equal(boxes[1], boxes[2])
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[1], masks[2])
 
 
 # BatchNorm statistics
