@@ -31,7 +31,7 @@ class EvolutionSettings:
         taps (dict): Group to its weight in the discrepancy. Groups:
             ``backbone``, ``neck``, ``scores`` and ``deltas`` (of the RPN, or
             of a single-stage head), ``rois`` (RoI heads on the teacher's
-            proposals), ``logits`` (of segmentors and classifiers); those
+            regions), ``logits`` (of segmentors and classifiers); those
             that a model does not have are left out. Defaults to 1 for all
             but ``rois``.
         zoom (float): Largest magnification of the images that the student

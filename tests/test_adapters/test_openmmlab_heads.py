@@ -215,7 +215,7 @@ def test_batch_norm_runs_on_few_proposals(models, images):
     adapter = find_adapter(model)
     with torch.no_grad():
         adapter.forward_norms(model, images)
-        adapter.forward_model(model, images)
+        adapter.forward(model, images, 'model')
     handle.remove()
     assert counts[0] <= 2 * 64 < counts[1]
     assert model.rpn_head.test_cfg == before
