@@ -176,15 +176,17 @@ def main() -> None:
         results.fill(args.variants, args.settings, args.scope, args.seeds, experiment_of,
                      functools.partial(subject.measure, metrics=not args.no_metrics),
                      'sqnr' if args.no_metrics else next(iter(float_model)))
-    keys = metrics_of(float_model)
+    found = {variant: [results.over_seeds(args.seeds, experiment_of(variant, s, args.scope),
+                                          variant, s, args.scope) for s in args.settings]
+             for variant in args.variants}
+    values = [value for rows in found.values() for of_setting in rows for value in of_setting]
+    keys = [k for k in metrics_of(float_model) if any(k in value for value in values)]
     print(f'{args.model}, scope `{args.scope}`, seeds {args.seeds}: '
           'mean (lowest to highest seed)\n')
     heads = [f'{METRICS[k][0]} {s.upper()}' for s in args.settings for k in keys]
     print(f'| | {" | ".join(heads)} | seconds |')
     print('|---' * (len(heads) + 2) + '|')
-    for variant in args.variants:
-        rows = [results.over_seeds(args.seeds, experiment_of(variant, s, args.scope),
-                                   variant, s, args.scope) for s in args.settings]
+    for variant, rows in found.items():
         seconds = [v['seconds'] for r in rows for v in r]
         if seconds:
             cells = [cell(r, k, len(args.seeds)) for r in rows for k in keys]
