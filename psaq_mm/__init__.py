@@ -7,8 +7,8 @@
     psaq_mm.load(float_model, 'quantized.pth')
 
 The steps of :func:`quantize`, for those who compose them: :func:`synthesize`,
-:func:`equalize`, :func:`prepare`, :func:`calibrate`, :func:`evolve`, :func:`recalibrate`,
-:func:`round_weights`. ``psaq_mm/pipeline.py`` has them in order.
+:func:`equalize`, :func:`prepare`, :func:`calibrate`, :func:`reconstruct`, :func:`evolve`,
+:func:`recalibrate`, :func:`round_weights`. ``psaq_mm/pipeline.py`` has them in order.
 """
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,10 @@ from .recipe import (
     EvolutionSettings,
     QuantizationSettings,
     Recipe,
+    ReconstructionSettings,
     SynthesisSettings,
 )
-from .student import calibrate, equalize, prepare, recalibrate, round_weights
+from .student import calibrate, equalize, prepare, recalibrate, reconstruct, round_weights
 from .synthesis import synthesize
 from .version import __version__
 
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Progress', 'QuantizationSettings', 'Recipe',
-    'SynthesisSettings', 'UserError', '__version__', 'calibrate', 'equalize', 'evolve',
-    'inferencer_config', 'init_model', 'load', 'prepare', 'quantize', 'recalibrate',
-    'round_weights', 'save', 'synthesize', 'unwrap'
+    'ReconstructionSettings', 'SynthesisSettings', 'UserError', '__version__', 'calibrate',
+    'equalize', 'evolve', 'inferencer_config', 'init_model', 'load', 'prepare', 'quantize',
+    'recalibrate', 'reconstruct', 'round_weights', 'save', 'synthesize', 'unwrap'
 ]
 
 

@@ -2,7 +2,8 @@
 """The order of the steps, and the state between them.
 
     float model -> images -> equalized teacher -> calibrated student -> game (if there are
-    rounds) -> ranges at the size of test images -> rounded weights
+    rounds) -> ranges at the size of test images -> blocks that learn (if there are steps)
+    -> rounded weights
 
 :func:`quantize` does it from Python; ``PSAQRunner`` does the same with mmengine's work
 directory, logger, hooks and launcher. Nothing else knows the order.
@@ -36,6 +37,7 @@ from .student import (
     prepare,
     recalibrate,
     recalibration_count,
+    reconstructor,
     round_weights,
 )
 from .student.history import require_float, require_images
@@ -56,8 +58,8 @@ class Progress:
     """How far a quantization is.
 
     Args:
-        phase (str): ``synthesis``, ``calibration``, ``evolution``, ``final_ranges`` or
-            ``rounding``.
+        phase (str): ``synthesis``, ``calibration``, ``evolution``, ``final_ranges``,
+            ``reconstruction`` or ``rounding``.
         done (int): Steps or images that are done.
         total (int): Of how many.
         losses (dict[str, float]): Those of the last step, by name; empty where there are
@@ -233,6 +235,7 @@ class Pipeline:
         self._calibrate()
         self._evolve()
         self._set_final_ranges()
+        self._reconstruct()
         self._round_weights()
         return self.student
 
@@ -328,6 +331,26 @@ class Pipeline:
                 recalibrate(self.student, self.images, size, self.recipe.calibration.batch_size,
                             progress)
         print_log(f'the last ranges are set for images of {size[0]}x{size[1]}', logger='current')
+
+    def _reconstruct(self) -> None:
+        settings = self.recipe.reconstruction
+        if not settings.steps:
+            return
+        with self._phase('reconstruction'), reconstructor(
+                self.student, self.teacher, self.images, settings, self.seed,
+                self.recipe.calibration.batch_size) as blocks:
+            if self.saved is not None:
+                self.saved.restore_blocks(blocks)
+            self._begin('reconstruction', blocks.step_index, blocks.total_steps,
+                        reconstructor=blocks)
+            while not blocks.done:
+                losses = blocks.step()
+                with stopping_together():
+                    self._report('reconstruction', blocks.step_index, blocks.total_steps, losses)
+                    if self.saved is not None and blocks.between_blocks:
+                        self._count_seconds()
+                        self.saved.save_blocks(blocks, self.seconds)
+            self._end('reconstruction', reconstructor=blocks)
 
     def _round_weights(self) -> None:
         if not ops_to_round(self.student):

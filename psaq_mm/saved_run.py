@@ -15,11 +15,12 @@ from .errors import UserError
 from .evolution import Evolver
 from .processes import stopping_together
 from .recipe import Recipe
+from .student import Reconstructor
 from .synthesis import Synthesizer
 
 
 class SavedRun:
-    """Saves and restores images and game, step by step.
+    """Saves and restores images, game and blocks, step by step.
 
     The file holds images, optimizers, random generators, what the student has learned,
     steps, losses and seconds: a resumed run ends with the same bits on the CPU.
@@ -41,14 +42,13 @@ class SavedRun:
         sections = {name: _comparable(section) for name, section in recipe.to_dict().items()}
         self._of_images = dict({'number of processes': get_world_size()}, seed=seed, **identity,
                                synthesis=sections.pop('synthesis'))
-        self._of_game = sections
-        self._images: Dict[str, Any] = {}  # the finished synthesis, saved again with the game
-        self._game: Dict[str, Any] = {}  # the game to continue
+        self._of_blocks = sections
+        self._of_game = {k: v for k, v in sections.items() if k != 'reconstruction'}
+        self._state: Dict[str, Any] = {}  # of all phases so far, saved again with the next
 
     def save_images(self, images: Synthesizer, seconds: Mapping[str, float]) -> None:
         """Save the images in the making."""
-        self._images = images.state_dict()
-        self._save(seconds)
+        self._save(seconds, images=images.state_dict())
 
     def save_game(self, game: Evolver, seconds: Mapping[str, float],
                   extra: Mapping[str, Any]) -> None:
@@ -56,9 +56,14 @@ class SavedRun:
         self._save(seconds, game=game.state_dict(), fingerprint_of_game=self._of_game,
                    extra=dict(extra))
 
+    def save_blocks(self, blocks: Reconstructor, seconds: Mapping[str, float]) -> None:
+        """Save the blocks that have learned."""
+        self._save(seconds, blocks=blocks.state_dict(), fingerprint_of_blocks=self._of_blocks)
+
     def _save(self, seconds: Mapping[str, float], **state: Any) -> None:
-        save_torch(dict(fingerprint=self._of_images, seconds=dict(seconds), images=self._images,
-                        **state), self.path)
+        self._state.update(state)
+        save_torch({'images': {}, **self._state, 'fingerprint': self._of_images,
+                    'seconds': dict(seconds)}, self.path)
 
     def restore_images(self, images: Optional[Synthesizer] = None) -> Dict[str, float]:
         """Continue the synthesis.
@@ -81,21 +86,23 @@ class SavedRun:
             print_log(f'nothing to resume: there is no {self.path}; starting from the first step',
                       logger='current', level=logging.WARNING)
             return {}
+        self._state = dict(images=state['images'])
         if images is not None:
             images.load_state_dict(state['images'])
-            self._images = state['images']
             print_log(f'resumed {self.path} at step {images.step_index} of '
                       f'{images.total_steps}', logger='current')
         seconds = dict(state['seconds'])
-        if 'game' in state:
-            others = _differing(state['fingerprint_of_game'], self._of_game)
+        for key, phase, own in (('game', 'evolution', self._of_game),
+                                ('blocks', 'reconstruction', self._of_blocks)):
+            others = _differing(state[f'fingerprint_of_{key}'], own) if key in state else []
             if others:
                 print_log(f'{self.path} is of a run with another {", ".join(others)}: its images '
-                          'are used, the evolution starts again', logger='current',
+                          f'are used, the {phase} starts again', logger='current',
                           level=logging.WARNING)
-                seconds.pop('evolution', None)
+                seconds.pop(phase, None)
             else:
-                self._game = state
+                self._state.update({k: v for k, v in state.items() if k in (
+                    key, f'fingerprint_of_{key}', 'extra' if key == 'game' else key)})
         return seconds
 
     def restore_game(self, game: Evolver) -> Optional[Dict[str, Any]]:
@@ -107,21 +114,36 @@ class SavedRun:
         Returns:
             dict, optional: What hooks kept; None if the game starts anew.
         """
-        state, self._game = self._game, {}
+        if not self._restore(game, 'game', 'evolution'):
+            self._state.pop('blocks', None)  # they would have learned from another student
+            return None
+        return self._state['extra']
+
+    def restore_blocks(self, blocks: Reconstructor) -> None:
+        """Continue with the next block.
+
+        Args:
+            blocks (Reconstructor): A fresh one.
+        """
+        self._restore(blocks, 'blocks', 'reconstruction')
+
+    def _restore(self, fresh: Union[Evolver, Reconstructor], key: str, phase: str) -> bool:
+        """Continue a phase, if all processes were saved at the same step of it."""
+        state = self._state.get(key)
         # The processes save each for itself; one that was stopped earlier, or whose file is
         # missing, would go on with another student than the rest.
-        steps = all_gather_object(state['game']['step_index'] if state else 0)
+        steps = all_gather_object(state['step_index'] if state else 0)
         if len(set(steps)) > 1:
             print_log('the saved states of the processes are of different steps of the '
-                      f'evolution ({", ".join(map(str, steps))}): it starts again',
+                      f'{phase} ({", ".join(map(str, steps))}): it starts again',
                       logger='current', level=logging.WARNING)
-            return None
-        if not state:
-            return None
-        game.load_state_dict(state['game'])
-        print_log(f'resumed the evolution at step {game.step_index} of {game.total_steps}',
+            self._state.pop(key, None)
+        if not state or len(set(steps)) > 1:
+            return False
+        fresh.load_state_dict(state)
+        print_log(f'resumed the {phase} at step {fresh.step_index} of {fresh.total_steps}',
                   logger='current')
-        return state['extra']
+        return True
 
     def _read(self) -> Dict[str, Any]:
         state = load_checkpoint_file(str(self.path))

@@ -209,6 +209,12 @@ class Adapter:
                     found[prefix + norm] = prefix + reader
         return found
 
+    def blocks(self, model: nn.Module) -> List[str]:
+        """Names of the transformer blocks of the backbone, in their order. Of each, the first
+        argument and the output are tensors with the images first."""
+        classes = tuple(cls for cls, norms in self.norm_readers_of.items() if 'norm1' in norms)
+        return [name for name, module in model.named_modules() if isinstance(module, classes)]
+
     def is_rgb(self, model: nn.Module) -> bool:
         """Whether the model sees RGB images; else BGR."""
         raise NotImplementedError

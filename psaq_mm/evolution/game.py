@@ -14,7 +14,13 @@ from psaq_mm.ops import named_quant_ops
 from psaq_mm.ops.plan import Plan
 from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
 from psaq_mm.recipe.checks import check_progress, check_seed
-from psaq_mm.student.history import require_calibrated, require_float, require_images
+from psaq_mm.student.history import (
+    require_calibrated,
+    require_float,
+    require_images,
+    require_not_rounded,
+    require_teacher_of,
+)
 from psaq_mm.synthesis.from_model import sized_for
 from psaq_mm.synthesis.teacher import float_teacher
 
@@ -52,10 +58,7 @@ def evolver(student: nn.Module, teacher: nn.Module, images: Tensor, settings: Ev
     require_calibrated(student, 'evolve')
     require_float(teacher, 'evolve (as teacher)')
     require_images(student, images, 'evolve')
-    _require_not_rounded(student)
-    if module_device(student) != module_device(teacher):
-        raise UserError(f'the student is on {module_device(student)} and the teacher on '
-                        f'{module_device(teacher)}: move them to one device first')
+    require_not_rounded(student, 'evolve')
     require_teacher_of(student, teacher)
     adapter = find_adapter(student)
     groups = settings.chosen_groups(adapter.tap_groups(student))
@@ -112,38 +115,6 @@ def evolve(student: nn.Module, teacher: nn.Module, images: Tensor,
                 progress(losses)
         game.finish()
     return student
-
-
-def require_teacher_of(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise a :class:`UserError` if a student is no copy of a float model: a weight is missing, or
-    differs that the student cannot have learned.
-    """
-    weights = dict(teacher.named_parameters(remove_duplicate=False))
-    own = dict(student.named_parameters(remove_duplicate=False))
-    settled = {id(p) for _, op in named_quant_ops(student) if op.weight_settled
-               for p in op.parameters(recurse=False)}
-    for name, weight in own.items():
-        other = weights.get(name)
-        if other is None or other.shape != weight.shape \
-                or id(weight) not in settled and not _alike(weight, other):
-            found = 'is missing' if other is None else 'differs'
-            raise UserError(f'the teacher is not the float model of the student: {name} {found}; '
-                            'psaq_mm.equalize comes before psaq_mm.prepare, which copies the '
-                            'teacher')
-
-
-def _require_not_rounded(student: nn.Module) -> None:
-    """Raise if a weight is on its integers by GPTQ: learning would undo it."""
-    for name, op in named_quant_ops(student):
-        if op.weight_settled and torch.equal(op.quantized_weight(), op.weight):
-            raise UserError('psaq_mm.evolve comes before psaq_mm.round_weights, and the weight of '
-                            f'{name} is rounded already: call psaq_mm.prepare, calibrate, evolve '
-                            'and round_weights in this order')
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one.detach().float().cpu(), other.detach().float().cpu(),
-                          rtol=1e-3, atol=1e-6)
 
 
 def _note_what_was_learned(student: nn.Module, teacher: nn.Module,

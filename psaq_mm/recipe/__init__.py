@@ -4,7 +4,8 @@ from .calibration import CalibrationSettings
 from .evolution import EvolutionSettings
 from .quantization import QuantizationSettings
 from .recipe import Recipe
+from .reconstruction import ReconstructionSettings
 from .synthesis import SynthesisSettings
 
 __all__ = ['CalibrationSettings', 'EvolutionSettings', 'QuantizationSettings', 'Recipe',
-           'SynthesisSettings']
+           'ReconstructionSettings', 'SynthesisSettings']

@@ -10,6 +10,7 @@ from .calibration import CalibrationSettings
 from .evolution import EvolutionSettings
 from .merging import merged, plain_copy
 from .quantization import QuantizationSettings
+from .reconstruction import ReconstructionSettings
 from .shipped import BASES, PRESETS
 from .synthesis import SynthesisSettings
 
@@ -25,11 +26,13 @@ class Recipe:
         quantization (QuantizationSettings): What is quantized, and how.
         synthesis (SynthesisSettings): How images are made.
         calibration (CalibrationSettings): How ranges are set.
+        reconstruction (ReconstructionSettings): How blocks of the student learn.
         evolution (EvolutionSettings): How student and images evolve.
     """
     quantization: QuantizationSettings = field(default_factory=QuantizationSettings)
     synthesis: SynthesisSettings = field(default_factory=SynthesisSettings)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+    reconstruction: ReconstructionSettings = field(default_factory=ReconstructionSettings)
     evolution: EvolutionSettings = field(default_factory=EvolutionSettings)
 
     def __post_init__(self) -> None:
@@ -96,6 +99,8 @@ class Recipe:
         return cls(quantization=QuantizationSettings.from_dict(values.get('quantization')),
                    synthesis=SynthesisSettings.from_dict(values.get('synthesis')),
                    calibration=CalibrationSettings.from_dict(values.get('calibration')),
+                   reconstruction=ReconstructionSettings.from_dict(
+                       values.get('reconstruction')),
                    evolution=EvolutionSettings.from_dict(values.get('evolution')))
 
     @classmethod

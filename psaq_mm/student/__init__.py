@@ -10,8 +10,10 @@ from .final_ranges import (
 )
 from .measurement import measure_sqnr
 from .preparation import prepare
+from .reconstruction import Reconstructor, reconstruct, reconstructor
 from .rounding import round_by_gptq, round_weights
 
-__all__ = ['calibrate', 'calibrate_ranges', 'equalize', 'equalize_channels',
+__all__ = ['Reconstructor', 'calibrate', 'calibrate_ranges', 'equalize', 'equalize_channels',
            'has_learned_ranges', 'measure_sqnr', 'prepare', 'recalibrate', 'recalibration_count',
-           'round_by_gptq', 'round_weights', 'scope_of', 'transfer_learned_ranges']
+           'reconstruct', 'reconstructor', 'round_by_gptq', 'round_weights', 'scope_of',
+           'transfer_learned_ranges']

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.adapter import module_device
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, named_quantizers
 from psaq_mm.recipe.checks import check_model, check_positive_int
@@ -26,9 +27,12 @@ class History:
             if it was not called. Defaults to None.
         image_size (tuple[int, int], optional): Height and width of the images that the
             ranges were set on; None before, or if that is not known. Defaults to None.
+        reconstructed (tuple[str]): Blocks that :func:`psaq_mm.reconstruct` has let learn.
+            Defaults to none.
     """
     channel_limit: Optional[float] = None
     image_size: Optional[Tuple[int, int]] = None
+    reconstructed: Tuple[str, ...] = ()
 
 
 def history_of(model: nn.Module) -> History:
@@ -94,3 +98,40 @@ def require_images(model: nn.Module, images: object, step: str, batch_size: int 
                         f'{images.shape[1]}')
     check_positive_int(batch_size, 'batch_size')
     return images
+
+
+def require_teacher_of(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise a :class:`UserError` if a student is no copy of a float model: a weight is missing, or
+    differs that the student cannot have learned; or they are on two devices.
+    """
+    if module_device(student) != module_device(teacher):
+        raise UserError(f'the student is on {module_device(student)} and the teacher on '
+                        f'{module_device(teacher)}: move them to one device first')
+    learned = tuple(f'{block}.' for block in history_of(student).reconstructed)
+    weights = dict(teacher.named_parameters(remove_duplicate=False))
+    own = dict(student.named_parameters(remove_duplicate=False))
+    settled = {id(p) for _, op in named_quant_ops(student) if op.weight_settled
+               for p in op.parameters(recurse=False)}
+    for name, weight in own.items():
+        other = weights.get(name)
+        if other is None or other.shape != weight.shape \
+                or not (id(weight) in settled or name.startswith(learned)
+                        or _alike(weight, other)):
+            found = 'is missing' if other is None else 'differs'
+            raise UserError(f'the teacher is not the float model of the student: {name} {found}; '
+                            'psaq_mm.equalize comes before psaq_mm.prepare, which copies the '
+                            'teacher')
+
+
+def require_not_rounded(student: nn.Module, step: str) -> None:
+    """Raise if a weight is on its integers by GPTQ: learning would undo it."""
+    for name, op in named_quant_ops(student):
+        if op.weight_settled and torch.equal(op.quantized_weight(), op.weight):
+            raise UserError(f'psaq_mm.{step} comes before psaq_mm.round_weights, and the weight '
+                            f'of {name} is rounded already: call psaq_mm.prepare, calibrate, '
+                            f'{step} and round_weights in this order')
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one.detach().float().cpu(), other.detach().float().cpu(),
+                          rtol=1e-3, atol=1e-6)

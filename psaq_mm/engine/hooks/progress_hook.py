@@ -8,6 +8,7 @@ from tqdm import tqdm
 from psaq_mm.evolution import Evolver
 from psaq_mm.pipeline import Progress
 from psaq_mm.registry import HOOKS
+from psaq_mm.student import Reconstructor
 
 from .psaq_hook import PSAQHook
 
@@ -45,7 +46,8 @@ class ProgressHook(PSAQHook):
         if self._bar is None or self._phase != progress.phase:
             self._close()
             self._phase = progress.phase
-            unit = 'step' if progress.phase in ('synthesis', 'evolution') else 'image'
+            steps = ('synthesis', 'evolution', 'reconstruction')
+            unit = 'step' if progress.phase in steps else 'image'
             self._bar = tqdm(total=progress.total, initial=progress.done, unit=unit,
                              desc=progress.phase.replace('_', ' '), dynamic_ncols=True)
         self._bar.set_postfix({k: f'{v:.4f}' for k, v in progress.losses.items()}, refresh=False)
@@ -59,6 +61,11 @@ class ProgressHook(PSAQHook):
             self._bar = None
 
     interrupt_synthesis = interrupt_evolution = _close
+
+    def after_reconstruction(self, runner: 'PSAQRunner', reconstructor: Reconstructor) -> None:
+        for name, values in reconstructor.losses.items():
+            runner.logger.info(f'relative error of {name} at its first and last step: '
+                               f'{values[0]:.4f}, {values[-1]:.4f}')
 
     def after_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
         self._close()  # the game may have ended early

@@ -6,6 +6,7 @@ from mmengine.hooks import Hook
 
 from psaq_mm.evolution import Evolver
 from psaq_mm.pipeline import Progress
+from psaq_mm.student import Reconstructor
 from psaq_mm.synthesis import Synthesizer
 
 if TYPE_CHECKING:
@@ -63,6 +64,12 @@ class PSAQHook(Hook):
 
     def after_final_ranges(self, runner: 'PSAQRunner') -> None:
         """When the ranges of the student are its last ones."""
+
+    def before_reconstruction(self, runner: 'PSAQRunner', reconstructor: Reconstructor) -> None:
+        """Before the first step, or that of the first block that has not learned yet."""
+
+    def after_reconstruction(self, runner: 'PSAQRunner', reconstructor: Reconstructor) -> None:
+        """When all blocks have learned."""
 
     def before_rounding(self, runner: 'PSAQRunner', total: int) -> None:
         """Before weights are rounded by what ``total`` images give their layers."""

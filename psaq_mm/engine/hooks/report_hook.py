@@ -13,7 +13,7 @@ from psaq_mm.checkpoint import save_json, size_of_quantized
 from psaq_mm.evolution import Evolver
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.registry import HOOKS
-from psaq_mm.student import measure_sqnr
+from psaq_mm.student import Reconstructor, measure_sqnr
 from psaq_mm.synthesis import Synthesizer
 from psaq_mm.version import __version__
 
@@ -74,6 +74,10 @@ class ReportHook(PSAQHook):
 
     def after_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
         self._losses = {**self._losses, **evolver.losses}
+
+    def after_reconstruction(self, runner: 'PSAQRunner', reconstructor: Reconstructor) -> None:
+        self._losses = {**self._losses, **{f'reconstruction/{name}': values
+                                           for name, values in reconstructor.losses.items()}}
 
     def after_quantize(self, runner: 'PSAQRunner') -> None:
         start = time.perf_counter()
