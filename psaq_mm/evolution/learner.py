@@ -13,9 +13,9 @@ from psaq_mm.ops import QuantOp, named_quant_ops
 from psaq_mm.processes import stopping_together
 from psaq_mm.quantization import Quantizer
 from psaq_mm.recipe import EvolutionSettings
+from psaq_mm.student.range_learner import RangeLearner
 
 from .discrepancy import discrepancy
-from .range_learner import RangeLearner
 
 Forward = Callable[[Tensor, Optional[List[Tensor]]], TapRecord]
 

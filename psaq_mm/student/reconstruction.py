@@ -31,6 +31,7 @@ from .history import (
     require_not_rounded,
     require_teacher_of,
 )
+from .range_learner import RangeLearner
 
 MAX_IMAGES = 32
 """Images that one block learns from, drawn for each: memory does not grow with their number
@@ -124,10 +125,11 @@ class Reconstructor:
     """Lets one block after the other learn, one Adam step at a time.
 
     Loss is the squared error of the block's output, relative to the mean square of the float
-    block's. Weights learn by the straight-through estimator; a layer's learning rate is
-    relative to the step between two integers of its weight. With several processes all learn
-    the same, and keep what the first one has. :meth:`state_dict` holds what is left of finished
-    blocks: a restored run goes on with the next block, with the same bits on the CPU.
+    block's. Weights, LayerNorms and ranges of activations learn, by the straight-through
+    estimator; a layer's learning rate is relative to the step between two integers of its
+    weight. With several processes all learn the same, and keep what the first one has.
+    :meth:`state_dict` holds what is left of finished blocks: a restored run goes on with the
+    next block, with the same bits on the CPU.
 
     Args:
         student (nn.Module): Calibrated; changed in place.
@@ -200,7 +202,12 @@ class Reconstructor:
         self._scale = float(self._expected.outputs.square().mean()) or 1.
         self._ops = [op for op in self._block.modules() if isinstance(op, QuantOp)]
         groups = parameter_groups(self._block, self._ops, self.settings)
-        self._learned = [p for group in groups for p in group['params']]
+        self._parameters = [p for group in groups for p in group['params']]
+        self._quantizers = [quantizer for op in self._ops
+                            for role, quantizer in op.quantizers.items()
+                            if role != 'weight' and self.settings.range_lr]
+        self._ranges = RangeLearner(self._quantizers)
+        groups.append(dict(params=[self._ranges.offsets], peak=self.settings.range_lr))
         self._optimizer = torch.optim.Adam(groups)
 
     def _step(self, step: int) -> float:
@@ -212,7 +219,7 @@ class Reconstructor:
         for group in self._optimizer.param_groups:
             group['lr'] = group['peak'] * 0.5 * (1 + math.cos(math.pi * step
                                                               / self.settings.steps))
-        with torch.enable_grad(), _learning(self._learned), \
+        with torch.enable_grad(), _learning(self._parameters, self._ranges), \
                 leaving_float(self._ops, self.settings.drop, self._generator):
             given = self._block(mixed(inputs, floats, self.settings.drop, self._generator),
                                 *self._seen.others, **self._seen.keywords)
@@ -220,23 +227,30 @@ class Reconstructor:
             value = float(loss.detach())
             if math.isfinite(value):
                 loss.backward()
+                self._ranges.collect_gradients()
                 self._optimizer.step()
+                self._ranges.apply()
             self._optimizer.zero_grad(set_to_none=True)
         return value
 
     def _end(self) -> None:
-        for parameter in self._learned:
-            broadcast(parameter.data)
-        self._note(self._block, self.blocks[self.step_index // self.settings.steps - 1])
-        del self._block, self._expected, self._seen, self._ops, self._learned, self._optimizer
+        for tensor in (*self._parameters, *self._ranges.tensors):
+            broadcast(tensor.data)
+        for op in self._ops if self.settings.weight_lr else ():
+            op.weight_settled = op.weight_quantizer is not None
+        for quantizer in self._quantizers:
+            quantizer.learned = True
+        self._note(self.blocks[self.step_index // self.settings.steps - 1])
+        del self._block, self._expected, self._seen, self._ops, self._optimizer
+        del self._parameters, self._quantizers, self._ranges
 
     def state_dict(self) -> Dict[str, Any]:
         """What is left of finished blocks: tensors and plain values."""
         done = self.step_index // self.settings.steps
         return dict(step_index=done * self.settings.steps,
                     losses={name: list(self.losses[name]) for name in self.blocks[:done]},
-                    blocks=[{name: p.detach().cpu().clone() for name, p in
-                             self.student.get_submodule(block).named_parameters()}
+                    blocks=[{name: value.cpu().clone() for name, value in
+                             self.student.get_submodule(block).state_dict().items()}
                             for block in self.blocks[:done]])
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
@@ -244,27 +258,23 @@ class Reconstructor:
         self.step_index = state['step_index']
         self.losses = {name: list(values) for name, values in state['losses'].items()}
         for name, saved in zip(self.blocks, state['blocks']):
-            block = self.student.get_submodule(name)
-            with torch.no_grad():
-                for key, parameter in block.named_parameters():
-                    parameter.copy_(saved[key])
-            self._note(block, name)
+            self.student.get_submodule(name).load_state_dict(saved)
+            self._note(name)
 
-    def _note(self, block: nn.Module, name: str) -> None:
+    def _note(self, block: str) -> None:
         """Note that a block has learned."""
-        note(self.student, reconstructed=(*history_of(self.student).reconstructed, name))
-        for op in block.modules() if self.settings.weight_lr else ():
-            if isinstance(op, QuantOp) and op.weight_quantizer is not None:
-                op.weight_settled = True
+        note(self.student, reconstructed=(*history_of(self.student).reconstructed, block))
 
 
 @contextmanager
-def _learning(parameters: List[nn.Parameter]) -> Iterator[None]:
+def _learning(parameters: List[nn.Parameter], ranges: RangeLearner) -> Iterator[None]:
     for parameter in parameters:
         parameter.requires_grad_(True)
+    ranges.require_grad(True)
     try:
         yield
     finally:
+        ranges.require_grad(False)
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -272,7 +282,7 @@ def _learning(parameters: List[nn.Parameter]) -> Iterator[None]:
 
 def parameter_groups(block: nn.Module, ops: List[QuantOp],
                      settings: ReconstructionSettings) -> List[Dict[str, Any]]:
-    """What a block learns, as groups of an optimizer with their ``peak`` learning rate.
+    """What a block learns beside ranges, as groups of an optimizer with their ``peak`` rate.
 
     Args:
         block (nn.Module): With quantized ops.

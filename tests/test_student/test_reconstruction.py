@@ -12,7 +12,7 @@ from torch import nn
 import psaq_mm
 from psaq_mm import ReconstructionSettings, UserError
 from psaq_mm.adapters import find_adapter
-from psaq_mm.ops import named_quant_ops
+from psaq_mm.ops import named_quant_ops, named_quantizers
 from psaq_mm.student import reconstruction
 from psaq_mm.student.reconstruction import leaving_float, mixed, passage, reconstructor
 
@@ -111,7 +111,7 @@ def test_first_step_of_adam_moves_by_the_learning_rate(pair, images):
     model, student = pair
     before = parameters(student)
     psaq_mm.reconstruct(student, model, images,
-                        settings(steps=1, weight_lr=0.02, norm_lr=0.003, drop=0.))
+                        settings(steps=1, weight_lr=0.02, norm_lr=0.003, range_lr=0., drop=0.))
     blocks = tuple(f'{name}.' for name in find_adapter(model).blocks(model))
     steps = {f'{name}.{own}': 0.02 * float(op.weight_quantizer.scale.mean())
              for name, op in named_quant_ops(student) if op.weight_quantizer is not None
@@ -126,6 +126,24 @@ def test_first_step_of_adam_moves_by_the_learning_rate(pair, images):
         assert float(change) == pytest.approx(expected, rel=0.02), name
         moved.add(name)
     assert any('norm' in name for name in moved) and any('qkv' in name for name in moved)
+
+
+def test_ranges_of_activations_learn(pair, images):
+    """One step of Adam moves the logarithm of each scale by the learning rate, and what was
+    learned is not replaced later."""
+    model, student = pair
+    before = {(name, role): q.scale.clone() for name, role, q in named_quantizers(student)}
+    psaq_mm.reconstruct(student, model, images,
+                        settings(steps=1, weight_lr=0., norm_lr=0., range_lr=0.02, drop=0.))
+    blocks = tuple(f'{name}.' for name in find_adapter(model).blocks(model))
+    for name, op in named_quant_ops(student):
+        for role, quantizer in op.quantizers.items():
+            assert quantizer.learned == (role != 'weight' and name.startswith(blocks)), name
+    ratios = [float(q.scale / before[name, role])
+              for name, role, q in named_quantizers(student) if q.learned]
+    moved = [abs(math.log(ratio)) for ratio in ratios if ratio != 1]
+    assert len(moved) > 10 and all(m == pytest.approx(0.02, rel=0.02) for m in moved)
+    assert not any(op.weight_settled for _, op in named_quant_ops(student))
 
 
 def test_learned_weights_are_not_rounded_again(pair, images):
@@ -205,9 +223,9 @@ def test_order_is_kept(pair, images):
         psaq_mm.reconstruct(rounded, model, images, settings())
 
 
-@pytest.mark.parametrize('key, value', [('steps', -1), ('steps', 1.5), ('batch_size', 0),
-                                        ('weight_lr', 2), ('norm_lr', -1), ('drop', 1.1),
-                                        ('drop', math.nan)])
+@pytest.mark.parametrize('key, value', [
+    ('steps', -1), ('steps', 1.5), ('batch_size', 0), ('weight_lr', 2), ('range_lr', -1),
+    ('norm_lr', -1), ('drop', 1.1), ('drop', math.nan)])
 def test_settings_out_of_range(key, value):
     with pytest.raises(UserError, match=key):
         ReconstructionSettings(**{key: value})
@@ -215,8 +233,8 @@ def test_settings_out_of_range(key, value):
 
 def test_settings_without_anything_to_learn():
     with pytest.raises(UserError, match='nothing would learn'):
-        ReconstructionSettings(steps=1, weight_lr=0, norm_lr=0)
-    ReconstructionSettings(weight_lr=0, norm_lr=0)
+        ReconstructionSettings(steps=1, weight_lr=0, norm_lr=0, range_lr=0)
+    ReconstructionSettings(weight_lr=0, norm_lr=0, range_lr=0)
 
 
 def test_loss_that_is_not_finite_changes_nothing(pair, images):

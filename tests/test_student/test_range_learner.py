@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psaq_mm.evolution.range_learner import RangeLearner
 from psaq_mm.quantization import Quantizer, QuantSpec
+from psaq_mm.student.range_learner import RangeLearner
 
 
 def quantizer(scale, zero_point=0., bits=8, symmetric=False):
