@@ -19,8 +19,9 @@ the student then learns:
     minmax     8 images by the prior, min-max ranges without margin
     v1         8 images by V1's form of the prior (10 points)
     prior      8 images by the prior, 100 steps in each phase
-    real32-gptq, real32+
-               as real32, with GPTQ; and with the student steps of ``evolve``
+    real32-gptq, real32+, real32-blocks
+               as real32, with GPTQ; and with the student steps of ``evolve``; and with 60 steps
+               of each block (``reconstruction``) in their place
     paper      the preset ``paper``, with 8 images and 100 steps in a phase
                instead of 32 and 500, 5 sample steps in a round, and as many rounds
                and student steps as ``evolve``
@@ -29,6 +30,7 @@ the student then learns:
                and a half of these steps, and as ``default`` on the images of ``prior``
     evolve     the preset ``evolve``: as ``default``, and the student learns from views of these
                images
+    blocks     as ``default``, and each block learns in 60 steps (``reconstruction``)
 
 SQNR is that of the backbone's feature maps on real test images. "With float" is agreement:
 ground truth are the float model's classes, or its detections of scores above 0.3. Every
@@ -68,6 +70,9 @@ SMALLER_PAPER: Changes = dict(
     synthesis=dict(num_images=8, batch_size=8, steps=100),
     evolution=dict(rounds=5, sample_steps=5, student_steps=20, batch_size=4))
 
+BLOCKS: Changes = dict(reconstruction=dict(steps=60))
+"""Each block learns."""
+
 
 def row(*changes: Changes, **options: str) -> Dict[str, Any]:
     """Arguments of :func:`experiment`, beside the setting and the scope."""
@@ -84,11 +89,13 @@ ROWS = {
     'prior': row(PLAIN, ALL_STEPS),
     'real32-gptq': row(images='real32'),
     'real32+': row(images='real32', preset='evolve'),
+    'real32-blocks': row(BLOCKS, images='real32'),
     'paper': row(PLAIN, SMALLER_PAPER, NAIVE, preset='paper'),
     'fast': row(preset='fast'),
     'default': row(),
     'double': row(ALL_STEPS),
-    'evolve': row(preset='evolve')}
+    'evolve': row(preset='evolve'),
+    'blocks': row(BLOCKS)}
 
 
 def experiment_of(name: str, setting: str, scope: str) -> Experiment:

@@ -143,6 +143,8 @@ class Experiment(NamedTuple):
             sections[name].pop('save_interval')
         if not self.recipe.evolution.rounds:
             del sections['evolution']
+        if not self.recipe.reconstruction.steps:
+            del sections['reconstruction']
         if self.images != SYNTHETIC and not (
                 self.recipe.evolution.rounds and self.recipe.evolution.sample_steps):
             sections['synthesis'] = dict(image_size=sections['synthesis']['image_size'])
