@@ -18,8 +18,11 @@ from psaq_mm.pipeline import Pipeline
 FEW = dict(synthesis=dict(num_images=3, batch_size=2, image_size=56, steps=2, save_interval=3),
            calibration=dict(image_size=None, batch_size=2))
 GAME = dict(FEW, evolution=dict(rounds=2, sample_steps=1, student_steps=2, batch_size=2,
-                                save_interval=2, range_lr=0.05))
-STEPS = dict(synthesis=2 * 2 * 2, evolution=2 * (1 + 2))  # batches, phases, steps; rounds
+                                save_interval=2, range_lr=0.05),
+            reconstruction=dict(steps=2, batch_size=2))
+BLOCKS = 4  # of small_models.swin
+STEPS = dict(synthesis=2 * 2 * 2, evolution=2 * (1 + 2),
+             reconstruction=BLOCKS * 2)  # batches, phases, steps; rounds; blocks
 
 
 def recipe(*changes):
@@ -60,6 +63,7 @@ def test_steps_by_hand_give_the_same_bits():
     expected = psaq_mm.calibrate(psaq_mm.prepare(teacher, chosen.quantization), images, 2)
     psaq_mm.evolve(expected, teacher, images, chosen.evolution, chosen.synthesis, seed=3)
     psaq_mm.recalibrate(expected, images, (84, 112), batch_size=2)
+    psaq_mm.reconstruct(expected, teacher, images, chosen.reconstruction, seed=3, batch_size=2)
     if ops_to_round(expected):
         psaq_mm.round_weights(expected, images, batch_size=2)
     assert_same(student, expected)
@@ -195,7 +199,7 @@ def test_size_of_the_config_of_a_model(lines):
     ([FEW, dict(quantization=dict(weight=dict(rounding='nearest')))],
      ['synthesis', 'calibration']),
     ([GAME, dict(calibration=dict(image_size=(84, 112)), evolution=dict(learn='ranges'))],
-     ['synthesis', 'calibration', 'evolution', 'final_ranges', 'rounding'])])
+     ['synthesis', 'calibration', 'evolution', 'final_ranges', 'reconstruction', 'rounding'])])
 def test_progress(changes, phases):
     """Phases in order; each counts up to its total."""
     calls = []
@@ -239,7 +243,8 @@ def uninterrupted():
 
 @pytest.mark.parametrize('phase, done', [
     ('synthesis', 1), ('synthesis', 4), ('synthesis', 5), ('synthesis', 8), ('calibration', 2),
-    ('evolution', 1), ('evolution', 3), ('evolution', 4), ('evolution', 6), ('final_ranges', 2)])
+    ('evolution', 1), ('evolution', 3), ('evolution', 4), ('evolution', 6), ('final_ranges', 2),
+    ('reconstruction', 1), ('reconstruction', 5)])
 def test_resumed_run_gives_the_same_bits(phase, done, uninterrupted, tmp_path):
     model, chosen, expected = uninterrupted
     file = tmp_path / 'state.pth'
@@ -251,8 +256,9 @@ def test_resumed_run_gives_the_same_bits(phase, done, uninterrupted, tmp_path):
     assert_same(student, expected)
     first = {call.phase: call.done for call in reversed(calls)}
     assert first['synthesis'] == (done if phase == 'synthesis' else STEPS['synthesis'])
-    assert first['evolution'] == dict(evolution=done, final_ranges=STEPS['evolution']).get(
-        phase, 0)
+    assert first['evolution'] == dict(evolution=done, final_ranges=STEPS['evolution'],
+                                      reconstruction=STEPS['evolution']).get(phase, 0)
+    assert first['reconstruction'] == (done // 2 * 2 if phase == 'reconstruction' else 0)
 
 
 def test_state_is_saved_now_and_then(uninterrupted, tmp_path):
@@ -264,10 +270,13 @@ def test_state_is_saved_now_and_then(uninterrupted, tmp_path):
         if file.exists():
             state = torch.load(file, weights_only=True)
             steps.append((state['images']['step_index'],
-                          state.get('game', {}).get('step_index')))
+                          state.get('game', {}).get('step_index'),
+                          state.get('blocks', {}).get('step_index')))
 
     psaq_mm.quantize(model, chosen, 7, progress=progress, state_file=str(file))
-    assert list(dict.fromkeys(steps)) == [(3, None), (6, None), (8, None), (8, 2), (8, 4), (8, 6)]
+    assert list(dict.fromkeys(steps)) == [
+        (3, None, None), (6, None, None), (8, None, None), (8, 2, None), (8, 4, None),
+        (8, 6, None), (8, 6, 2), (8, 6, 4), (8, 6, 6)]  # after the last block nothing is called
 
 
 def test_nothing_to_resume(uninterrupted, tmp_path, lines):

@@ -52,7 +52,8 @@ IDS = ['-'.join(names) for names in SHIPPED] + ['mine']
 def test_round_trip(recipe):
     values = recipe.to_dict()
     assert plain(values)
-    assert list(values) == ['quantization', 'synthesis', 'calibration', 'evolution']
+    assert list(values) == ['quantization', 'synthesis', 'calibration', 'reconstruction',
+                            'evolution']
     for again in (Recipe.from_dict(values), Recipe.from_dict(json.loads(json.dumps(values)))):
         assert again == recipe
         # The order too: of overrides the last one wins.
@@ -170,7 +171,7 @@ def test_terms_are_dropped_or_replaced():
     (dict(quantization=dict(roles=dict(input=dict(bitz=4)))),
      r'^unknown key quantization\.roles\.input\.bitz'),
     (dict(evolve={}), r"^unknown section 'evolve'\. Did you mean 'evolution'\? Known sections: "
-                      'quantization, synthesis, calibration, evolution$'),
+                      'quantization, synthesis, calibration, reconstruction, evolution$'),
     ({3: {}}, r'^unknown section 3\. Known sections'),
     (3, '^the changes of a recipe must be a dict, got 3$'),
     ([('evolution', {})], '^the changes of a recipe must be a dict, got '),
