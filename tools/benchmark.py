@@ -30,6 +30,7 @@ from psaq_mm.engine.command_line import (
     require_test_data,
     run_tool,
     tool_parser,
+    weight_choice,
 )
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, unwrap
@@ -87,7 +88,7 @@ def main() -> None:
     for name in args.engines:
         require_package(ENGINES[name].package)
     pin(args.threads)
-    model = build_model(config, args.checkpoint, args.trust_checkpoint)
+    model = build_model(config, args.checkpoint, args.trust_checkpoint, weight_choice(args))
     if next(named_quant_ops(model), None) is None:
         raise UserError(f'{args.checkpoint} is not quantized; expected what tools/quantize.py '
                         'writes')

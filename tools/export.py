@@ -10,7 +10,7 @@ import os
 from psaq_mm.checkpoint import sha256_of_file
 from psaq_mm.deploy import FORMATS, export_graphs
 from psaq_mm.engine import build_model, load_config
-from psaq_mm.engine.command_line import choose_work_dir, run_tool, tool_parser
+from psaq_mm.engine.command_line import choose_work_dir, run_tool, tool_parser, weight_choice
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,7 +37,7 @@ def main() -> None:
     config = load_config(args.config, args.cfg_options)
     out = args.out or os.path.join(choose_work_dir(args.work_dir, config),
                                    f'export_{args.format}')
-    model = build_model(config, args.checkpoint, trust=args.trust_checkpoint)
+    model = build_model(config, args.checkpoint, args.trust_checkpoint, weight_choice(args))
     about = dict(checkpoint=args.checkpoint, sha256=sha256_of_file(args.checkpoint),
                  config=args.config)
     sizes = [(height, width) for height, width in args.size]

@@ -64,7 +64,9 @@ def main() -> None:
         title = f'quantized, {bits}' if bits else kind
         if title in models:
             title = f'{title}: {Path(path).name}'
-        model = init_model(config, path, device, trust=args.trust_checkpoint)
+        choice = {} if kind != 'float' and args.float_checkpoint else \
+            dict(averaged=args.averaged, prefix=args.prefix)
+        model = init_model(config, path, device, trust=args.trust_checkpoint, **choice)
         models[title] = model, build_visualizer(config, model.dataset_meta)
     ensure_writable_dir(out_dir)
 

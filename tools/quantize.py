@@ -24,6 +24,7 @@ from psaq_mm.engine.command_line import (
     require_launcher,
     run_tool,
     tool_parser,
+    weight_choice,
 )
 from psaq_mm.pipeline import check
 
@@ -52,7 +53,8 @@ def main() -> None:
     source = dict(file=args.checkpoint, sha256=sha256_of_file(args.checkpoint))
     model = build_float_model(config)
     check(model, recipe, processes_of(args.launcher))
-    meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint)
+    meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint,
+                              choice=weight_choice(args))
     PSAQRunner.hooks_for_quantization(config)
     if not args.use_vis_backends:
         keep_local(config)

@@ -72,6 +72,7 @@ def main() -> None:
     config.load_from = args.checkpoint
     config.launcher = args.launcher
     config.trust_checkpoint = args.trust_checkpoint
+    config.weight_choice = dict(averaged=args.averaged, prefix=args.prefix)
     if args.launcher == 'none':
         config.device = str(device)
     runner = PSAQRunner.from_cfg(config)

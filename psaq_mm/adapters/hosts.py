@@ -44,6 +44,13 @@ def find_adapter(model: nn.Module) -> Adapter:
     """
     adapter = matching_adapter(model)
     if adapter is None:
+        inside = [name for name, part in model.named_children()
+                  if hasattr(part, 'backbone') and matching_adapter(part) is not None]
+        if inside:  # a semi-supervised or distilled one
+            raise UserError(
+                f'model is {type(model).__name__}, whose parts {", ".join(inside)} have a Swin: '
+                'inherit the config of one of them, and load its weights from this checkpoint by '
+                f'--prefix {inside[-1]} (in Python: model.{inside[-1]})')
         key = next((k for k in ('backbone', 'model') if hasattr(model, k)), '')
         found = getattr(model, key) if key else model
         raise UserError(

@@ -2,10 +2,11 @@
 """A pickle machine that builds tensors, strings, numbers and containers only.
 
 A pickle can call any function. This machine calls those that rebuild tensors,
-and nothing else. Objects that checkpoints of OpenMMLab, timm, DeiT and the
-Swin authors also hold (numpy arrays, log histories, schedulers, configs,
-command-line arguments) are not weights and are skipped: a :class:`Skipped`
-takes their place, and nothing of theirs runs. Any other name is refused.
+and nothing else. Objects that checkpoints also hold (numpy arrays, log
+histories, schedulers, configs, command-line arguments, whatever a third
+package defines) are not weights and are skipped: a :class:`Skipped` takes
+their place, and nothing of theirs runs. Any other name of Python's standard
+library, torch and numpy is refused: weights have no need of it.
 
 Why not ``torch.load(weights_only=True)``, where torch has it: that one calls
 ``bytearray`` with any number (14 bytes of pickle take 4 GB; no list of safe
@@ -14,8 +15,10 @@ another machine in each version of torch. Here one short list is read by all.
 """
 import _compat_pickle
 import collections
+import os
 import pickle
 import re
+import sys
 import types
 from typing import Any, BinaryIO, Callable, Dict
 
@@ -66,7 +69,7 @@ class _RestrictedUnpickler(_PythonUnpickler):
             return _STORAGES[full_name]
         if module == 'torch' and isinstance(torch.__dict__.get(name), torch.dtype):
             return torch.__dict__[name]
-        if _SKIPPED_NAMES.fullmatch(full_name):
+        if _SKIPPED_NAMES.fullmatch(full_name) or module.partition('.')[0] not in _KNOWN_PACKAGES:
             return Skipped()
         raise RefusedError(f'asks to run `{full_name}` when loaded')
 
@@ -209,10 +212,18 @@ _CALLABLES: Dict[str, Callable[..., Any]] = {
 # What a pickle may mention but not call. torch itself looks up names such as FloatStorage.
 _STORAGES = {f'torch.storage.{kind.__name__}': kind for kind in (torch.storage.TypedStorage,
                                                                   torch.storage.UntypedStorage)}
+_KNOWN_PACKAGES = {
+    'torch', 'numpy', 'psaq_mm', 'nt', 'posix', *sys.builtin_module_names,
+    *getattr(sys, 'stdlib_module_names', ()),  # since Python 3.10; before, what is installed
+    *(name.partition('.')[0] for folder in (os.path.dirname(os.__file__), )
+      for name in os.listdir(folder))}
+"""Of names in these, only those that are listed are skipped."""
+
 _SKIPPED_NAMES = re.compile(
     r'builtins\.(bool|bytearray|bytes|complex|dict|float|frozenset|getattr|int|list|object|range|'
     r'set|slice|str|tuple)|_codecs\.encode|collections\.(Counter|defaultdict|deque)|'
     r'argparse\.Namespace|datetime\.(date|datetime|time|timedelta|timezone)|'
+    r'decimal\.Decimal|enum\.\w+|pathlib\.\w+|types\.SimpleNamespace|uuid\.UUID|'
     r'numpy\.(dtype|ndarray|dtypes\.\w+DType)|numpy\._?core\.multiarray\.(_reconstruct|scalar)|'
     r'numpy\._?core\.numeric\._frombuffer|torch\.(Tensor|device|\w+_affine\w*)|'
     r'torch\.nn\.parameter\.Parameter|torch\.optim\.[\w.]+|'

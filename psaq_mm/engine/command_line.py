@@ -15,7 +15,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.utils import is_method_overridden
 
 from psaq_mm.adapters.tested_size import test_dataset
-from psaq_mm.checkpoint import sha256_of_file
+from psaq_mm.checkpoint import WeightChoice, sha256_of_file
 from psaq_mm.errors import UserError
 from psaq_mm.recipe.checks import check_seed
 from psaq_mm.registry import DATASETS
@@ -48,9 +48,22 @@ def tool_parser(description: str, config: str, checkpoint: str) -> argparse.Argu
     parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
                         help='override config keys, e.g. quantization.weight.bits=4 '
                         'synthesis.num_images=16')
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument('--ema', action='store_const', const=True, dest='averaged',
+                       help='take the averaged weights of a float checkpoint (default, where '
+                       'there are any)')
+    which.add_argument('--raw', action='store_const', const=False, dest='averaged',
+                       help='take the weights that are no averages')
+    parser.add_argument('--prefix', help='what the keys of the model begin with in a float '
+                        'checkpoint of several, e.g. teacher')
     parser.add_argument('--trust-checkpoint', action='store_true',
                         help='let checkpoints run code when they are read (unsafe)')
     return parser
+
+
+def weight_choice(args: argparse.Namespace) -> WeightChoice:
+    """Which weights of a float checkpoint the options of :func:`tool_parser` ask for."""
+    return WeightChoice(args.averaged, args.prefix)
 
 
 def parse_launched(parser: argparse.ArgumentParser) -> argparse.Namespace:

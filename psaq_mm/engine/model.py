@@ -11,6 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from psaq_mm.checkpoint import (
+    WeightChoice,
     is_quantized,
     load_checkpoint_file,
     load_float_state,
@@ -73,7 +74,8 @@ def build_float_model(config: Config) -> nn.Module:
     return model
 
 
-def build_model(config: Config, path: str, trust: bool = False) -> nn.Module:
+def build_model(config: Config, path: str, trust: bool = False,
+                choice: Optional[WeightChoice] = None) -> nn.Module:
     """Build the model of a config on the CPU, with the weights of a checkpoint.
 
     Returns:
@@ -82,22 +84,27 @@ def build_model(config: Config, path: str, trust: bool = False) -> nn.Module:
     Raises:
         UserError: If the checkpoint cannot be read or is of another model.
     """
-    return _build(config, path, trust)[0]
+    return _build(config, path, trust, choice or WeightChoice())[0]
 
 
-def _build(config: Config, path: str, trust: bool) -> Tuple[nn.Module, Dict[str, Any]]:
+def _build(config: Config, path: str, trust: bool,
+           choice: WeightChoice) -> Tuple[nn.Module, Dict[str, Any]]:
     """The model with its weights, and the checkpoint's ``meta``."""
     checkpoint = load_checkpoint_file(path, trust=trust)
     model = build_float_model(config)
-    load = load_quantized_state if is_quantized(checkpoint) else load_float_state
-    load(model, checkpoint, path)
+    if is_quantized(checkpoint):
+        choice.refuse(path)
+        load_quantized_state(model, checkpoint, path)
+    else:
+        load_float_state(model, checkpoint, path, choice)
     model.eval()
     return model, meta_of(checkpoint)
 
 
 def init_model(config: Union[str, Path, Config], checkpoint: Union[str, Path],
                device: Union[str, torch.device] = 'cpu',
-               cfg_options: Optional[Dict[str, Any]] = None, trust: bool = False) -> nn.Module:
+               cfg_options: Optional[Dict[str, Any]] = None, trust: bool = False,
+               averaged: Optional[bool] = None, prefix: Optional[str] = None) -> nn.Module:
     """A model that is ready to predict, as mmdet's ``init_detector`` and mmseg's
     ``init_model`` give it: quantized if the checkpoint is.
 
@@ -113,6 +120,10 @@ def init_model(config: Union[str, Path, Config], checkpoint: Union[str, Path],
             Defaults to ``cpu``.
         cfg_options (dict, optional): Dotted keys of the config to values. Defaults to None.
         trust (bool): Whether the checkpoint may run code when it is read. Defaults to False.
+        averaged (bool, optional): Averaged or raw weights, of a float checkpoint that has both.
+            Defaults to None: averaged ones.
+        prefix (str, optional): Which of the models in a float checkpoint, such as ``teacher``.
+            Defaults to None: the only one.
 
     Returns:
         nn.Module: The model, in eval mode. Its ``cfg`` is a copy of the config, whose test
@@ -131,7 +142,7 @@ def init_model(config: Union[str, Path, Config], checkpoint: Union[str, Path],
         config = load_config(config, cfg_options)
     where = resolve_device(str(device))
     model: Any
-    model, meta = _build(config, str(checkpoint), trust)
+    model, meta = _build(config, str(checkpoint), trust, WeightChoice(averaged, prefix))
     model.dataset_meta = read_dataset_meta(config, meta, model)
     model.cfg = inference_config(config)
     model.to(where)

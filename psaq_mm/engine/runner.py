@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.tested_size import tested_size
 from psaq_mm.checkpoint import (
+    WeightChoice,
     fit_float_state,
     is_quantized,
     load_checkpoint_file,
@@ -97,6 +98,7 @@ class PSAQRunner(Runner):
         device = device or cfg.get('device')
         self.device = None if device is None else torch.device(device)
         self.trust_checkpoint = trust_checkpoint or bool(cfg.get('trust_checkpoint'))
+        self.weight_choice = WeightChoice(**(cfg.get('weight_choice') or {}))
         super().__init__(*args, **kwargs)
 
     def setup_env(self, env_cfg: Dict[str, Any]) -> None:
@@ -137,9 +139,11 @@ class PSAQRunner(Runner):
         model = self.model
         if is_model_wrapper(model):
             model = cast(nn.Module, model.module)
-        if not is_quantized(checkpoint):  # the hook checks those that are
-            checkpoint = dict(meta=meta_of(checkpoint),
-                              state_dict=fit_float_state(model, checkpoint, filename))
+        if is_quantized(checkpoint):  # the hook checks it
+            self.weight_choice.refuse(filename)
+        else:
+            checkpoint = dict(meta=meta_of(checkpoint), state_dict=fit_float_state(
+                model, checkpoint, filename, self.weight_choice))
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
         self._has_loaded = True

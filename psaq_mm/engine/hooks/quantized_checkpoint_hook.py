@@ -12,10 +12,12 @@ from psaq_mm.adapters import matching_adapter
 from psaq_mm.checkpoint import (
     build_manifest,
     extract_state_dict,
+    find_weights,
     first_differences,
     guarded,
     is_quantized,
     prepare_for_loading,
+    with_own_tables,
 )
 from psaq_mm.checkpoint.integrity import DIGEST_KEY, require_undamaged
 from psaq_mm.errors import UserError
@@ -69,10 +71,11 @@ class QuantizedCheckpointHook(Hook):
         if adapter is None:
             return
         try:
-            state = extract_state_dict(checkpoint, 'the checkpoint')
+            extract_state_dict(checkpoint, 'the checkpoint')
         except UserError:
             return  # mmengine says what it makes of it
+        state = find_weights(model, adapter, checkpoint, 'the checkpoint')
         if first_differences(model, state, allow_extra=True):
             state, layout = adapter.convert_state(model, state)
             runner.logger.info(f'layout of the weights: {layout or "unknown"}')
-        checkpoint['state_dict'] = state
+        checkpoint['state_dict'] = with_own_tables(model, state, 'the checkpoint')
