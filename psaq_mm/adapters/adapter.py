@@ -291,6 +291,17 @@ class Adapter:
         """
         raise NotImplementedError
 
+    def check_pixels(self, model: nn.Module) -> None:
+        """Raise if it is not known what pixels a model sees, and warn if they are not
+        normalized.
+
+        Args:
+            model (nn.Module): The float model.
+
+        Raises:
+            UserError: If so.
+        """
+
     def forward_backbone(self, model: nn.Module, images: Tensor) -> Tuple[Tensor, ...]:
         """Feature maps of normalized images of shape (B, C, H, W)."""
         raise NotImplementedError

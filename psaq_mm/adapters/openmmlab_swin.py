@@ -4,10 +4,13 @@
 The two are classes of their own with the same submodules and the same code;
 ``mmdet_swin.py`` and ``mmseg_swin.py`` bind what is here to each.
 """
+import logging
 import math
 from contextlib import ExitStack
 from typing import Any, ClassVar, Collection, Dict, FrozenSet, List, Mapping, Optional, Tuple
+from weakref import WeakKeyDictionary
 
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
@@ -21,8 +24,10 @@ from . import (
 from .adapter import Adapter, AttentionRecorder, WindowGrid, pixel_range, shown_size
 from .openmmlab_taps import fewer_regions, samples_for
 from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
+from .seen_pixels import SeenPixels, seen_pixels
 from .swin_layouts import OPENMMLAB, SWIN_AUTHORS, convert_openmmlab_swin
 from .tap_record import TapRecord
+from .tested_size import test_dataset
 from .window_tokens import valid_tokens
 
 
@@ -107,6 +112,8 @@ class PatchEmbedOp(QuantOp):
 REGIONS = 256, 32
 """How many proposals of an image box heads are given, and how many detections mask heads
 [choice]."""
+
+_SEEN: 'WeakKeyDictionary[nn.Module, SeenPixels]' = WeakKeyDictionary()
 
 NORMS_OF_BLOCK = {'norm1': 'attn.w_msa.qkv', 'norm2': 'ffn.layers.0.0'}
 NORMS_OF_MERGING = {'norm': 'reduction'}
@@ -193,16 +200,48 @@ class OpenMMLabSwinAdapter(Adapter):
                             f'{rows * columns}')
 
     def valid_range(self, model: nn.Module) -> Tuple[Tensor, Tensor]:
+        seen = self._seen(model)
+        if seen is not None:
+            return seen.low, seen.high
         channels = self._backbone(model).patch_embed.projection.in_channels
         preprocessor = getattr(model, 'data_preprocessor', None)
         mean, std = getattr(preprocessor, 'mean', None), getattr(preprocessor, 'std', None)
         return pixel_range(channels, mean, std)
 
     def is_rgb(self, model: nn.Module) -> bool:
+        seen = self._seen(model)
+        if seen is not None:
+            return seen.rgb
         # The preprocessors turn OpenCV's BGR around, or not.
         preprocessor = getattr(model, 'data_preprocessor', None)
         return bool(getattr(preprocessor, '_channel_conversion',
                             getattr(preprocessor, 'channel_conversion', False)))
+
+    def _seen(self, model: nn.Module) -> Optional[SeenPixels]:
+        """The pixels of test images; None if the model has no config with a test pipeline."""
+        config: Any = getattr(model, 'cfg', None)
+        if config is None or not test_dataset(config)[1]:
+            return None
+        if model not in _SEEN:
+            _SEEN[model] = seen_pixels(config, getattr(model, 'data_preprocessor', None),
+                                       self._backbone(model).patch_embed.projection.in_channels)
+        return _SEEN[model]
+
+    def check_pixels(self, model: nn.Module) -> None:
+        preprocessor = getattr(model, 'data_preprocessor', None)
+        seen = self._seen(model)
+        if getattr(preprocessor, 'mean', None) is not None or seen and not seen.plain:
+            return
+        if seen is not None and seen.failed:
+            raise UserError('model.data_preprocessor does not normalize images, and steps of the '
+                            f'test pipeline could not be run to see whether they do: {seen.failed}'
+                            '; set mean and std of model.data_preprocessor')
+        if seen is None and preprocessor is not None:
+            raise UserError('model.data_preprocessor does not normalize images, and there is no '
+                            'test pipeline that would: set its mean and std (0 and 1 if the '
+                            'model takes pixels from 0 to 255), or model.cfg')
+        print_log('nothing normalizes the images of this model: they are made of pixels from 0 to '
+                  '255', logger='current', level=logging.WARNING)
 
     def convert_state(self, model: nn.Module,
                       state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], str]:

@@ -50,7 +50,7 @@ def tested_size(config: Config) -> SizeFound:
     preprocessor = config.model.get('data_preprocessor') or {}
     preprocessor_test = preprocessor.get('test_cfg') or {}
     dataset, steps = test_dataset(config)
-    if _name(dataset) == 'ImageFolder' and dataset.get('model'):
+    if step_name(dataset) == 'ImageFolder' and dataset.get('model'):
         found = _timm_size(dataset)
     else:
         found = _after(steps, dataset)
@@ -74,6 +74,16 @@ def test_dataset(config: Config) -> Tuple[Any, List[Dict[str, Any]]]:
     return _unwrapped((config.get('test_dataloader') or {}).get('dataset') or {})
 
 
+def test_datasets(config: Config) -> List[Any]:
+    """The sections of all test sets of a config, without their wrappers."""
+    return _leaves((config.get('test_dataloader') or {}).get('dataset') or {})
+
+
+def _leaves(dataset: Any) -> List[Any]:
+    inner = [*filter(None, [dataset.get('dataset')]), *(dataset.get('datasets') or ())]
+    return [leaf for one in inner for leaf in _leaves(one)] if inner else [dataset]
+
+
 def _unwrapped(dataset: Any) -> Tuple[Any, List[Dict[str, Any]]]:
     inner = dataset.get('dataset') or next(iter(dataset.get('datasets') or ()), None)
     own = _transforms(dataset.get('pipeline'))
@@ -94,7 +104,7 @@ def _transforms(pipeline: Any) -> List[Dict[str, Any]]:
     return steps
 
 
-def _name(config: Any) -> str:
+def step_name(config: Any) -> str:
     """Name of what a config builds; its type may be a class or have a scope."""
     kind = config.get('type')
     return kind.__name__ if isinstance(kind, type) else str(kind).split('.')[-1]
@@ -112,7 +122,7 @@ def _after(steps: Sequence[Dict[str, Any]], dataset: Any) -> SizeFound:
             shown = ', '.join(f'{key}={step[key]}' for key in (
                 'scale', 'scales', 'width', 'height', 'max_size', 'scale_factor', 'crop_size',
                 'size', 'size_divisor') if step.get(key) is not None)
-            shown = f'{_name(step)}({shown})'
+            shown = f'{step_name(step)}({shown})'
             found = SizeFound(size, f"test_dataloader's {shown}" if _step(step, None) is not None
                               else f'{found.source}, then {shown}')
     return found
@@ -125,7 +135,7 @@ def _step(step: Dict[str, Any], size: Optional[Size]) -> Optional[Size]:
         step (dict): Config of a transform of mmcv, mmdet or mmseg.
         size (tuple[int, int], optional): Height and width before it, if known.
     """
-    name = _name(step)
+    name = step_name(step)
     if name in ('Resize', 'FixScaleResize') and step.get('scale'):
         return _resized(step['scale'], step.get('keep_ratio', False))
     if name == 'RandomChoiceResize':  # the middle one, by its pixels [choice]

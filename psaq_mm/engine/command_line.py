@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, List, Mapping, Optional
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from mmengine.config import Config, DictAction
@@ -14,7 +14,7 @@ from mmengine.dist import is_distributed
 from mmengine.hooks import EMAHook, Hook
 from mmengine.utils import is_method_overridden
 
-from psaq_mm.adapters.tested_size import test_dataset
+from psaq_mm.adapters.tested_size import test_datasets
 from psaq_mm.checkpoint import WeightChoice, sha256_of_file
 from psaq_mm.errors import UserError
 from psaq_mm.recipe.checks import check_seed
@@ -148,25 +148,46 @@ def require_test_data(config: Config) -> None:
     if config.get('test_dataloader') is None or config.get('test_evaluator') is None:
         raise UserError(f'config {config.filename} has no test_dataloader and test_evaluator: '
                         'there is nothing to evaluate on')
-    dataset, _ = test_dataset(config)
-    root = dataset.get('data_root') or ''
-    paths = [dataset.get('ann_file') or '', *(dataset.get('data_prefix') or {}).values(),
-             dataset.get('root') or '']
-    for path in paths:
-        if not isinstance(path, str) or not path or '://' in root + path:
-            continue
-        full = os.path.join(root, path)
-        if not os.path.exists(full):
-            raise UserError(f'test_dataloader.dataset: {full} does not exist; put the data '
-                            'there, or set test_dataloader.dataset.data_root (classifiers: .root)')
-    evaluators = config.test_evaluator
-    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
-        path = evaluator.get('ann_file')
-        if isinstance(path, str) and '://' not in path and not os.path.exists(path):
-            raise UserError(f'test_evaluator.ann_file: {path} does not exist; it is the '
-                            'annotation file of test_dataloader.dataset, set it too')
-    if dataset.get('type') == 'psaq_mm.ImageFolder':  # as quickly built as checked
-        DATASETS.build(dataset)
+    for dataset in test_datasets(config):
+        root = dataset.get('data_root') or ''
+        for key, path in _files_of(dataset):
+            full = path if key == 'root' else os.path.join(root, path)
+            if '://' not in root + path and not os.path.exists(full):
+                raise UserError(f'test_dataloader.dataset: {full} does not exist ({key}); put the '
+                                'data there, or set test_dataloader.dataset.data_root '
+                                '(classifiers: .root)')
+        if dataset.get('type') == 'psaq_mm.ImageFolder':  # as quickly built as checked
+            DATASETS.build(dataset)
+    for evaluator in _evaluators(config.test_evaluator):
+        for key, path in _files_of(evaluator):
+            if '://' not in path and not os.path.exists(path):
+                raise UserError(f'test_evaluator.{key}: {path} does not exist; it is of the data '
+                                'of test_dataloader.dataset, set it too')
+
+
+INPUT_KEYS = ('ann_file', 'data_prefix', 'root', 'label_file', 'label_map_file', 'split_file',
+              'proposal_file', 'seg_prefix', 'hierarchy_file', 'image_level_ann_file', 'meta_file')
+"""Keys of data sets and evaluators that name what is read; others name what is written."""
+
+
+def _files_of(section: Mapping[str, Any]) -> Iterator[Tuple[str, str]]:
+    """Keys and paths of what a data set or an evaluator reads."""
+    if section.get('backend_args') or section.get('file_client_args'):  # they may lie elsewhere
+        return
+    for key in INPUT_KEYS:
+        given = section.get(key)
+        for path in given.values() if isinstance(given, Mapping) else \
+                given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(path, str) and path:
+                yield key, path
+
+
+def _evaluators(given: Any) -> Iterator[Mapping[str, Any]]:
+    """All evaluators, those of several data sets too."""
+    for one in given if isinstance(given, (list, tuple)) else [given]:
+        if isinstance(one, Mapping):
+            yield one
+            yield from _evaluators(one.get('metrics') or [])
 
 
 def require_launcher(launcher: str, device: str) -> None:

@@ -149,6 +149,18 @@ class PSAQRunner(Runner):
         self._has_loaded = True
         return checkpoint
 
+    def test(self) -> Dict[str, float]:
+        """As mmengine's.
+
+        Raises:
+            UserError: If a file of the test set is not there.
+        """
+        try:
+            return super().test()
+        except FileNotFoundError as error:
+            raise UserError('the test set or its evaluator needs a file that is not there: '
+                            f'{error.filename or str(error).splitlines()[-1]}') from error
+
     @classmethod
     def hooks_for_quantization(cls, config: Config) -> List[Any]:
         """Our hooks, and those of ``custom_hooks`` that are a :class:`PSAQHook`.

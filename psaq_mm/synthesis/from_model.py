@@ -37,12 +37,14 @@ def check_synthesis(model: nn.Module, settings: SynthesisSettings) -> None:
         settings (SynthesisSettings): The ``synthesis`` section.
 
     Raises:
-        UserError: If the model takes no images of that size or is not in float32,
-            or a term needs BatchNorm statistics that the model does not have.
+        UserError: If the model takes no images of that size or is not in float32, it is not
+            known how its images are normalized, or a term needs BatchNorm statistics that the
+            model does not have.
     """
     adapter = find_adapter(model)
     require_float32(model)
     adapter.check_image_size(model, sized_for(model, settings).size)
+    adapter.check_pixels(model)
     for name, term in settings.build_priors().items():
         if term.needs_batch_norm and not adapter.batch_norms(model):
             raise UserError(f'synthesis.priors.{name} needs BatchNorm statistics, and this model '

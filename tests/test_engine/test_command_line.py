@@ -15,6 +15,7 @@ from psaq_mm.engine.command_line import (
     keep_local,
     prepare_for_test,
     require_launcher,
+    require_test_data,
     run_tool,
 )
 from psaq_mm.errors import UserError
@@ -157,3 +158,47 @@ def test_two_bases_with_hooks(tmp_path):
     assert "write recipe = 'w8a8' " in str(error.value)
     (tmp_path / 'one.py').write_text(f"_base_ = {rtmdet}\nrecipe = 'w8a8'\n")
     assert read_recipe(load_config(tmp_path / 'one.py')) == Recipe.shipped('w8a8')
+
+
+def data_set(folder, name, **changes):
+    """A section with files that are there."""
+    (folder / name).mkdir(exist_ok=True)
+    (folder / f'{name}.json').write_text('{}')
+    return dict(type='CocoDataset', data_root=str(folder), ann_file=f'{name}.json',
+                data_prefix=dict(img=name), **changes)
+
+
+def config_of(dataset, evaluator):
+    return Config(dict(test_dataloader=dict(dataset=dataset), test_evaluator=evaluator))
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda one, other: dict(type='ConcatDataset', datasets=[one, other]),
+    lambda one, other: dict(type='RepeatDataset', dataset=dict(
+        type='ConcatDataset', datasets=[dict(type='RepeatDataset', dataset=one), other])),
+    lambda one, other: other])
+def test_every_data_set_must_be_there(tmp_path, wrap):
+    evaluator = dict(type='CocoMetric', ann_file=str(tmp_path / 'a.json'))
+    one, other = data_set(tmp_path, 'a'), data_set(tmp_path, 'b')
+    require_test_data(config_of(wrap(one, other), evaluator))
+    for key, missing in (('ann_file', 'c.json'), ('data_prefix', dict(img='c')),
+                         ('label_map_file', 'labels.json')):
+        with pytest.raises(UserError, match=rf'/(c|c.json|labels.json) does not exist \({key}\)'):
+            require_test_data(config_of(wrap(one, dict(other, **{key: missing})), evaluator))
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda one, other: [one, other],
+    lambda one, other: dict(type='MultiDatasetsEvaluator', metrics=[one, other]),
+    lambda one, other: [dict(type='Evaluator', metrics=other), one]])
+def test_every_evaluator_must_find_its_files(tmp_path, wrap):
+    dataset = data_set(tmp_path, 'a')
+    one = dict(type='CocoMetric', ann_file=str(tmp_path / 'a.json'),
+               outfile_prefix=str(tmp_path / 'written/later'))
+    require_test_data(config_of(dataset, wrap(one, one)))
+    for key in ('ann_file', 'seg_prefix'):
+        other = dict(type='CocoPanopticMetric', **{key: str(tmp_path / 'missing')})
+        with pytest.raises(UserError, match=rf'test_evaluator.{key}: .*/missing does not exist'):
+            require_test_data(config_of(dataset, wrap(one, other)))
+        other['backend_args'] = dict(backend='petrel')
+        require_test_data(config_of(dataset, wrap(one, other)))
