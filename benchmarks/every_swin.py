@@ -1,0 +1,302 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Every Swin config of mmdet and mmseg: load, quantize, test, export, compare.
+
+    python benchmarks/every_swin.py                  # runs what has no row yet
+    python benchmarks/every_swin.py --only rtmdet    # configs whose names contain it, again
+    python benchmarks/every_swin.py --table          # docs/every_swin.md from the rows
+
+Weights are random. Backbones have two blocks a stage, a width of 24 and their own windows,
+transformers of heads two layers: what differs from one config to the next is in their parts
+and how these are joined. W8A8 in scope ``model``, on two images of two steps. GLIP and
+Grounding DINO need ``transformers``, and get a BERT of one layer.
+
+It is run before a release; a row takes seconds, and is kept in ``work_dirs/every_swin.json``.
+"""
+import argparse
+import importlib
+import json
+import logging
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+import torch
+from mmengine.logging import MMLogger
+from published_layouts import to_swin_authors_detection
+from torch import Tensor, nn
+
+import psaq_mm
+from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.tested_size import tested_size
+from psaq_mm.checkpoint import load_float_weights, save_json
+from psaq_mm.engine import build_float_model, load_config
+from psaq_mm.errors import UserError
+from psaq_mm.ops import named_quant_ops, unquantized_weights
+from psaq_mm.quantization import sqnr_db
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ROOT / 'work_dirs' / 'every_swin.json'
+TABLE = ROOT / 'docs' / 'every_swin.md'
+WIDTH = 24
+WORDS = ('disc', 'square', 'star')
+RECIPE = psaq_mm.Recipe.shipped('w8a8').changed(dict(
+    synthesis=dict(num_images=2, steps=2), calibration=dict(image_size=None),
+    quantization=dict(scope='model')))
+
+
+def swin_configs() -> Iterator[Tuple[str, str]]:
+    """Package and name of each config whose model has a Swin, in the order of names."""
+    for package in ('mmdet', 'mmseg'):
+        root = Path(importlib.import_module(package).__file__ or '').parent / '.mim' / 'configs'
+        for path in sorted(root.rglob('*.py')):
+            if 'swin' not in path.name.lower() and 'swin' not in path.read_text().lower():
+                continue
+            try:
+                config = load_config(path)
+            except UserError:  # a dataset, or for what is not installed
+                continue
+            if 'SwinTransformer' in repr(config.model):
+                yield package, str(path.relative_to(root))
+
+
+def shrink(section: Any, old_width: int, language: str) -> None:
+    """Make a model's section smaller, in place: see above."""
+    for key, value in list(section.items()):
+        if key in ('init_cfg', 'pretrained'):
+            section[key] = None
+        elif key == 'num_layers' and isinstance(value, int):
+            section[key] = min(value, 2)
+        elif key in ('lang_model_name', 'name') and value == 'bert-base-uncased':
+            section[key] = language
+        elif key == 'in_channels' and (isinstance(value, (list, tuple)) or section.get(
+                'in_index') is not None and isinstance(value, int)):
+            widths = value if isinstance(value, (list, tuple)) else [value]
+            widths = [width * WIDTH // old_width for width in widths]
+            section[key] = widths if isinstance(value, (list, tuple)) else widths[0]
+        elif key == 'num_queries':
+            section[key] = min(value, 60)
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(part, dict) and key != 'backbone':
+                shrink(part, old_width, language)
+
+
+def small_model(package: str, name: str, language: str) -> Tuple[Any, nn.Module]:
+    """The config, and its model with random weights."""
+    config = load_config(f'{package}::{name}')
+    backbone = config.model.backbone
+    shrink(config.model, backbone.get('embed_dims', 96), language)
+    backbone.update(embed_dims=WIDTH, depths=[2] * 4, num_heads=[1, 2, 4, 8], init_cfg=None,
+                    with_cp=False, convert_weights=False)
+    torch.manual_seed(0)
+    model = build_float_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return config, model
+
+
+def bert(folder: Path) -> str:
+    """A BERT of one layer, that knows a few words."""
+    try:
+        from transformers import BertConfig, BertModel, BertTokenizer
+    except ImportError:
+        return 'bert-base-uncased'
+    letters = [chr(code) for code in range(ord('a'), ord('z') + 1)]
+    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', '?', *WORDS, *letters,
+             *(f'##{letter}' for letter in letters)]
+    folder.mkdir()
+    (folder / 'vocab.txt').write_text('\n'.join(words))
+    BertTokenizer(str(folder / 'vocab.txt')).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=len(words), num_hidden_layers=1, intermediate_size=64)) \
+        .save_pretrained(folder)
+    return str(folder)
+
+
+def predict(model: Any, size: Tuple[int, int]) -> List[Tensor]:
+    """All tensors that a model predicts for two made-up images, by its ``test_step``."""
+    generator = torch.Generator().manual_seed(1)
+    channels = find_adapter(model).valid_range(model)[0].shape[1]
+    found: List[Tensor] = []
+    for _ in range(2):
+        image = torch.randint(0, 256, (channels, *size), dtype=torch.uint8, generator=generator)
+        meta = dict(img_id=0, img_path='', img_shape=size, ori_shape=size, pad_shape=size,
+                    scale_factor=(1., 1.), text=WORDS, custom_entities=True)
+        if hasattr(model, 'encode_decode'):
+            from mmseg.structures import SegDataSample as Sample
+        else:
+            from mmdet.structures import DetDataSample as Sample
+        with torch.no_grad():
+            samples = model.test_step(dict(inputs=[image], data_samples=[Sample(metainfo=meta)]))
+        for sample in samples:
+            for field in sample.all_items():
+                found += [v for v in getattr(field[1], 'values', list)()
+                          if isinstance(v, Tensor)]
+    if not found or not all(v.isfinite().all() for v in found if v.is_floating_point()):
+        raise ValueError('predicts nothing, or values that are not finite')
+    return found
+
+
+def check_layouts(model: nn.Module, folder: Path) -> List[str]:
+    """Names of the layouts that weights were read from, to the last bit."""
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    read = []
+    for name, weights in (('OpenMMLab', state), ('Swin authors', to_swin_authors_detection(state)),
+                          ('DDP', {f'module.{key}': value for key, value in state.items()})):
+        torch.save(dict(state_dict=weights, meta={}), folder / 'float.pth')
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        load_float_weights(model, str(folder / 'float.pth'))
+        if all(torch.equal(value, state[key]) for key, value in model.state_dict().items()):
+            read.append(name)
+        model.load_state_dict(state)
+    return read
+
+
+def in_words(error: Exception) -> str:
+    """The first line of an error; of a bug its class too."""
+    text = ' '.join(str(error).split())[:160]
+    return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
+
+
+def examine(package: str, name: str, folder: Path, language: str) -> Dict[str, Any]:
+    """The row of a config."""
+    row: Dict[str, Any] = {}
+    config, model = small_model(package, name, language)
+    row['type'] = type(model).__name__
+    row['tested_size'] = str(tested_size(config))
+    row['layouts'] = check_layouts(model, folder)
+    size = find_adapter(model).image_size(model)
+    row['image_size'] = list(size)
+    try:
+        before = predict(model, size)
+    except Exception as error:  # a host's model is a program
+        row['float_test'] = in_words(error)
+        traceback.print_exc()
+        before = []
+    student = psaq_mm.quantize(model, RECIPE)
+    adapter = find_adapter(model)
+    ops = [op_name for op_name, _ in named_quant_ops(student)]
+    row['quantized'] = dict(backbone=sum(n.startswith('backbone.') for n in ops),
+                            others=sum(not n.startswith('backbone.') for n in ops))
+    plan = {n: {role: None for role in op.quantizers} for n, op in named_quant_ops(student)}
+    row['left'] = unquantized_weights(model, plan, adapter, 'model')  # type: ignore[arg-type]
+    low, high = adapter.valid_range(model)
+    images = low + (high - low) * torch.rand(1, low.shape[1], *size)
+    with torch.no_grad():
+        row['features_db'] = round(min(sqnr_db(a, b) for a, b in zip(
+            adapter.forward_backbone(model, images), adapter.forward_backbone(student, images))),
+            1)
+    if before:
+        row['tested'] = len(predict(student, size)) == len(before)
+    try:
+        from psaq_mm.deploy import export_graphs
+        manifest = export_graphs(student, folder / 'export', 'onnx', [size])
+        row['export'] = manifest['modules']
+        rows = manifest['graphs'][0]['parity']['outputs']
+        row['parity_db'] = min((one['sqnr_db'] for one in rows if one['sqnr_db'] is not None),
+                               default=None)
+    except UserError as error:
+        row['export_reason'] = in_words(error)
+    return row
+
+
+def timed_out(*args: Any) -> None:
+    raise TimeoutError('took too long')
+
+
+def grouped(names: List[str]) -> str:
+    """Names of modules that stay float, shortened to their kinds."""
+    kinds: Dict[str, int] = {}
+    for name in names:
+        path, kind = name[:-1].split(' (')
+        top = '.'.join(part for part in path.split('.')[:2] if not part.isdigit())
+        kinds[f'{top} {kind}'] = kinds.get(f'{top} {kind}', 0) + 1
+    shown = sorted(kinds.items(), key=lambda item: -item[1])[:3]
+    return ', '.join(f'{count} {kind}' for kind, count in shown) \
+        + (', ...' if len(kinds) > 3 else '') or 'nothing'
+
+
+def is_right(row: Dict[str, Any]) -> bool:
+    """Whether all that can be done was done, and what was exported agrees."""
+    return not row.get('error') and bool(row.get('tested')) and len(row['layouts']) == 3 and (
+        row.get('parity_db') is None or row['parity_db'] > 20)
+
+
+def table(rows: Dict[str, Dict[str, Any]]) -> str:
+    """The table of all rows."""
+    lines = [
+        '# Every Swin config of mmdet and mmseg', '',
+        'Made by `benchmarks/every_swin.py`, which says what is shrunk: W8A8 in scope `model`, '
+        'random weights.', 'Each config is read in the layouts of OpenMMLab, of the Swin authors '
+        'and of DDP, quantized on two images of two',
+        'steps, tested on two images and exported to ONNX. Parity is the lowest SQNR of an output '
+        'against the simulation', '(random weights leave many values halfway between two '
+        'integers), *features* that of the quantized feature maps', 'against the float ones.', '',
+        f'{sum(map(is_right, rows.values()))} of {len(rows)} configs went through.', '',
+        '| config | quantized: backbone + others | left in float | features, dB | in the graph '
+        '| parity, dB | what is not possible |', '|---|---|---|---|---|---|---|']
+    for name, row in rows.items():
+        quantized = row.get('quantized')
+        reasons = [row[key] for key in ('error', 'float_test', 'export_reason') if row.get(key)]
+        if row.get('layouts') is not None and len(row['layouts']) < 3:
+            reasons.append(f'read only from {", ".join(row["layouts"])}')
+        cells = [name.replace('.py', ''),
+                 f'{quantized["backbone"]} + {quantized["others"]}' if quantized else '',
+                 grouped(row['left']) if 'left' in row else '', row.get('features_db', ''),
+                 row.get('export', ''),
+                 'equal' if 'export' in row and row['parity_db'] is None
+                 else row.get('parity_db', ''),
+                 '; '.join(reasons).replace('|', '/')]
+        lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--only', help='configs whose names contain this, again')
+    parser.add_argument('--table', action='store_true', help='write the table and nothing else')
+    parser.add_argument('--rows', type=Path, default=ROWS)
+    parser.add_argument('--seconds', type=int, default=180, help='at most for a config')
+    args = parser.parse_args()
+    rows: Dict[str, Dict[str, Any]] = json.loads(args.rows.read_text()) \
+        if args.rows.exists() else {}
+    if args.table:
+        TABLE.write_text(table(rows))
+        return
+    torch.set_num_threads(1)
+    warnings.simplefilter('ignore')
+    MMLogger.get_current_instance().setLevel(logging.ERROR)
+    args.rows.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGALRM, timed_out)
+    with tempfile.TemporaryDirectory() as temporary:
+        language = bert(Path(temporary) / 'bert')
+        for package, name in list(swin_configs()):
+            key = f'{package}/{name}'
+            if args.only is None and key in rows or args.only is not None and args.only not in key:
+                continue
+            folder = Path(temporary) / 'work'
+            folder.mkdir()
+            start = time.perf_counter()
+            signal.alarm(args.seconds)
+            try:
+                row = examine(package, name, folder, language)
+            except Exception as error:
+                row = dict(error=in_words(error))
+                traceback.print_exc()
+            finally:
+                signal.alarm(0)
+                shutil.rmtree(folder)
+            row['seconds'] = round(time.perf_counter() - start, 1)
+            rows[key] = row
+            save_json(rows, args.rows)
+            print(key, json.dumps({k: v for k, v in row.items() if k != 'left'}), flush=True)
+
+
+if __name__ == '__main__':
+    main()
