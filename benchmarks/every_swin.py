@@ -5,7 +5,7 @@
     python benchmarks/every_swin.py --only rtmdet    # configs whose names contain it, again
     python benchmarks/every_swin.py --table          # docs/every_swin.md from the rows
 
-Weights are random. Backbones have two blocks a stage, a width of 24 and their own windows,
+Weights are random. Backbones have two blocks a stage, a width of 32 and their own windows,
 transformers of heads two layers: what differs from one config to the next is in their parts
 and how these are joined. W8A8 in scope ``model``, on two images of two steps. GLIP and
 Grounding DINO need ``transformers``, and get a BERT of one layer.
@@ -16,6 +16,7 @@ import argparse
 import importlib
 import json
 import logging
+import re
 import shutil
 import signal
 import tempfile
@@ -42,7 +43,7 @@ from psaq_mm.quantization import sqnr_db
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / 'work_dirs' / 'every_swin.json'
 TABLE = ROOT / 'docs' / 'every_swin.md'
-WIDTH = 24
+WIDTH = 32
 WORDS = ('disc', 'square', 'star')
 RECIPE = psaq_mm.Recipe.shipped('w8a8').changed(dict(
     synthesis=dict(num_images=2, steps=2), calibration=dict(image_size=None),
@@ -54,7 +55,7 @@ def swin_configs() -> Iterator[Tuple[str, str]]:
     for package in ('mmdet', 'mmseg'):
         root = Path(importlib.import_module(package).__file__ or '').parent / '.mim' / 'configs'
         for path in sorted(root.rglob('*.py')):
-            if 'swin' not in path.name.lower() and 'swin' not in path.read_text().lower():
+            if '_base_' in path.parts or 'swin' not in (path.name + path.read_text()).lower():
                 continue
             try:
                 config = load_config(path)
@@ -71,6 +72,8 @@ def shrink(section: Any, old_width: int, language: str) -> None:
             section[key] = None
         elif key == 'num_layers' and isinstance(value, int):
             section[key] = min(value, 2)
+        elif key == 'num_cp':
+            section[key] = 0
         elif key in ('lang_model_name', 'name') and value == 'bert-base-uncased':
             section[key] = language
         elif key == 'in_channels' and (isinstance(value, (list, tuple)) or section.get(
@@ -90,8 +93,10 @@ def small_model(package: str, name: str, language: str) -> Tuple[Any, nn.Module]
     config = load_config(f'{package}::{name}')
     backbone = config.model.backbone
     shrink(config.model, backbone.get('embed_dims', 96), language)
-    backbone.update(embed_dims=WIDTH, depths=[2] * 4, num_heads=[1, 2, 4, 8], init_cfg=None,
-                    with_cp=False, convert_weights=False)
+    stages = len(backbone.get('depths', (2, 2, 6, 2)))
+    backbone.update(embed_dims=WIDTH, depths=[2] * stages, init_cfg=None, with_cp=False,
+                    num_heads=[2 ** stage for stage in range(stages)])
+    backbone.pop('convert_weights', None)
     torch.manual_seed(0)
     model = build_float_model(config)
     with torch.no_grad():
@@ -160,7 +165,7 @@ def check_layouts(model: nn.Module, folder: Path) -> List[str]:
 
 def in_words(error: Exception) -> str:
     """The first line of an error; of a bug its class too."""
-    text = ' '.join(str(error).split())[:160]
+    text = re.sub(r'of config \S*/', '', ' '.join(str(error).split()))[:200]
     return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
 
 
@@ -184,7 +189,7 @@ def examine(package: str, name: str, folder: Path, language: str) -> Dict[str, A
     ops = [op_name for op_name, _ in named_quant_ops(student)]
     row['quantized'] = dict(backbone=sum(n.startswith('backbone.') for n in ops),
                             others=sum(not n.startswith('backbone.') for n in ops))
-    plan = {n: {role: None for role in op.quantizers} for n, op in named_quant_ops(student)}
+    plan = {n: dict.fromkeys(op.quantizers) for n, op in named_quant_ops(student)}
     row['left'] = unquantized_weights(model, plan, adapter, 'model')  # type: ignore[arg-type]
     low, high = adapter.valid_range(model)
     images = low + (high - low) * torch.rand(1, low.shape[1], *size)

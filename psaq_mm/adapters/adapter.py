@@ -5,6 +5,7 @@ import logging
 import math
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import (
     Any,
     ClassVar,
@@ -32,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from psaq_mm.errors import UserError
 from psaq_mm.prior import AttentionRecord, BatchNormRecord, channel_statistics
 
-from .predictors import last_layers, layers_of_own_width
+from .predictors import last_layers, layers_of, layers_that_run
 from .tap_record import TapRecord
 
 RecordT = TypeVar('RecordT')
@@ -76,7 +77,8 @@ def real_tokens(stages: Iterable[WindowGrid], size: Tuple[int, int]) -> Iterator
         yield height * width / padded
 
 
-_PREDICTORS: 'WeakKeyDictionary[nn.Module, FrozenSet[str]]' = WeakKeyDictionary()
+_LAYERS: 'WeakKeyDictionary[nn.Module, Tuple[FrozenSet[str], FrozenSet[str]]]' = \
+    WeakKeyDictionary()
 
 
 class Adapter:
@@ -136,37 +138,50 @@ class Adapter:
     def predictors(self, model: nn.Module) -> FrozenSet[str]:
         """Names of the layers whose output is the float model's: scores, boxes, logits.
 
-        A small image goes through the model once. If that fails, layers are taken
-        by their widths, and a warning says so. The answer is kept for the model.
-        """
-        if model not in _PREDICTORS:
-            _PREDICTORS[model] = self._find_predictors(model)
-        return _PREDICTORS[model]
+        A small image goes through the model once. The answer is kept for the model.
 
-    def _find_predictors(self, model: nn.Module) -> FrozenSet[str]:
+        Raises:
+            UserError: If the model cannot be run on an image alone.
+        """
+        return self._last_and_idle(model)[0]
+
+    def idle(self, model: nn.Module) -> FrozenSet[str]:
+        """Names of the layers outside of the backbone that have no part in a test, such as
+        those of a branch that only trains. As :meth:`predictors` otherwise."""
+        return self._last_and_idle(model)[1]
+
+    def _last_and_idle(self, model: nn.Module) -> Tuple[FrozenSet[str], FrozenSet[str]]:
+        if model not in _LAYERS:
+            _LAYERS[model] = self._examine_layers(model)
+        return _LAYERS[model]
+
+    def _examine_layers(self, model: nn.Module) -> Tuple[FrozenSet[str], FrozenSet[str]]:
         sizes = [self.image_size(model)]
         if self.fixed_size(model) is None:  # a small one will do, but for many queries
             side = 2 * max(math.prod(steps) for steps in zip(*(
                 step for step, _ in self.attention_windows(model))))
             sizes.insert(0, (side, side))
         for size in sizes:
+            images = torch.rand(1, self.valid_range(model)[0].shape[1], *size,
+                                generator=torch.Generator().manual_seed(0)).to(
+                                    module_device(model))
             try:
-                found = self._last_layers(model, size)
+                run = layers_that_run(model, partial(self.forward, model, images, 'model'))
+                found = self._last_layers(model, images)
                 break
             except Exception as error:  # heads are anyone's code
                 reason = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
         else:
-            print_log('the model cannot be run on an image alone to find its last layers '
-                      f'({reason}): those whose output is as wide as no input of their head are '
-                      'taken', logger='current', level=logging.WARNING)
-            found = layers_of_own_width(model, lambda name: self.head_of(model, name))
-        return frozenset(name for name in found if not self.in_scope(model, name, 'backbone'))
+            raise UserError("quantization.scope='model': the model cannot be run on an image "
+                            f"alone ({reason}); quantize its backbone: "
+                            "quantization.scope='backbone'")
+        outside = {name for name in layers_of(model) if not self.in_scope(model, name, 'backbone')}
+        return frozenset(found & outside), frozenset(outside - run)
 
-    def _last_layers(self, model: nn.Module, size: Tuple[int, int]) -> FrozenSet[str]:
-        images = torch.rand(1, self.valid_range(model)[0].shape[1], *size,
-                            generator=torch.Generator().manual_seed(0))
-        return last_layers(model, lambda: self.forward_model(model, images.to(
-            module_device(model))), lambda name: not self.head_of(model, name))
+    def _last_layers(self, model: nn.Module, images: Tensor) -> FrozenSet[str]:
+        """The last layers of a model, by a forward pass of it."""
+        return last_layers(model, lambda: self.forward_model(model, images),
+                           lambda name: not self.head_of(model, name))
 
     def head_of(self, model: nn.Module, name: str) -> str:
         """Name of the head that a module is in; empty if it is in none."""

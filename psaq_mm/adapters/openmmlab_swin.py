@@ -7,7 +7,18 @@ The two are classes of their own with the same submodules and the same code;
 import logging
 import math
 from contextlib import ExitStack
-from typing import Any, ClassVar, Collection, Dict, FrozenSet, List, Mapping, Optional, Tuple
+from typing import (
+    Any,
+    ClassVar,
+    Collection,
+    Dict,
+    FrozenSet,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 from weakref import WeakKeyDictionary
 
 from mmengine.logging import print_log
@@ -23,6 +34,7 @@ from . import (
 )
 from .adapter import Adapter, AttentionRecorder, WindowGrid, pixel_range, shown_size
 from .openmmlab_taps import fewer_regions, samples_for
+from .predictors import last_layers
 from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
 from .seen_pixels import SeenPixels, seen_pixels
 from .swin_layouts import OPENMMLAB, SWIN_AUTHORS, convert_openmmlab_swin
@@ -258,16 +270,34 @@ class OpenMMLabSwinAdapter(Adapter):
             meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
                         scale_factor=(1.0, 1.0), padding_size=[0, 0, 0, 0])
             return model.encode_decode(images, [dict(meta) for _ in images])
-        return model(images, samples_for(images, size), mode='tensor')
+        return model(images, samples_for(images, size, self._words(model)), mode='tensor')
 
     def forward(self, model: Any, images: Tensor, scope: str) -> None:
-        if scope == 'backbone' or not openmmlab_taps.is_two_stage(model):
+        # By 'tensor' mode mask heads would see proposals, and some of one image alone; others
+        # ask for annotations there, or for words.
+        if scope == 'backbone' or all(getattr(model, part, None) is None for part in (
+                'roi_head', 'mask_head', 'language_model')):
             super().forward(model, images, scope)
             return
-        # Not 'tensor' mode: there mask heads see proposals, and some of one image alone.
         with fewer_regions(model, *REGIONS):
-            model.predict(images, samples_for(images, (images.shape[2], images.shape[3])),
-                          rescale=False)
+            self._predict(model, images)
+
+    def _predict(self, model: Any, images: Tensor) -> Any:
+        size = (images.shape[2], images.shape[3])
+        return model.predict(images, samples_for(images, size, self._words(model)), rescale=False)
+
+    def _last_layers(self, model: nn.Module, images: Tensor) -> FrozenSet[str]:
+        try:
+            return super()._last_layers(model, images)
+        except Exception:  # what forward() says of 'tensor' mode
+            return last_layers(model, lambda: self._predict(model, images),
+                               lambda name: not self.head_of(model, name))
+
+    def _words(self, model: nn.Module) -> Sequence[str]:
+        """What a model that is asked by words is asked for: the classes of its test set."""
+        config: Any = getattr(model, 'cfg', None)
+        dataset = {} if config is None else test_dataset(config)[0]
+        return (dataset.get('metainfo') or {}).get('classes') or ('object', )
 
     def forward_norms(self, model: Any, images: Tensor) -> None:
         if isinstance(model, self.backbone_class):

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from contextlib import ExitStack, contextmanager
-from typing import Any, Collection, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Collection, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +53,19 @@ def tap_groups(model: Any) -> Tuple[str, ...]:
         return (*groups, 'logits') if takes_features_alone(first) else tuple(groups)
     if dense_head(model) is not None:
         groups += ['scores', 'deltas']
-    if is_two_stage(model):
+    if is_two_stage(model) and _runs_on_boxes(model.roi_head):
         groups.append('rois')
     return tuple(groups)
+
+
+def _runs_on_boxes(roi_head: Any) -> bool:
+    """Whether a RoI head is one of boxes, or a cascade of them, and nothing else: queries, a
+    grid or a context for all images would be wanted too."""
+    from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+    kind = type(roi_head)
+    return any(all(getattr(kind, name) is getattr(known, name) for name in (
+        '_bbox_forward', '_mask_forward', 'predict', 'predict_bbox', 'predict_mask'))
+        for known in (CascadeRoIHead, StandardRoIHead))
 
 
 @contextmanager
@@ -74,7 +84,8 @@ def fewer_regions(model: nn.Module, proposals: int = 64, detections: int = 16) -
     """
     before: Dict[Any, Any] = {}
     try:
-        for name, count in (('rpn_head', proposals), ('roi_head', detections)):
+        for name, count in (('rpn_head', proposals), ('roi_head', detections),
+                            ('bbox_head', detections), ('mask_head', detections)):
             head: Any = getattr(model, name, None)
             if getattr(head, 'test_cfg', None) is not None:
                 before[head] = head.test_cfg
@@ -88,17 +99,21 @@ def fewer_regions(model: nn.Module, proposals: int = 64, detections: int = 16) -
             head.test_cfg = settings
 
 
-def samples_for(images_or_features: Tensor, size: Tuple[int, int]) -> List[Any]:
+def samples_for(images_or_features: Tensor, size: Tuple[int, int],
+                words: Sequence[str] = ('object', )) -> List[Any]:
     """What mmdet wants to know of each image of a batch that is not resized.
 
     Args:
         images_or_features (Tensor): Shape (B, ...).
         size (tuple[int, int]): Height and width of the images.
+        words (Sequence[str]): What models that are asked by words look for.
+            Defaults to one word.
     """
     from mmdet.structures import DetDataSample
     return [DetDataSample(metainfo=dict(
         img_id=index, img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
-        scale_factor=(1.0, 1.0))) for index in range(len(images_or_features))]
+        scale_factor=(1.0, 1.0), text=tuple(words), custom_entities=True))
+        for index in range(len(images_or_features))]
 
 
 def forward_taps(model: Any, features: Tuple[Tensor, ...], size: Tuple[int, int],

@@ -61,31 +61,21 @@ def last_layers(model: nn.Module, forward: Callable[[], Any],
                      | {name for name in unread if not outside(name)})
 
 
-def layers_of_own_width(model: nn.Module, head_of: Callable[[str], str]) -> FrozenSet[str]:
-    """Names of layers of heads whose output is as wide as no input of their head.
-
-    What is left where a model cannot be run, for want of texts or annotations:
-    as a rule no layer takes in as many channels as there are classes or sides of boxes.
+def layers_that_run(model: nn.Module, forward: Callable[[], Any]) -> FrozenSet[str]:
+    """Names of the layers that a forward pass calls. The model is left as it was.
 
     Args:
         model (nn.Module): The float model.
-        head_of (Callable): Name of a layer to that of the head it is in; empty
-            if it is in none.
-
-    Returns:
-        frozenset[str]: The names.
+        forward (Callable): Runs it.
     """
-    heads: Dict[str, Dict[str, nn.Module]] = defaultdict(dict)
-    for name, layer in layers_of(model).items():
-        if head_of(name):
-            heads[head_of(name)][name] = layer
-    return frozenset(name for layers in heads.values() for name, layer in layers.items()
-                     if _width(layer, 'out') is not None and _width(layer, 'out') not in
-                     {_width(other, 'in') for other in layers.values()})
-
-
-def _width(layer: nn.Module, side: str) -> Any:
-    return getattr(layer, f'{side}_channels', getattr(layer, f'{side}_features', None))
+    run: Set[str] = set()
+    with ExitStack() as hooks:
+        for name, layer in layers_of(model).items():
+            hooks.enter_context(layer.register_forward_hook(
+                lambda module, args, output, name=name: run.add(name)))
+        with evaluating(model), torch.no_grad():
+            forward()
+    return frozenset(run)
 
 
 def _nearest(start: Iterable[Any], made_by: Dict[Any, Set[str]]) -> Set[str]:

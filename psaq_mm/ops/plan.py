@@ -62,10 +62,12 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
                                    if p not in unasked and not p.startswith('@')], list(roles))
     plan: Plan = {}
     predictors: FrozenSet[str] = frozenset()
+    idle: FrozenSet[str] = frozenset()
     if settings.scope == 'model':
-        predictors = adapter.predictors(model)
+        predictors, idle = adapter.predictors(model), adapter.idle(model)
     for name in candidates:
-        if _any_match(name, settings.include) and not _any_match(name, settings.exclude):
+        if name not in idle and _any_match(name, settings.include) \
+                and not _any_match(name, settings.exclude):
             kinds = adapter.kinds(model, name, predictors)
             plan[name] = {r: settings.spec_for(name, r, kinds) for r in roles[name]}
     if not plan:
