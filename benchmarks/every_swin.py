@@ -7,12 +7,15 @@
 
 Weights are random. Backbones have two blocks a stage, a width of 32 and their own windows,
 transformers of heads two layers: what differs from one config to the next is in their parts
-and how these are joined. W8A8 in scope ``model``, on two images of two steps. GLIP and
+and how these are joined. W8A8 in scope ``model``, weights rounded to nearest, on two images of two steps. GLIP and
 Grounding DINO need ``transformers``, and get a BERT of one layer.
+
+Configs that make the same model, module by module, share what was found of the first.
 
 It is run before a release; a row takes seconds, and is kept in ``work_dirs/every_swin.json``.
 """
 import argparse
+import hashlib
 import importlib
 import json
 import logging
@@ -23,6 +26,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
@@ -35,10 +39,12 @@ import psaq_mm
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.tested_size import tested_size
 from psaq_mm.checkpoint import load_float_weights, save_json
+from psaq_mm.deploy import export_graphs
 from psaq_mm.engine import build_float_model, load_config
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, unquantized_weights
-from psaq_mm.quantization import sqnr_db
+from psaq_mm.ops.plan import Plan
+from psaq_mm.quantization import QuantSpec, sqnr_db
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / 'work_dirs' / 'every_swin.json'
@@ -47,7 +53,7 @@ WIDTH = 32
 WORDS = ('disc', 'square', 'star')
 RECIPE = psaq_mm.Recipe.shipped('w8a8').changed(dict(
     synthesis=dict(num_images=2, steps=2), calibration=dict(image_size=None),
-    quantization=dict(scope='model')))
+    quantization=dict(scope='model', weight=dict(rounding='nearest'))))
 
 
 def swin_configs() -> Iterator[Tuple[str, str]]:
@@ -70,7 +76,7 @@ def shrink(section: Any, old_width: int, language: str) -> None:
     for key, value in list(section.items()):
         if key in ('init_cfg', 'pretrained'):
             section[key] = None
-        elif key == 'num_layers' and isinstance(value, int):
+        elif key in ('num_layers', 'num_blocks', 'num_dyhead_blocks') and isinstance(value, int):
             section[key] = min(value, 2)
         elif key == 'num_cp':
             section[key] = 0
@@ -119,6 +125,8 @@ def bert(folder: Path) -> str:
     BertTokenizer(str(folder / 'vocab.txt')).save_pretrained(folder)
     BertModel(BertConfig(vocab_size=len(words), num_hidden_layers=1, intermediate_size=64)) \
         .save_pretrained(folder)
+    # Grounding DINO gives masks of pairs of tokens, which torch's own attention does not take.
+    BertModel._supports_sdpa = False
     return str(folder)
 
 
@@ -165,17 +173,14 @@ def check_layouts(model: nn.Module, folder: Path) -> List[str]:
 
 def in_words(error: Exception) -> str:
     """The first line of an error; of a bug its class too."""
-    text = re.sub(r'of config \S*/', '', ' '.join(str(error).split()))[:200]
+    text = re.sub(r'of config \S*/|quantization.scope=.model.: |; quantize its backbone.*', '',
+                  ' '.join(str(error).split()))[:200]
     return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
 
 
-def examine(package: str, name: str, folder: Path, language: str) -> Dict[str, Any]:
-    """The row of a config."""
-    row: Dict[str, Any] = {}
-    config, model = small_model(package, name, language)
-    row['type'] = type(model).__name__
-    row['tested_size'] = str(tested_size(config))
-    row['layouts'] = check_layouts(model, folder)
+def examine(model: nn.Module, folder: Path) -> Dict[str, Any]:
+    """What is the same for all configs of one model."""
+    row: Dict[str, Any] = dict(type=type(model).__name__, layouts=check_layouts(model, folder))
     size = find_adapter(model).image_size(model)
     row['image_size'] = list(size)
     try:
@@ -184,13 +189,14 @@ def examine(package: str, name: str, folder: Path, language: str) -> Dict[str, A
         row['float_test'] = in_words(error)
         traceback.print_exc()
         before = []
-    student = psaq_mm.quantize(model, RECIPE)
+    student = quantized(model, row)
     adapter = find_adapter(model)
-    ops = [op_name for op_name, _ in named_quant_ops(student)]
+    ops = [name for name, _ in named_quant_ops(student)]
     row['quantized'] = dict(backbone=sum(n.startswith('backbone.') for n in ops),
                             others=sum(not n.startswith('backbone.') for n in ops))
-    plan = {n: dict.fromkeys(op.quantizers) for n, op in named_quant_ops(student)}
-    row['left'] = unquantized_weights(model, plan, adapter, 'model')  # type: ignore[arg-type]
+    plan: Plan = {name: dict.fromkeys(op.quantizers, QuantSpec(8))
+                  for name, op in named_quant_ops(student)}
+    row['left'] = unquantized_weights(model, plan, adapter, 'model')
     low, high = adapter.valid_range(model)
     images = low + (high - low) * torch.rand(1, low.shape[1], *size)
     with torch.no_grad():
@@ -200,7 +206,6 @@ def examine(package: str, name: str, folder: Path, language: str) -> Dict[str, A
     if before:
         row['tested'] = len(predict(student, size)) == len(before)
     try:
-        from psaq_mm.deploy import export_graphs
         manifest = export_graphs(student, folder / 'export', 'onnx', [size])
         row['export'] = manifest['modules']
         rows = manifest['graphs'][0]['parity']['outputs']
@@ -209,6 +214,16 @@ def examine(package: str, name: str, folder: Path, language: str) -> Dict[str, A
     except UserError as error:
         row['export_reason'] = in_words(error)
     return row
+
+
+def quantized(model: nn.Module, row: Dict[str, Any]) -> nn.Module:
+    """The student in scope ``model``, or of the backbone with the reason in the row."""
+    try:
+        return psaq_mm.quantize(model, RECIPE)
+    except UserError as error:
+        row['scope_reason'] = in_words(error)
+        return psaq_mm.quantize(model, RECIPE.changed(dict(
+            quantization=dict(scope='backbone'))))
 
 
 def timed_out(*args: Any) -> None:
@@ -248,7 +263,8 @@ def table(rows: Dict[str, Dict[str, Any]]) -> str:
         '| parity, dB | what is not possible |', '|---|---|---|---|---|---|---|']
     for name, row in rows.items():
         quantized = row.get('quantized')
-        reasons = [row[key] for key in ('error', 'float_test', 'export_reason') if row.get(key)]
+        reasons = [row[key] for key in (
+            'error', 'scope_reason', 'float_test', 'export_reason') if row.get(key)]
         if row.get('layouts') is not None and len(row['layouts']) < 3:
             reasons.append(f'read only from {", ".join(row["layouts"])}')
         cells = [name.replace('.py', ''),
@@ -281,18 +297,30 @@ def main() -> None:
     signal.signal(signal.SIGALRM, timed_out)
     with tempfile.TemporaryDirectory() as temporary:
         language = bert(Path(temporary) / 'bert')
-        for package, name in list(swin_configs()):
+        # One of each folder first: the others most often make models that are known then.
+        within: Counter = Counter()
+        configs = []
+        for package, name in swin_configs():
+            within[Path(name).parent] += 1
+            configs.append((within[Path(name).parent], package, name))
+        for _, package, name in sorted(configs):
             key = f'{package}/{name}'
             if args.only is None and key in rows or args.only is not None and args.only not in key:
                 continue
             folder = Path(temporary) / 'work'
             folder.mkdir()
             start = time.perf_counter()
+            row: Dict[str, Any] = {}
             signal.alarm(args.seconds)
             try:
-                row = examine(package, name, folder, language)
+                config, model = small_model(package, name, language)
+                row.update(tested_size=str(tested_size(config)),
+                           model=hashlib.sha256(repr(model).encode()).hexdigest())
+                known = next((dict(other) for other in rows.values() if args.only is None
+                              and other.get('model') == row['model'] and 'left' in other), None)
+                row = {**(known or examine(model, folder)), **row}
             except Exception as error:
-                row = dict(error=in_words(error))
+                row['error'] = in_words(error)
                 traceback.print_exc()
             finally:
                 signal.alarm(0)

@@ -83,9 +83,12 @@ def fewer_regions(model: nn.Module, proposals: int = 64, detections: int = 16) -
         detections (int): At most for mask heads. Defaults to 16.
     """
     before: Dict[Any, Any] = {}
+    bounds = dict(rpn_head=proposals, roi_head=detections, bbox_head=detections,
+                  mask_head=detections)
+    if getattr(getattr(model, 'rpn_head', None), 'test_cfg', None) is None:
+        del bounds['roi_head']  # it has as many queries as it has
     try:
-        for name, count in (('rpn_head', proposals), ('roi_head', detections),
-                            ('bbox_head', detections), ('mask_head', detections)):
+        for name, count in bounds.items():
             head: Any = getattr(model, name, None)
             if getattr(head, 'test_cfg', None) is not None:
                 before[head] = head.test_cfg
@@ -93,10 +96,27 @@ def fewer_regions(model: nn.Module, proposals: int = 64, detections: int = 16) -
                 settings.max_per_img = min(count, settings.get('max_per_img', count))
                 if 'score_thr' in settings:
                     settings.score_thr = 0.
-        yield
+        with _nothing_pasted(model):
+            yield
     finally:
         for head, settings in before.items():
             head.test_cfg = settings
+
+
+@contextmanager
+def _nothing_pasted(model: nn.Module) -> Iterator[None]:
+    """Within the block, RoI heads do not paste masks into images: no layer reads these, they
+    take longest, and boxes outside of an image are an error there."""
+    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+    heads: List[Any] = [part for part in model.modules() if isinstance(part, FCNMaskHead)
+                        and 'predict_by_feat' not in vars(part)]  # blocks may be nested
+    try:
+        for head in heads:
+            head.predict_by_feat = lambda mask_preds, results_list, *args, **kwargs: results_list
+        yield
+    finally:
+        for head in heads:
+            del head.predict_by_feat
 
 
 def samples_for(images_or_features: Tensor, size: Tuple[int, int],

@@ -1,7 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The last layers of heads are found, whatever their names."""
 import copy
-import logging
 
 import pytest
 import torch
@@ -11,10 +10,12 @@ from mmengine.hub import get_config
 from mmengine.logging import MMLogger
 from torch import nn
 
+import psaq_mm
 from psaq_mm import prepare
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.predictors import last_layers, layers_of_own_width
+from psaq_mm.adapters.predictors import last_layers
 from psaq_mm.engine import build_float_model
+from psaq_mm.errors import UserError
 from psaq_mm.ops import plan_quantization
 from psaq_mm.recipe.quantization import QuantizationSettings
 
@@ -75,7 +76,8 @@ def test_families(name, changes, expected):
 
 def test_what_a_semantic_branch_hands_on_is_no_output():
     """HTC's embedding of it goes into the RoI heads; its logits go nowhere."""
-    model = model_of('mmdet::htc/htc_r50_fpn_1x_coco.py', backbone=SWIN)
+    model = model_of('mmdet::htc/htc_r50_fpn_1x_coco.py', backbone=SWIN,
+                     neck=dict(in_channels=[12, 24, 48, 96]))
     found = find_adapter(model).predictors(model)
     assert 'roi_head.semantic_head.conv_logits' in found
     assert 'roi_head.semantic_head.conv_embedding' not in found
@@ -168,36 +170,19 @@ def test_layers_that_are_not_of_a_head():
 # What cannot be run
 
 
-def test_by_widths():
-    net = nn.ModuleDict({
-        'neck': nn.Conv2d(3, 7, 1), 'x_head': nn.ModuleDict(dict(
-            convs=nn.Sequential(nn.Conv2d(7, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)),
-            boxes=nn.Conv2d(8, 4, 3), scores=nn.Conv2d(8, 5, 3), norm=nn.BatchNorm2d(8)))})
-    assert layers_of_own_width(net, lambda name: name[:6] if 'head' in name else '') == {
-        'x_head.boxes', 'x_head.scores'}
-
-
-def test_a_model_that_cannot_be_run_is_judged_by_widths():
-    """As one that asks for texts; a warning says so."""
-    config = Config.fromfile(DEMO / 'mask_rcnn_swin_demo.py')
-    model = build_float_model(config)
-    expected = find_adapter(model).predictors(model)
-    model = build_float_model(config)
+def test_a_model_that_cannot_be_run_is_refused():
+    """Before any work; its backbone can be quantized."""
+    model = build_float_model(Config.fromfile(DEMO / 'mask_rcnn_swin_demo.py'))
 
     def fail(*args, **kwargs):
         raise KeyError('text_prompts')
 
-    model.forward = fail
-    lines = []
-    logger = MMLogger.get_instance('test_predictors')
-    logger.handle, before = lines.append, logger.handle
-    try:
-        assert find_adapter(model).predictors(model) == expected
-    finally:
-        logger.handle = before
-    assert [line.levelno for line in lines] == [logging.WARNING]
-    assert "(KeyError: 'text_prompts'): those whose output is as wide as no input of their head " \
-        'are taken' in lines[0].getMessage()
+    model.predict = fail
+    settings = psaq_mm.QuantizationSettings(scope='model')
+    with pytest.raises(UserError, match="cannot be run on an image alone .KeyError: 'text_prompts'"
+                       ".; quantize its backbone"):
+        psaq_mm.quantize(model, psaq_mm.Recipe(quantization=settings))
+    psaq_mm.prepare(model, psaq_mm.QuantizationSettings(channel_limit=None))
 
 
 def test_preparation_says_which():
