@@ -7,8 +7,8 @@
 
 Weights are random. Backbones have two blocks a stage, a width of 32 and their own windows,
 transformers of heads two layers: what differs from one config to the next is in their parts
-and how these are joined. W8A8 in scope ``model``, weights rounded to nearest, on two images of two steps. GLIP and
-Grounding DINO need ``transformers``, and get a BERT of one layer.
+and how these are joined. W8A8 in scope ``model``, weights rounded to nearest, on two images of
+two steps. GLIP and Grounding DINO need ``transformers``, and get a BERT of one layer.
 
 Configs that make the same model, module by module, share what was found of the first.
 
