@@ -181,7 +181,8 @@ def in_words(error: Exception) -> str:
 def examine(model: nn.Module, folder: Path) -> Dict[str, Any]:
     """What is the same for all configs of one model."""
     row: Dict[str, Any] = dict(type=type(model).__name__, layouts=check_layouts(model, folder))
-    size = find_adapter(model).image_size(model)
+    height, width = find_adapter(model).image_size(model)
+    size = (height // 2, width // 2)  # windows of the last stage are padded
     row['image_size'] = list(size)
     try:
         before = predict(model, size)
@@ -218,11 +219,12 @@ def examine(model: nn.Module, folder: Path) -> Dict[str, Any]:
 
 def quantized(model: nn.Module, row: Dict[str, Any]) -> nn.Module:
     """The student in scope ``model``, or of the backbone with the reason in the row."""
+    recipe = RECIPE.changed(dict(synthesis=dict(image_size=row['image_size'])))
     try:
-        return psaq_mm.quantize(model, RECIPE)
+        return psaq_mm.quantize(model, recipe)
     except UserError as error:
         row['scope_reason'] = in_words(error)
-        return psaq_mm.quantize(model, RECIPE.changed(dict(
+        return psaq_mm.quantize(model, recipe.changed(dict(
             quantization=dict(scope='backbone'))))
 
 

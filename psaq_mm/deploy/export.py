@@ -90,6 +90,10 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
     model = _cpu_copy(model)
     subgraph = find_subgraph(model)
     chosen = choose_sizes(subgraph, sizes)
+    subgraph.for_sizes(chosen)
+    if subgraph.in_torch:
+        print_log(f'in the graph: {subgraph.modules}; stays in torch: '
+                  f'{", ".join(subgraph.in_torch)}', logger='current')
     folder = Path(folder)
     ensure_writable_dir(folder)
     # An interrupted export must not leave a manifest of older graphs.
@@ -114,7 +118,7 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
                            sha256={file.name: file_digest(file) for file in files},
                            parity=dict(image_size=list(images.shape[2:]), outputs=rows)))
         _report(path, written, rows)
-    manifest = dict(format=target, modules=subgraph.modules,
+    manifest = dict(format=target, modules=subgraph.modules, in_torch=list(subgraph.in_torch),
                     output_names=list(subgraph.output_names), float_roles=sorted(float_roles),
                     source=source, engine=f'{engine.name} {engine.version()}',
                     torch=torch.__version__, graphs=graphs)

@@ -97,6 +97,7 @@ class Graphs:
             UserError: If the model has other outputs.
         """
         subgraph = find_subgraph(model)
+        subgraph.for_sizes(list(self._files))
         if list(subgraph.output_names) != self.manifest['output_names']:
             raise UserError(f'{self.folder} holds graphs of another model: outputs '
                             f'{", ".join(self.manifest["output_names"])}, expected '

@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The part of a model that is exported as one graph."""
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
@@ -34,6 +34,18 @@ class Subgraph:
     def output_names(self) -> Tuple[str, ...]:
         """tuple[str]: One name for each output."""
         raise NotImplementedError
+
+    @property
+    def in_torch(self) -> Tuple[str, ...]:
+        """tuple[str]: What of the model is not in the graph, for messages."""
+        return ()
+
+    def for_sizes(self, sizes: Sequence[Optional[Size]]) -> None:
+        """Leave out of the graph what cannot be exported for these sizes of images.
+
+        Args:
+            sizes (Sequence[tuple[int, int], optional]): None for any size.
+        """
 
     @property
     def fixed_size(self) -> Optional[Size]:

@@ -19,7 +19,7 @@ CONFIGS = dict(
     yolact='mmdet::yolact/yolact_r50_1xb8-55e_coco.py',
     grid='mmdet::grid_rcnn/grid-rcnn_r50_fpn_gn-head_1x_coco.py',
     scnet='mmdet::scnet/scnet_r50_fpn_1x_coco.py')
-SMALLER = dict(num_convs=1, stacked_convs=1, num_stacked_convs=1, num_proposals=40, num_stages=2,
+SMALLER = dict(num_convs=1, stacked_convs=1, num_stacked_convs=1, num_stages=2,
                point_feat_channels=4, num_classes=3)
 
 

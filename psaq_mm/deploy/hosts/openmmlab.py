@@ -2,8 +2,9 @@
 """Detectors of mmdet and segmentors of mmseg with a Swin backbone.
 
 The graph holds the backbone, the neck and the convolutional head behind them:
-the dense head of a detector (RPN, or head of a single-stage detector), or the
-decode head of a segmentor. What follows (proposals, RoIAlign, RoI heads, NMS,
+the dense head of a detector (RPN, or head of a single-stage detector), the
+decode head of a segmentor, or for images of one size the pixel decoder of a
+MaskFormer or Mask2Former. What follows (proposals, RoIAlign, RoI heads, NMS,
 resizing) is left to the host.
 """
 import copy
@@ -139,12 +140,15 @@ class ExportableModel(nn.Module):
         dense_head (nn.Module, optional): That of a detector.
         with_features (bool): Whether the features are outputs beside those of
             the dense head.
+        pixel_decoder (nn.Module, optional): That of a MaskFormer or Mask2Former. Defaults
+            to None.
     """
 
     def __init__(self, backbone: nn.Module, neck: Optional[nn.Module],
                  decode_head: Optional[nn.Module], dense_head: Optional[nn.Module],
-                 with_features: bool) -> None:
+                 with_features: bool, pixel_decoder: Optional[nn.Module] = None) -> None:
         super().__init__()
+        self.pixel_decoder = pixel_decoder
         self.backbone, self.neck = backbone, neck
         self.decode_head, self.dense_head = decode_head, dense_head
         self.with_features = with_features
@@ -156,6 +160,8 @@ class ExportableModel(nn.Module):
             features.append(tokens.reshape(-1, height, width, channels).permute(0, 3, 1, 2))
         if self.neck is not None:
             features = self.neck(tuple(features))
+        if self.pixel_decoder is not None:
+            return _decoded(self.pixel_decoder, tuple(features))
         return _outputs(tuple(features), self.decode_head, self.dense_head, self.with_features)
 
 
@@ -168,6 +174,13 @@ def _outputs(features: Tuple[Tensor, ...], decode_head: Any, dense_head: Any,
         return features
     dense = tuple(level for kind in dense_head.forward(features) for level in kind)
     return features + dense if with_features else dense
+
+
+def _decoded(pixel_decoder: Any, features: Tuple[Tensor, ...]) -> Tuple[Tensor, ...]:
+    """Mask features, and the memory of one level or several."""
+    samples = () if takes_features_alone(pixel_decoder) else (None, )  # not used
+    masks, memory = pixel_decoder.forward(list(features), *samples)
+    return (masks, *(memory if isinstance(memory, (list, tuple)) else [memory]))
 
 
 def _dense_names(head: Any, features: Sequence[Tensor]) -> Tuple[str, ...]:
@@ -205,7 +218,38 @@ class OpenMMLabSubgraph(Subgraph):
         alone = decode_head is not None and not isinstance(decode_head, nn.ModuleList) \
             and takes_features_alone(decode_head)
         self._decode_head: Any = decode_head if alone else None
+        self._pixel_decoder: Any = self._find_pixel_decoder()
         self._with_features = getattr(model, 'roi_head', None) is not None  # RoI heads need them
+
+    def _find_pixel_decoder(self) -> Optional[nn.Module]:
+        """That of a MaskFormer or Mask2Former, if it needs features alone."""
+        found = getattr(self._mask_head, 'pixel_decoder', None)
+        if found is None:
+            return None
+        from mmdet.models.layers import MSDeformAttnPixelDecoder, PixelDecoder
+        alone = type(found) in (MSDeformAttnPixelDecoder, PixelDecoder)
+        return found if alone else None
+
+    @property
+    def _mask_head(self) -> Any:
+        return getattr(self.model, 'panoptic_head', getattr(self.model, 'decode_head', None))
+
+    def for_sizes(self, sizes: Sequence[Optional[Size]]) -> None:
+        if None in sizes:  # its positions are constants in a graph
+            self._pixel_decoder = None
+
+    @property
+    def in_torch(self) -> Tuple[str, ...]:
+        if self._bare:
+            return ()
+        names = self.modules.split(' + ')
+        found = [name for name, part in self.model.named_children()
+                 if name not in names and name != 'auxiliary_head' and any(
+                     True for _ in part.parameters())]
+        if self._pixel_decoder is None:
+            return tuple(found)
+        return tuple(f'{name} without its pixel_decoder' if getattr(self.model, name)
+                     is self._mask_head else name for name in found)
 
     @cached_property
     def _counted(self) -> Tuple[int, Tuple[str, ...]]:
@@ -233,6 +277,8 @@ class OpenMMLabSubgraph(Subgraph):
             names.append('neck')
         if self._decode_head is not None:
             names.append('decode_head')
+        if self._pixel_decoder is not None:
+            names.append('pixel_decoder')
         if self._dense_head is not None:
             names.append('rpn_head' if self._with_features else 'bbox_head')
         return ' + '.join(names)
@@ -241,6 +287,10 @@ class OpenMMLabSubgraph(Subgraph):
     def output_names(self) -> Tuple[str, ...]:
         if self._decode_head is not None:
             return ('logits', )
+        if self._pixel_decoder is not None:
+            several = takes_features_alone(self._pixel_decoder)
+            levels = self._pixel_decoder.num_outs if several else 1
+            return ('mask_features', *(f'memory_{level}' for level in range(levels)))
         count, dense = self._counted
         features = tuple(f'feature_{index}' for index in range(count))
         return features + dense if self._with_features or not dense else dense
@@ -255,20 +305,29 @@ class OpenMMLabSubgraph(Subgraph):
         return size
 
     def run(self, images: Tensor) -> Tuple[Tensor, ...]:
+        if self._pixel_decoder is not None:
+            return _decoded(self._pixel_decoder, self._features(images))
         return _outputs(self._features(images), self._decode_head, self._dense_head,
                         self._with_features)
 
     def exportable(self, size: Optional[Size], batch: int = 1) -> nn.Module:
-        backbone, neck, decode_head, dense = copy.deepcopy(
-            (self._backbone, self._neck, self._decode_head, self._dense_head))
+        backbone, neck, decode_head, dense, pixels = copy.deepcopy(
+            (self._backbone, self._neck, self._decode_head, self._dense_head,
+             self._pixel_decoder))
         model = ExportableModel(exportable_swin(backbone, size, batch), neck, decode_head, dense,
-                                self._with_features)
+                                self._with_features, pixels)
         replace_adaptive_pools(model)
         return model.eval()
 
     def install(self, run: Run) -> None:
         if self._bare:
             self.model.forward = run
+            return
+        if self._pixel_decoder is not None:
+            self.model.backbone = FunctionModule(run)
+            several = takes_features_alone(self._pixel_decoder)
+            self._pixel_decoder.forward = lambda outputs, *samples: (
+                outputs[0], list(outputs[1:]) if several else outputs[1])
             return
         dense, count = self._dense_head, self._counted[0]
         if self._neck is not None:
