@@ -53,6 +53,11 @@ def find_adapter(model: nn.Module) -> Adapter:
                 f'--prefix {inside[-1]} (in Python: model.{inside[-1]})')
         key = next((k for k in ('backbone', 'model') if hasattr(model, k)), '')
         found = getattr(model, key) if key else model
+        if 'SwinTransformerV2' in type(found).__name__:
+            raise UserError(
+                f'model{"." + key if key else ""} is {type(found).__name__}: Swin V2 is not '
+                'supported. Its attention takes the cosine of queries and keys, and its branches '
+                'end in their norms, which the ops here do not; expected Swin (V1)')
         raise UserError(
             f'model{"." + key if key else ""} is {type(found).__name__}; expected a Swin '
             'Transformer of mmdet, mmseg or timm, or a DeiT of timm. Its attention is what images '

@@ -121,6 +121,11 @@ class PatchEmbedOp(QuantOp):
         return self.quantize('output', tokens), hw_shape
 
 
+def _config_of(model: nn.Module) -> Any:
+    """The config of a model that a host or we built; None if it is not known."""
+    return getattr(model, 'cfg', getattr(model, 'built_from', None))
+
+
 REGIONS = 256, 32
 """How many proposals of an image box heads are given, and how many detections mask heads
 [choice]."""
@@ -231,7 +236,7 @@ class OpenMMLabSwinAdapter(Adapter):
 
     def _seen(self, model: nn.Module) -> Optional[SeenPixels]:
         """The pixels of test images; None if the model has no config with a test pipeline."""
-        config: Any = getattr(model, 'cfg', None)
+        config = _config_of(model)
         if config is None or not test_dataset(config)[1]:
             return None
         if model not in _SEEN:
@@ -295,7 +300,7 @@ class OpenMMLabSwinAdapter(Adapter):
 
     def _words(self, model: nn.Module) -> Sequence[str]:
         """What a model that is asked by words is asked for: the classes of its test set."""
-        config: Any = getattr(model, 'cfg', None)
+        config = _config_of(model)
         dataset = {} if config is None else test_dataset(config)[0]
         return (dataset.get('metainfo') or {}).get('classes') or ('object', )
 

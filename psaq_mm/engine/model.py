@@ -52,7 +52,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def build_float_model(config: Config) -> nn.Module:
-    """Build the model of a config on the CPU, without weights; its ``cfg`` is the config.
+    """Build the model of a config on the CPU, without weights; it knows the config.
 
     SyncBN becomes BN: here it runs in one process. The ``Pretrained``
     weights that a config names are not read: the checkpoint replaces them.
@@ -70,7 +70,7 @@ def build_float_model(config: Config) -> nn.Module:
                         f'({type(error).__name__}): {" ".join(str(error).split())[:500]}') \
             from error
     model = revert_sync_batchnorm(model)
-    model.cfg = config  # its test pipeline says what pixels the model sees
+    model.built_from = config  # its test pipeline says what pixels the model sees
     model.eval()
     return model
 

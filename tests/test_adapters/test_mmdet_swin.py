@@ -12,6 +12,7 @@ from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.models.layers import PatchEmbed
 from torch import nn
 
+import psaq_mm
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import module_device
 from psaq_mm.adapters.mmdet_swin import (
@@ -651,3 +652,11 @@ def test_ops_are_instances_of_the_host_classes():
     for op, host in ((QuantWindowMSA, WindowMSA), (QuantSwinBlock, SwinBlock),
                      (QuantPatchEmbed, PatchEmbed)):
         assert issubclass(op, host) and issubclass(op, QuantOp)
+
+
+def test_swin_v2_is_refused():
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+    model = SwinTransformerV2(img_size=32, embed_dim=8, depths=(1, ), num_heads=(1, ),
+                              window_size=4)
+    with pytest.raises(UserError, match='model is SwinTransformerV2: Swin V2 is not supported'):
+        psaq_mm.quantize(model)

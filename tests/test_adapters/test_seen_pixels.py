@@ -115,7 +115,7 @@ def test_what_is_not_known_is_refused():
     with pytest.raises(UserError, match='make 1, 1, 1 of black and 1, 1, 1 of white'):
         seen(detector({}, dict(NORMALIZE, mean=[-1e12] * 3, std=[1e12] * 3)))
     model = detector({})
-    del model.cfg
+    del model.built_from
     with pytest.raises(UserError, match='set its mean and std'):
         psaq_mm.quantize(model)
     # A preprocessor that normalizes is enough.
