@@ -52,9 +52,9 @@ def main() -> None:
     device = resolve_device(args.device)
     source = dict(file=args.checkpoint, sha256=sha256_of_file(args.checkpoint))
     model = build_float_model(config)
-    check(model, recipe, processes_of(args.launcher))
     meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint,
                               choice=weight_choice(args))
+    check(model, recipe, processes_of(args.launcher))  # in scope 'model' it runs the model
     PSAQRunner.hooks_for_quantization(config)
     if not args.use_vis_backends:
         keep_local(config)

@@ -38,7 +38,7 @@ class BackendHook(Hook):
         from psaq_mm.deploy import ENGINES, Graphs, export_graphs
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         folder = self.folder
-        model.built_from = runner.cfg  # it says what pixels the model sees
+        model.built_from = getattr(runner, 'cfg', None)  # says what pixels the model sees
         if folder is None:
             target = ENGINES[self.backend].format
             folder = str(Path(runner.work_dir) / f'export_{target}')
