@@ -130,6 +130,8 @@ def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
     require_float(model, 'quantize')
     check_synthesis(model, recipe.synthesis)
     plan = plan_quantization(model, recipe.quantization, find_adapter(model))
+    if recipe.quantization.scope == 'model':
+        find_adapter(model).check_forward(model)
     check_evolution(model, recipe.evolution, plan)
     if recipe.calibration.size is not None:
         find_adapter(model).check_image_size(model, recipe.calibration.size,

@@ -33,7 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from psaq_mm.errors import UserError
 from psaq_mm.prior import AttentionRecord, BatchNormRecord, channel_statistics
 
-from .predictors import last_layers, layers_of, layers_that_run
+from .predictors import last_layers, layers_of, layers_of_own_width, layers_that_run
 from .tap_record import TapRecord
 
 RecordT = TypeVar('RecordT')
@@ -77,7 +77,7 @@ def real_tokens(stages: Iterable[WindowGrid], size: Tuple[int, int]) -> Iterator
         yield height * width / padded
 
 
-_LAYERS: 'WeakKeyDictionary[nn.Module, Tuple[FrozenSet[str], FrozenSet[str]]]' = \
+_LAYERS: 'WeakKeyDictionary[nn.Module, Tuple[FrozenSet[str], FrozenSet[str], str]]' = \
     WeakKeyDictionary()
 
 
@@ -138,24 +138,35 @@ class Adapter:
     def predictors(self, model: nn.Module) -> FrozenSet[str]:
         """Names of the layers whose output is the float model's: scores, boxes, logits.
 
-        A small image goes through the model once. The answer is kept for the model.
-
-        Raises:
-            UserError: If the model cannot be run on an image alone.
+        A small image goes through the model once. If that fails, layers are taken
+        by their widths, and a warning says so. The answer is kept for the model.
         """
-        return self._last_and_idle(model)[0]
+        return self._examined(model)[0]
 
     def idle(self, model: nn.Module) -> FrozenSet[str]:
         """Names of the layers outside of the backbone that have no part in a test, such as
-        those of a branch that only trains. As :meth:`predictors` otherwise."""
-        return self._last_and_idle(model)[1]
+        those of a branch that only trains; none if the model cannot be run."""
+        return self._examined(model)[1]
 
-    def _last_and_idle(self, model: nn.Module) -> Tuple[FrozenSet[str], FrozenSet[str]]:
+    def check_forward(self, model: nn.Module) -> None:
+        """Raise if a model cannot be run on an image alone.
+
+        Raises:
+            UserError: If so.
+        """
+        reason = self._examined(model)[2]
+        if reason:
+            raise UserError("quantization.scope='model': the model cannot be run on an image "
+                            f"alone ({reason}); quantize its backbone: "
+                            "quantization.scope='backbone'")
+
+    def _examined(self, model: nn.Module) -> Tuple[FrozenSet[str], FrozenSet[str], str]:
         if model not in _LAYERS:
-            _LAYERS[model] = self._examine_layers(model)
+            _LAYERS[model] = self._examine(model)
         return _LAYERS[model]
 
-    def _examine_layers(self, model: nn.Module) -> Tuple[FrozenSet[str], FrozenSet[str]]:
+    def _examine(self, model: nn.Module) -> Tuple[FrozenSet[str], FrozenSet[str], str]:
+        """Last layers, idle layers, and why the model cannot be run, if so."""
         sizes = [self.image_size(model)]
         if self.fixed_size(model) is None:  # a small one will do, but for many queries
             side = 2 * max(math.prod(steps) for steps in zip(*(
@@ -168,15 +179,18 @@ class Adapter:
             try:
                 run = layers_that_run(model, partial(self.forward, model, images, 'model'))
                 found = self._last_layers(model, images)
+                reason = ''
                 break
             except Exception as error:  # heads are anyone's code
                 reason = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
         else:
-            raise UserError("quantization.scope='model': the model cannot be run on an image "
-                            f"alone ({reason}); quantize its backbone: "
-                            "quantization.scope='backbone'")
+            print_log('the model cannot be run on an image alone to find its last layers '
+                      f'({reason}): those whose output is as wide as no input of their head are '
+                      'taken', logger='current', level=logging.WARNING)
+            found = layers_of_own_width(model, lambda name: self.head_of(model, name))
+            run = frozenset(layers_of(model))
         outside = {name for name in layers_of(model) if not self.in_scope(model, name, 'backbone')}
-        return frozenset(found & outside), frozenset(outside - run)
+        return frozenset(found & outside), frozenset(outside - run), reason
 
     def _last_layers(self, model: nn.Module, images: Tensor) -> FrozenSet[str]:
         """The last layers of a model, by a forward pass of it."""

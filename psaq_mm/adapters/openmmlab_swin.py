@@ -166,11 +166,11 @@ class OpenMMLabSwinAdapter(Adapter):
         return super().in_scope(model, name, scope) and not (
             name == 'auxiliary_head' or name.startswith('auxiliary_head.'))
 
-    def predictors(self, model: nn.Module) -> FrozenSet[str]:
+    def _examine(self, model: nn.Module) -> Tuple[FrozenSet[str], FrozenSet[str], str]:
         if isinstance(model, self.backbone_class):
-            return frozenset()
+            return frozenset(), frozenset(), ''
         with fewer_regions(model, 2, 2):
-            return super().predictors(model)
+            return super()._examine(model)
 
     def head_of(self, model: nn.Module, name: str) -> str:
         # As the hosts' configs call them: rpn_head, roi_head.bbox_head, decode_head, ...

@@ -107,9 +107,11 @@ def fewer_regions(model: nn.Module, proposals: int = 64, detections: int = 16) -
 def _nothing_pasted(model: nn.Module) -> Iterator[None]:
     """Within the block, RoI heads do not paste masks into images: no layer reads these, they
     take longest, and boxes outside of an image are an error there."""
-    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
-    heads: List[Any] = [part for part in model.modules() if isinstance(part, FCNMaskHead)
-                        and 'predict_by_feat' not in vars(part)]  # blocks may be nested
+    heads: List[Any] = []
+    if getattr(model, 'roi_head', None) is not None:
+        from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+        heads += [part for part in model.modules() if isinstance(part, FCNMaskHead)
+                  and 'predict_by_feat' not in vars(part)]  # blocks may be nested
     try:
         for head in heads:
             head.predict_by_feat = lambda mask_preds, results_list, *args, **kwargs: results_list

@@ -78,6 +78,33 @@ def layers_that_run(model: nn.Module, forward: Callable[[], Any]) -> FrozenSet[s
     return frozenset(run)
 
 
+def layers_of_own_width(model: nn.Module, head_of: Callable[[str], str]) -> FrozenSet[str]:
+    """Names of layers of heads whose output is as wide as no input of their head.
+
+    What is left where a model cannot be run, for want of texts or annotations:
+    as a rule no layer takes in as many channels as there are classes or sides of boxes.
+
+    Args:
+        model (nn.Module): The float model.
+        head_of (Callable): Name of a layer to that of the head it is in; empty
+            if it is in none.
+
+    Returns:
+        frozenset[str]: The names.
+    """
+    heads: Dict[str, Dict[str, nn.Module]] = defaultdict(dict)
+    for name, layer in layers_of(model).items():
+        if head_of(name):
+            heads[head_of(name)][name] = layer
+    return frozenset(name for layers in heads.values() for name, layer in layers.items()
+                     if _width(layer, 'out') is not None and _width(layer, 'out') not in
+                     {_width(other, 'in') for other in layers.values()})
+
+
+def _width(layer: nn.Module, side: str) -> Any:
+    return getattr(layer, f'{side}_channels', getattr(layer, f'{side}_features', None))
+
+
 def _nearest(start: Iterable[Any], made_by: Dict[Any, Set[str]]) -> Set[str]:
     """The first layers on every way back from nodes of autograd's graph."""
     found: Set[str] = set()

@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The last layers of heads are found, whatever their names."""
 import copy
+import logging
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import psaq_mm
 from psaq_mm import prepare
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.predictors import last_layers
+from psaq_mm.adapters.predictors import last_layers, layers_of_own_width
 from psaq_mm.engine import build_float_model
 from psaq_mm.errors import UserError
 from psaq_mm.ops import plan_quantization
@@ -168,6 +169,38 @@ def test_layers_that_are_not_of_a_head():
 
 
 # What cannot be run
+
+
+def test_by_widths():
+    net = nn.ModuleDict({
+        'neck': nn.Conv2d(3, 7, 1), 'x_head': nn.ModuleDict(dict(
+            convs=nn.Sequential(nn.Conv2d(7, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)),
+            boxes=nn.Conv2d(8, 4, 3), scores=nn.Conv2d(8, 5, 3), norm=nn.BatchNorm2d(8)))})
+    assert layers_of_own_width(net, lambda name: name[:6] if 'head' in name else '') == {
+        'x_head.boxes', 'x_head.scores'}
+
+
+def test_a_model_that_cannot_be_run_is_judged_by_widths():
+    """As one that asks for texts; a warning says so."""
+    config = Config.fromfile(DEMO / 'mask_rcnn_swin_demo.py')
+    model = build_float_model(config)
+    expected = find_adapter(model).predictors(model)
+    model = build_float_model(config)
+
+    def fail(*args, **kwargs):
+        raise KeyError('text_prompts')
+
+    model.forward = model.predict = fail
+    lines = []
+    logger = MMLogger.get_instance('test_predictors')
+    logger.handle, before = lines.append, logger.handle
+    try:
+        assert find_adapter(model).predictors(model) == expected
+    finally:
+        logger.handle = before
+    assert [line.levelno for line in lines] == [logging.WARNING]
+    assert "(KeyError: 'text_prompts'): those whose output is as wide as no input of their head " \
+        'are taken' in lines[0].getMessage()
 
 
 def test_a_model_that_cannot_be_run_is_refused():
