@@ -173,8 +173,8 @@ def check_layouts(model: nn.Module, folder: Path) -> List[str]:
 
 def in_words(error: Exception) -> str:
     """The first line of an error; of a bug its class too."""
-    text = re.sub(r'of config \S*/|/tmp/\S*/|quantization.scope=.model.: |; quantize its backbone.*', '',
-                  ' '.join(str(error).split()))[:200]
+    text = re.sub(r'of config \S*/|/tmp/\S*/|quantization.scope=.model.: |; quantize its '
+                  'backbone.*', '', ' '.join(str(error).split()))[:200]
     return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
 
 
