@@ -49,14 +49,11 @@ def trace(subgraph: Subgraph, size: Optional[Size], target: str,
     height, width = size or (224, 224)
     images = torch.zeros(batch, subgraph.channels, height, width)
     names = list(subgraph.output_names)
-    dynamic = None
-    if size is None:
-        dynamic = {name: {2: f'{name}_height', 3: f'{name}_width'}
-                   for name in [subgraph.input_name, *names]}
     buffer: Any = io.BytesIO()
     options: Dict[str, Any] = dict(
         opset_version=OPSET, input_names=[subgraph.input_name], output_names=names,
-        dynamic_axes=dynamic, do_constant_folding=False)  # engines fold; files would grow
+        dynamic_axes=subgraph.dynamic_axes(size),
+        do_constant_folding=False)  # engines fold; files would grow
     if target == 'openvino':
         options['custom_opsets'] = {OPENVINO_DOMAIN: 1}
     if 'dynamo' in inspect.signature(torch.onnx.export).parameters:  # True since torch 2.9
