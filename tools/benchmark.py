@@ -18,7 +18,6 @@ from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json
 from psaq_mm.deploy import ENGINES, Graphs, export_graphs
 from psaq_mm.deploy.hosts import find_subgraph
 from psaq_mm.deploy.latency import draw, interleave, pin, summarize, table
-from psaq_mm.deploy.packages import require_package
 from psaq_mm.deploy.parity import lowest_sqnr
 from psaq_mm.deploy.peak_memory import peak_in_process
 from psaq_mm.engine import PSAQRunner, build_model, custom_hooks, load_config, read_recipe
@@ -33,6 +32,7 @@ from psaq_mm.engine.command_line import (
 )
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, unwrap
+from psaq_mm.runtime.packages import require_package
 from psaq_mm.synthesis import sized_for
 
 METRICS = ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU', 'accuracy/top1', 'top1')

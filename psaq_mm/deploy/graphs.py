@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
+from psaq_mm.runtime.engines import ENGINES, Engine
+from psaq_mm.runtime.export_manifest import read_export
 
-from .engines import ENGINES, Engine
-from .export_manifest import read_export
 from .hosts import find_subgraph
 from .subgraph import Size
 

@@ -12,11 +12,11 @@ from torch import nn
 
 from psaq_mm.checkpoint import save_bytes
 from psaq_mm.errors import UserError
+from psaq_mm.runtime.packages import require_package
 
 from .exportable_ops import make_exportable
 from .exportable_quantizer import ExportableWeight
 from .graph_ops import OPENVINO_DOMAIN, OPSET, PATCH_DOMAIN
-from .packages import require_package
 from .subgraph import Size, Subgraph
 
 INT4_OPSET = 21

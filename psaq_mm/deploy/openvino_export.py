@@ -7,8 +7,7 @@ from typing import Any, List, Mapping
 import numpy as np
 
 from psaq_mm.checkpoint import save_bytes
-
-from .packages import require_package
+from psaq_mm.runtime.packages import require_package
 
 
 def save_openvino(model: Any, path: Path, about: Mapping[str, str]) -> List[Path]:
@@ -29,7 +28,8 @@ def save_openvino(model: Any, path: Path, about: Mapping[str, str]) -> List[Path
     graph = openvino.Core().read_model(model.SerializeToString())
     _transpose_within_matmuls(graph)
     for key, value in about.items():
-        graph.set_rt_info(value, ['psaq_mm', key])
+        # Keys of the Model API have a place of their own.
+        graph.set_rt_info(value, key.split(' ') if ' ' in key else ['psaq_mm', key])
     files = [path.with_suffix('.bin'), path]  # the .xml last: it is what users look for
     with tempfile.TemporaryDirectory() as folder:
         # In float32: float16 would change the numbers of the checkpoint.

@@ -59,7 +59,7 @@ def main(text: str) -> None:
     torch.set_num_threads(job['threads'])
     images = torch.zeros(1, job['channels'], *job['size'])
     if 'engine' in job:
-        from .engines import ENGINES
+        from psaq_mm.runtime.engines import ENGINES
 
         def work() -> None:
             engine = ENGINES[job['engine']](job['file'], job['threads'], job['precision'])

@@ -57,6 +57,10 @@ class Subgraph:
         return {name: {2: f'{name}_height', 3: f'{name}_width'}
                 for name in [self.input_name, *self.output_names]}
 
+    def info(self) -> Dict[str, Any]:
+        """Task and thresholds of a whole model, for its file."""
+        raise NotImplementedError
+
     def run(self, images: Tensor) -> Tuple[Tensor, ...]:
         """Compute the outputs of the graph with the model itself."""
         raise NotImplementedError

@@ -70,7 +70,6 @@ class WholeDetector(OpenMMLabSubgraph):
         return {self.input_name: {2: 'height', 3: 'width'}} if size is None else {}
 
     def info(self) -> Dict[str, Any]:
-        """What results mean, for the file."""
         last = getattr(self.model, 'roi_head', None)
         config = (last or self.model.bbox_head).test_cfg
         nms = config.get('nms') or {}
@@ -167,7 +166,6 @@ class WholeTimm(TimmSubgraph):
         return Pixels(self.model.data_preprocessor, True, size)
 
     def info(self) -> Dict[str, Any]:
-        """What results mean, for the file."""
         return dict(task='classification', padding=self._pixels(None).padding)
 
     def dynamic_axes(self, size: Optional[Size]) -> Dict[str, Dict[int, str]]:
