@@ -176,11 +176,23 @@ def prepare(pixels: np.ndarray, info: Mapping[str, Any], resize: bool = True,
         factor = min(fixed[0] / size[0], fixed[1] / size[1])
         size = (min(fixed[0], int(size[0] * factor + 0.5)),
                 min(fixed[1], int(size[1] * factor + 0.5)))
-    least = fixed or info.get('least') or size
-    array = np.empty((max(least[0], size[0]), max(least[1], size[1]), 3), np.float32)
-    array[:] = info['padding']
-    array[:size[0], :size[1]] = _scaled(pixels, size)
-    return Prepared(_planes(array), size, (height, width))
+    return Prepared(pad(_planes(_scaled(pixels, size)), info), size, (height, width))
+
+
+def pad(array: np.ndarray, info: Mapping[str, Any]) -> np.ndarray:
+    """Pad images at the bottom and on the right to the size of a graph.
+
+    Args:
+        array (np.ndarray): Shape (1, 3, H, W).
+        info (Mapping): What the file says; a graph of any size pads by itself.
+    """
+    size = info['size']
+    if size is None or array.shape[2:] == tuple(size):
+        return array
+    full = np.empty((1, 3, *size), np.float32)
+    full[:] = np.array(info['padding'], np.float32).reshape(1, 3, 1, 1)
+    full[:, :, :array.shape[2], :array.shape[3]] = array
+    return full
 
 
 def _scaled(pixels: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
