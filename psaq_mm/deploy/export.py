@@ -74,7 +74,7 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
     Args:
         model (nn.Module): A calibrated quantized model, or a float one.
         folder (str or Path): Where to write.
-        target (str): ``onnx`` or ``openvino``.
+        target (str): ``onnx``, ``openvino``, or ``tensorrt`` for ONNX as TensorRT wants it.
         sizes (Sequence[tuple[int, int]]): Heights and widths of images, one
             graph for each; empty for one graph for all sizes. Defaults to
             empty.
@@ -131,7 +131,7 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
         graph = trace(subgraph, size, target, float_roles)
         name = 'model' if size is None else f'model_{size[0]}x{size[1]}'
         path = folder / f'{name}{engine.suffix}'
-        save = save_onnx if target == 'onnx' else save_openvino
+        save = save_openvino if target == 'openvino' else save_onnx
         texts = {key: str(value) for key, value in source.items()}
         info = file_info(subgraph, size, classes, config) if part == 'model' else None
         if info is not None:
@@ -155,7 +155,7 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
             except ExportError as error:
                 failed = error  # the other graphs and the manifest are written all the same
         graphs.append(entry)
-    manifest = dict(format=target, part=part, modules=subgraph.modules,
+    manifest = dict(format=engine.format, target=target, part=part, modules=subgraph.modules,
                     output_names=list(subgraph.output_names), float_roles=sorted(float_roles),
                     source=source, engine=f'{engine.name} {engine.version()}',
                     torch=torch.__version__, graphs=graphs)

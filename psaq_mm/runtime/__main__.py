@@ -71,9 +71,9 @@ def write(path: Path, data: bytes) -> None:
 
 def infer(args: argparse.Namespace) -> None:
     """Do what the command line asks."""
-    model = Model(args.file, args.threads, args.precision, args.device, shrink=args.shrink)
     images = find_files(args.images)
     pictures = picture_paths(images, args.out_dir)
+    model = Model(args.file, args.threads, args.precision, args.device, shrink=args.shrink)
     out = Path(args.out_dir)
     try:
         out.mkdir(parents=True, exist_ok=True)
