@@ -91,6 +91,23 @@ def test_the_graph(tmp_path, kind):
             assert torch.allclose(expected[2][:len(order)], found[2][order], atol=1e-3)
 
 
+@pytest.mark.parametrize('count', [0, 1, 300])
+def test_counts(float_demo, scenes, count):
+    """As many objects as there are: none, one, and as many as there may be."""
+    model = copy.deepcopy(float_demo)
+    images = torch.from_numpy(scenes.render(1_000_000)[0].copy()).permute(2, 0, 1)[None].float()
+    scores = as_boxes(model, images)[0][:, 4]
+    config = model.roi_head.test_cfg
+    config.score_thr = {0: 1., 1: float(scores[:2].mean()), 300: 1e-4}[count]
+    config.max_per_img = 300
+    expected = as_boxes(model, images)
+    assert len(expected[0]) == count
+    with torch.no_grad():
+        boxes, labels, masks = find_subgraph(model, 'model').exportable((224, 224))(images)
+    assert torch.equal(labels, expected[1]) and masks.shape == (count, 28, 28)
+    assert torch.allclose(boxes, expected[0], atol=1e-3)
+
+
 @pytest.mark.parametrize('kind, change, words', [
     ('retinanet', lambda m: m.bbox_head.test_cfg.nms.update(type='soft_nms'), 'RetinaHead.*soft'),
     ('mask_rcnn', lambda m: setattr(m.roi_head, 'mask_head', nn.Identity()), 'Identity.*FCNMask'),
