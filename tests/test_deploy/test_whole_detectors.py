@@ -98,7 +98,7 @@ def test_counts(float_demo, scenes, count):
     images = torch.from_numpy(scenes.render(1_000_000)[0].copy()).permute(2, 0, 1)[None].float()
     scores = as_boxes(model, images)[0][:, 4]
     config = model.roi_head.test_cfg
-    config.score_thr = {0: 1., 1: float(scores[:2].mean()), 300: 1e-4}[count]
+    config.score_thr = {0: 1., 1: float(scores[:2].mean()), 300: 1e-6}[count]
     config.max_per_img = 300
     expected = as_boxes(model, images)
     assert len(expected[0]) == count
