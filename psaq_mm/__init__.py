@@ -50,10 +50,15 @@ _MODULES = dict(
     recalibrate='student', reconstruct='student', round_weights='student', save='checkpoint', synthesize='synthesis',
     unwrap='ops')
 
+_SUBMODULES = ('adapters', 'checkpoint', 'classification', 'deploy', 'engine', 'evolution', 'ops',
+               'pipeline', 'prior', 'quantization', 'recipe', 'registry', 'runtime', 'student',
+               'synthesis')
+"""What is there after ``import psaq_mm`` alone."""
+
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for: ``psaq_mm.runtime`` works without torch."""
-    if name in _MODULES.values():
+    if name in _SUBMODULES:
         return importlib.import_module(f'.{name}', __name__)
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
