@@ -2,8 +2,11 @@
 """A client that we did not write reads our files: OpenVINO's Model API."""
 import numpy as np
 import pytest
+import torch
+from conftest import single_stage
 
 from psaq_mm.deploy import export_graphs
+from psaq_mm.engine import build_float_model, load_config
 from psaq_mm.runtime import Model
 
 pytest.importorskip('onnx')
@@ -12,15 +15,40 @@ models = pytest.importorskip('model_api.models', reason='openvino-model-api is n
 adapters = pytest.importorskip('model_api.adapters')
 
 
+def client_of(file):
+    """The Model API's model. In float32: a CPU with bfloat16 would use that."""
+    return models.Model.create_model(adapters.OpenvinoAdapter(
+        openvino.Core(), str(file), device='CPU',
+        plugin_config={'INFERENCE_PRECISION_HINT': 'f32'}))
+
+
+def test_boxes(tmp_path):
+    """A detector without masks."""
+    model = build_float_model(load_config(single_stage('retinanet', tmp_path)))
+    with torch.no_grad():
+        model.bbox_head.retina_cls.bias.add_(torch.randn_like(model.bbox_head.retina_cls.bias) + 3)
+    model.dataset_meta = dict(classes=['a b', 'c', 'd', 'e', 'f'])
+    export_graphs(model, tmp_path, 'openvino', [(64, 96)], part='model')
+    file = tmp_path / 'model_64x96.xml'
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    own = Model(file, resize=False)(pixels)
+    got = client_of(file)(pixels)
+    sides = own.boxes[:, 2:] - own.boxes[:, :2]
+    keep = np.prod(sides.round(), axis=1) > 4
+    assert keep.sum() > 3
+    found = {(int(label), *map(int, box)) for label, box in zip(got.labels, got.bboxes)}
+    expected = {(int(label), *map(int, box)) for label, box in zip(
+        own.labels[keep], own.boxes[keep].round())}
+    assert len(found & expected) > 0.9 * len(expected)
+    assert got.label_names[0] in ('a_b', 'c', 'd', 'e', 'f')
+
+
 def test_instance_segmentation(tmp_path, float_demo, scenes):
     """The same boxes, labels, names and scores; masks but for how they are pasted."""
     pixels = scenes.render(1_000_000)[0]
     export_graphs(float_demo, tmp_path, 'openvino', [(224, 224)], part='model')
     file = tmp_path / 'model_224x224.xml'
-    # In float32: a CPU with bfloat16 would use that.
-    adapter = adapters.OpenvinoAdapter(openvino.Core(), str(file), device='CPU', plugin_config={
-        'INFERENCE_PRECISION_HINT': 'f32'})
-    client = models.Model.create_model(adapter)
+    client = client_of(file)
     assert type(client).__name__ == 'MaskRCNNModel'
     got, own = client(pixels), Model(file)(pixels)
     sides = own.boxes.round()
