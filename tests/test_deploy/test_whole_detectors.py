@@ -110,6 +110,8 @@ def test_counts(float_demo, scenes, count):
 
 @pytest.mark.parametrize('kind, change, words', [
     ('retinanet', lambda m: m.bbox_head.test_cfg.nms.update(type='soft_nms'), 'RetinaHead.*soft'),
+    ('retinanet', lambda m: m.bbox_head.test_cfg.nms.update(max_num=3), 'RetinaHead.*max_num'),
+    ('mask_rcnn', lambda m: setattr(m, 'semantic_head', nn.Linear(1, 1)), 'Linear.*all pixels'),
     ('mask_rcnn', lambda m: setattr(m.roi_head, 'mask_head', nn.Identity()), 'Identity.*FCNMask'),
     ('mask_rcnn', lambda m: setattr(m.roi_head.bbox_head, 'with_reg', False), 'no regression'),
     ('retinanet', lambda m: setattr(m, 'bbox_head', nn.Linear(1, 1)), 'Linear.*no BaseDenseHead'),

@@ -57,6 +57,7 @@ def require_exportable(model: Any) -> None:
     """
     from mmdet.models.dense_heads import RPNHead
     from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+    from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
     from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
     from mmdet.models.roi_heads.bbox_heads import BBoxHead
     from mmdet.models.roi_heads.mask_heads import FCNMaskHead
@@ -74,9 +75,12 @@ def require_exportable(model: Any) -> None:
         getattr(model, 'bbox_head', None)
     if dense is None:
         refuse(model, 'it has no head that scores every position')
+    if getattr(model, 'semantic_head', None) is not None:
+        refuse(model.semantic_head, 'it segments all pixels beside the objects')
+    same(model, SingleStageDetector if roi_head is None else TwoStageDetector, 'predict')
     base = RPNHead if roi_head is not None else BaseDenseHead
     same(dense, base, '_predict_by_feat_single', '_bbox_post_process')
-    same(dense, BaseDenseHead, 'predict_by_feat')
+    same(dense, BaseDenseHead, 'predict', 'predict_by_feat')
     if not hasattr(getattr(dense, 'prior_generator', None), 'sparse_priors'):
         refuse(dense, 'its prior generator has no sparse_priors')
     _nms_threshold(dense.test_cfg, dense)
@@ -86,7 +90,7 @@ def require_exportable(model: Any) -> None:
         return
     cascade = isinstance(roi_head, CascadeRoIHead)
     kind = CascadeRoIHead if cascade else StandardRoIHead
-    same(roi_head, kind, 'predict_bbox', '_bbox_forward',
+    same(roi_head, kind, 'predict', 'predict_bbox', '_bbox_forward',
          *(['_refine_roi'] if cascade else []), *(['predict_mask', '_mask_forward']
                                                   if roi_head.with_mask else []))
     if roi_head.with_shared_head:
@@ -114,6 +118,9 @@ def _nms_threshold(test_cfg: Any, head: Any) -> float:
     if kind != 'nms' or config.get('class_agnostic'):
         refuse(head, f'test_cfg.nms is {kind}, not greedy NMS by class' if kind != 'nms' else
                'its NMS knows no classes')
+    others = set(config) - {'type', 'iou_threshold', 'iou_thr', 'split_thr', 'class_agnostic'}
+    if others:
+        refuse(head, f'test_cfg.nms has {", ".join(sorted(others))}')
     threshold: Any = config.get('iou_threshold', config.get('iou_thr', 0.5))
     return float(threshold)
 

@@ -103,15 +103,11 @@ class WholeDetector(OpenMMLabSubgraph):
     def exportable(self, size: Optional[Size], batch: int = 1) -> nn.Module:
         model, pixels = copy.deepcopy(self.model), self._pixels(size)
         seen = None if size is None else pixels.padded_size(*size)
-        trunk = ExportableModel(exportable_swin(model.backbone, seen, batch), self._neck_of(model),
-                                None, None, True)
+        trunk = ExportableModel(exportable_swin(model.backbone, seen, batch),
+                                getattr(model, 'neck', None), None, None, True)
         graph = WholeGraph(pixels, trunk, ExportableDetections(model))
         replace_adaptive_pools(graph)
         return graph.eval()
-
-    @staticmethod
-    def _neck_of(model: Any) -> Optional[nn.Module]:
-        return getattr(model, 'neck', None)
 
 
 class WholeSegmentor(WholeDetector):
