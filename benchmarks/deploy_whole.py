@@ -209,7 +209,8 @@ def measure(args: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
                    for _ in range(args.samples)]
     recipe = psaq_mm.Recipe.shipped('w8a8')
     for scope in args.scopes:
-        student = quantized(model, recipe, scope, samples, args)
+        student = quantized(model, recipe, scope, samples, args) if args.checkpoint is None else \
+            init_model(str(DEMO / 'mask_rcnn_swin_demo_w8a8.py'), args.checkpoint)
         for engine, target in (('openvino', 'openvino'), ('onnxruntime', 'onnx')):
             if engine not in args.engines:
                 continue
@@ -291,6 +292,8 @@ def main() -> None:
     parser.add_argument('--samples', type=int, default=300, help='of the peers')
     parser.add_argument('--fast', action='store_true', help='ours by 4 images of few steps, to '
                         'compare engines and not to be accurate')
+    parser.add_argument('--checkpoint', help='ours of the demo, instead of quantizing now; its '
+                        'scope is what --scopes names')
     parser.add_argument('--simulation', action='store_true', help='torch too')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/deploy_whole.json'))
     args = parser.parse_args()
