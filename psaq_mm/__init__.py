@@ -40,15 +40,14 @@ __all__ = [
     'recalibrate', 'reconstruct', 'round_weights', 'save', 'synthesize', 'unwrap'
 ]
 
-
 _MODULES = dict(
     CalibrationSettings='recipe', EvolutionSettings='recipe', Progress='pipeline',
     QuantizationSettings='recipe', Recipe='recipe', ReconstructionSettings='recipe',
-    SynthesisSettings='recipe',
-    calibrate='student', equalize='student', evolve='evolution', inferencer_config='engine',
-    init_model='engine', load='checkpoint', prepare='student', quantize='pipeline',
-    recalibrate='student', reconstruct='student', round_weights='student', save='checkpoint', synthesize='synthesis',
-    unwrap='ops')
+    SynthesisSettings='recipe', calibrate='student', equalize='student', evolve='evolution',
+    inferencer_config='engine', init_model='engine', load='checkpoint', prepare='student',
+    quantize='pipeline', recalibrate='student', reconstruct='student', round_weights='student',
+    save='checkpoint', synthesize='synthesis', unwrap='ops')
+"""Name to the module that it is imported from."""
 
 _SUBMODULES = ('adapters', 'checkpoint', 'classification', 'deploy', 'engine', 'evolution', 'ops',
                'pipeline', 'prior', 'quantization', 'recipe', 'registry', 'runtime', 'student',
