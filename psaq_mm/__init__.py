@@ -10,27 +10,28 @@ The steps of :func:`quantize`, for those who compose them: :func:`synthesize`,
 :func:`equalize`, :func:`prepare`, :func:`calibrate`, :func:`reconstruct`, :func:`evolve`,
 :func:`recalibrate`, :func:`round_weights`. ``psaq_mm/pipeline.py`` has them in order.
 """
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import load, save
 from .errors import UserError
-from .evolution import evolve
-from .ops import unwrap
-from .pipeline import Progress, quantize
-from .recipe import (
-    CalibrationSettings,
-    EvolutionSettings,
-    QuantizationSettings,
-    Recipe,
-    ReconstructionSettings,
-    SynthesisSettings,
-)
-from .student import calibrate, equalize, prepare, recalibrate, reconstruct, round_weights
-from .synthesis import synthesize
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .checkpoint import load, save
     from .engine import inferencer_config, init_model
+    from .evolution import evolve
+    from .ops import unwrap
+    from .pipeline import Progress, quantize
+    from .recipe import (
+        CalibrationSettings,
+        EvolutionSettings,
+        QuantizationSettings,
+        Recipe,
+        ReconstructionSettings,
+        SynthesisSettings,
+    )
+    from .student import calibrate, equalize, prepare, recalibrate, reconstruct, round_weights
+    from .synthesis import synthesize
 
 __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Progress', 'QuantizationSettings', 'Recipe',
@@ -39,10 +40,31 @@ __all__ = [
     'recalibrate', 'reconstruct', 'round_weights', 'save', 'synthesize', 'unwrap'
 ]
 
+_MODULES = dict(
+    CalibrationSettings='recipe', EvolutionSettings='recipe', Progress='pipeline',
+    QuantizationSettings='recipe', Recipe='recipe', ReconstructionSettings='recipe',
+    SynthesisSettings='recipe', calibrate='student', equalize='student', evolve='evolution',
+    inferencer_config='engine', init_model='engine', load='checkpoint', prepare='student',
+    quantize='pipeline', recalibrate='student', reconstruct='student', round_weights='student',
+    save='checkpoint', synthesize='synthesis', unwrap='ops')
+"""Name to the module that it is imported from."""
+
+_SUBMODULES = ('adapters', 'checkpoint', 'classification', 'deploy', 'engine', 'evolution', 'ops',
+               'pipeline', 'prior', 'quantization', 'recipe', 'registry', 'runtime', 'student',
+               'synthesis')
+"""What is there after ``import psaq_mm`` alone."""
+
 
 def __getattr__(name: str) -> Any:
-    """What imports the runner, when it is asked for: the rest does not need it."""
-    if name in ('inferencer_config', 'init_model'):
-        from . import engine
-        return getattr(engine, name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    """Import what is asked for: ``psaq_mm.runtime`` works without torch."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f'.{name}', __name__)
+    if name not in _MODULES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    found = getattr(importlib.import_module(f'.{_MODULES[name]}', __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> Any:
+    return sorted({*globals(), *__all__})

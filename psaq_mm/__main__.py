@@ -15,7 +15,7 @@ from psaq_mm.version import __version__
 COMMANDS = dict(
     quantize='quantize a float checkpoint without data',
     test='evaluate a float or quantized checkpoint',
-    infer='draw what a float or quantized checkpoint predicts on images',
+    infer='draw what a checkpoint, or an exported model, predicts on images',
     export='export a quantized checkpoint to ONNX or OpenVINO',
     benchmark='time a quantized checkpoint in torch and in engines')
 """Command, and what its tool does."""
@@ -38,6 +38,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
                         help='one of those below')
     parser.add_argument('arguments', nargs=argparse.REMAINDER, help='of the command')
     args = parser.parse_args(arguments)
+    if args.command == 'infer' and args.arguments[:1] \
+            and args.arguments[0].endswith(('.xml', '.onnx')):  # needs no torch
+        from psaq_mm.runtime.__main__ import main as infer
+        return infer(args.arguments, 'psaq_mm infer')
     script = Path(__file__).parent / '.mim' / 'tools' / f'{args.command}.py'
     if not script.is_file():
         parser.error(f'{script} is missing: psaq_mm is not installed. Run make, or pip install it')
@@ -47,7 +51,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     spec.loader.exec_module(tool)
     from psaq_mm.engine.command_line import run_tool
     sys.argv = [f'psaq_mm {args.command}', *args.arguments]
-    run_tool(tool.main)
+    return run_tool(tool.main)
 
 
 if __name__ == '__main__':

@@ -47,6 +47,28 @@ def quantized_demo(tmp_path_factory, quantization_config, demo_checkpoint) -> Pa
 
 
 @pytest.fixture(scope='session')
+def float_demo(demo_config, demo_checkpoint):
+    """The demo detector in float, in evaluation mode."""
+    from psaq_mm.engine import init_model
+    return init_model(str(demo_config), str(demo_checkpoint))
+
+
+@pytest.fixture(scope='session')
+def whole_graphs(tmp_path_factory, float_demo) -> dict:
+    """The demo detector in float as a graph for images of all sizes: engine to file."""
+    from psaq_mm.deploy import export_graphs
+    files = {}
+    for target, engine in (('onnx', 'onnxruntime'), ('openvino', 'openvino')):
+        pytest.importorskip('onnx')
+        pytest.importorskip(engine)
+        folder = tmp_path_factory.mktemp(f'whole_{target}')
+        found = export_graphs(float_demo, folder, target, part='model', check_size=(96, 128))
+        assert found['graphs'][0]['agreement']['share'] == 1
+        files[engine] = folder / found['graphs'][0]['file']
+    return files
+
+
+@pytest.fixture(scope='session')
 def photos(tmp_path_factory, scenes) -> Path:
     """A folder of two scenes, 0.png and 1.png."""
     folder = tmp_path_factory.mktemp('photos')

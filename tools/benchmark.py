@@ -16,12 +16,11 @@ from mmengine.config import Config
 
 from psaq_mm.checkpoint import ensure_writable_dir, plain, save_json
 from psaq_mm.deploy import ENGINES, Graphs, export_graphs
-from psaq_mm.deploy.hosts import find_subgraph
+from psaq_mm.deploy.hosts import PARTS, find_subgraph
 from psaq_mm.deploy.latency import draw, interleave, pin, summarize, table
-from psaq_mm.deploy.packages import require_package
 from psaq_mm.deploy.parity import lowest_sqnr
 from psaq_mm.deploy.peak_memory import peak_in_process
-from psaq_mm.engine import PSAQRunner, build_model, custom_hooks, load_config, read_recipe
+from psaq_mm.engine import PSAQRunner, custom_hooks, init_model, load_config, read_recipe
 from psaq_mm.engine.command_line import (
     choose_work_dir,
     hooks_for_test,
@@ -34,6 +33,7 @@ from psaq_mm.engine.command_line import (
 )
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, unwrap
+from psaq_mm.runtime.packages import require_package
 from psaq_mm.synthesis import sized_for
 
 METRICS = ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU', 'accuracy/top1', 'top1')
@@ -46,6 +46,8 @@ def parse_args() -> argparse.Namespace:
         'Prints a table; writes benchmark.json and benchmark.png to the work directory.',
         config='the config that the checkpoint was quantized with', checkpoint='quantized.pth')
     parser.add_argument('--float-checkpoint', help='evaluate this one too, as the float rows')
+    parser.add_argument('--part', choices=PARTS, default='model', help='what is timed: all of the '
+                        'model, from pixels to results, or its features (default: model)')
     parser.add_argument('--engines', nargs='+', choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'),
                         help='height and width of the image (default: that of the synthesis)')
@@ -78,6 +80,13 @@ def has_test_data(config: Config) -> bool:
     return True
 
 
+def closeness(graph: Dict[str, Any]) -> Dict[str, Any]:
+    """How close a graph is to the simulation."""
+    if 'agreement' in graph:
+        return dict(agreement=graph['agreement']['share'])
+    return dict(sqnr_db=lowest_sqnr(graph['parity']['outputs']))
+
+
 def main() -> None:
     args = parse_args()
     config = load_config(args.config, args.cfg_options)
@@ -88,7 +97,8 @@ def main() -> None:
     for name in args.engines:
         require_package(ENGINES[name].package)
     pin(args.threads)
-    model = build_model(config, args.checkpoint, args.trust_checkpoint, weight_choice(args))
+    model = init_model(config, args.checkpoint, trust=args.trust_checkpoint,
+                       averaged=args.averaged, prefix=args.prefix)
     if next(named_quant_ops(model), None) is None:
         raise UserError(f'{args.checkpoint} is not quantized; expected what tools/quantize.py '
                         'writes')
@@ -97,20 +107,22 @@ def main() -> None:
     ensure_writable_dir(config.work_dir)
     accuracy = not args.no_accuracy and has_test_data(config)
 
-    channels = find_subgraph(model).channels
-    images = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    channels = find_subgraph(model, args.part).channels
+    generator = torch.Generator().manual_seed(0)
+    images = (255 * torch.rand(1, channels, *size, generator=generator)).round() \
+        if args.part == 'model' else torch.randn(1, channels, *size, generator=generator)
     floating = unwrap(copy.deepcopy(model))
     job: Dict[str, Any] = dict(size=size, channels=channels, threads=args.threads)
-    about = dict(job, config=args.config, options=args.cfg_options, checkpoint=args.checkpoint,
-                 trust=args.trust_checkpoint)
+    about = dict(job, part=args.part, config=args.config, options=args.cfg_options,
+                 checkpoint=args.checkpoint, trust=args.trust_checkpoint)
     sides: Dict[str, Callable[[], Any]] = {}
     jobs: Dict[str, Dict[str, Any]] = {}
     tests: Dict[str, Dict[str, Any]] = {}
     megabytes: Dict[str, float] = {}
-    sqnr: Dict[str, Any] = {}
+    close: Dict[str, Dict[str, Any]] = {}
 
     def add_torch(name: str, of: torch.nn.Module, precision: str, simulated: bool) -> None:
-        subgraph = find_subgraph(of)
+        subgraph = find_subgraph(of, args.part)
 
         def run() -> None:
             with torch.no_grad(), torch.autocast('cpu', torch.bfloat16,
@@ -129,7 +141,8 @@ def main() -> None:
         engine = ENGINES[name]
         for kind, source in (('float', floating), ('int8', model)):
             folder = Path(config.work_dir) / f'benchmark_{kind}_{engine.format}'
-            manifest = export_graphs(source, folder, engine.format, [size])
+            manifest = export_graphs(source, folder, engine.format, [size], part=args.part,
+                                     least_share=0.)
             for precision in engine.precisions:
                 side = f'{name} {precision}' if kind == 'float' else \
                     f'{name} int8' + (' + bf16' if precision == 'bf16' else '')
@@ -137,7 +150,7 @@ def main() -> None:
                 sides[side] = lambda run=run: run.run(images.numpy())
                 jobs[side] = dict(job, engine=name, precision=precision, file=str(run.path))
                 megabytes[side] = manifest['graphs'][0]['bytes'] / 1e6
-                sqnr[side] = lowest_sqnr(manifest['graphs'][0]['parity']['outputs'])
+                close[side] = closeness(manifest['graphs'][0])
                 if kind == 'int8':
                     tests[side] = dict(checkpoint=args.checkpoint, backend=name,
                                        threads=args.threads, precision=precision)
@@ -145,7 +158,7 @@ def main() -> None:
     rows = summarize(interleave(sides, args.rounds), 'torch fp32')
     for row in rows:
         side = row['side']
-        row.update(megabytes=megabytes.get(side), sqnr_db=sqnr.get(side),
+        row.update(megabytes=megabytes.get(side), **close.get(side, {}),
                    peak_mib=peak_in_process(jobs[side]))
         if accuracy and side in tests:
             row['metric'] = evaluate(config, trust=args.trust_checkpoint, **tests[side])

@@ -6,11 +6,15 @@
 """
 import argparse
 import os
+import sys
 
 from psaq_mm.checkpoint import sha256_of_file
-from psaq_mm.deploy import FORMATS, export_graphs
-from psaq_mm.engine import build_model, load_config
-from psaq_mm.engine.command_line import choose_work_dir, run_tool, tool_parser, weight_choice
+from psaq_mm.deploy import FORMATS, ExportError, export_graphs
+from psaq_mm.deploy.agreement import BOUND
+from psaq_mm.deploy.hosts import PARTS
+from psaq_mm.engine import init_model, load_config
+from psaq_mm.engine.command_line import choose_work_dir, run_tool, tool_parser
+from psaq_mm.runtime.images import find_files
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,11 +28,22 @@ def parse_args() -> argparse.Namespace:
                         metavar=('H', 'W'), help='height and width of images as the model gets '
                         'them; give it again for more. Graphs of one size are faster '
                         '(default: one graph for all sizes)')
+    parser.add_argument('--part', choices=PARTS, default='model', help='model: all of it, from '
+                        'the pixels of an image to results; features: what mmdet and mmseg then '
+                        'finish in torch (default: model)')
     parser.add_argument('--out', metavar='DIR', help='where to write '
                         '(default: <work-dir>/export_<format>)')
     parser.add_argument('--float-roles', nargs='+', default=[], metavar='ROLE',
                         help='leave out the quantizers of these roles, e.g. query key attention '
                         'value: no longer the arithmetic of the checkpoint')
+    parser.add_argument('--check-images', nargs='+', default=[], metavar='IMAGE',
+                        help='images, or folders of them, on which the engine is compared with '
+                        'the simulation (default: made up)')
+    parser.add_argument('--least-share', type=float, default=BOUND, metavar='SHARE',
+                        help='exit with status 1 if the engine reaches less of the decisions of '
+                        f'the simulation (default: {BOUND})')
+    parser.add_argument('--device', default='CPU', help="the engine's device for that: CPU, GPU, "
+                        'NPU, AUTO (OpenVINO), CUDA (onnxruntime)')
     return parser.parse_args()
 
 
@@ -37,11 +52,19 @@ def main() -> None:
     config = load_config(args.config, args.cfg_options)
     out = args.out or os.path.join(choose_work_dir(args.work_dir, config),
                                    f'export_{args.format}')
-    model = build_model(config, args.checkpoint, args.trust_checkpoint, weight_choice(args))
+    images = find_files(args.check_images)
+    model = init_model(config, args.checkpoint, trust=args.trust_checkpoint,
+                       averaged=args.averaged, prefix=args.prefix)
     about = dict(checkpoint=args.checkpoint, sha256=sha256_of_file(args.checkpoint),
                  config=args.config)
     sizes = [(height, width) for height, width in args.size]
-    manifest = export_graphs(model, out, args.format, sizes, args.float_roles, about)
+    try:
+        manifest = export_graphs(model, out, args.format, sizes, args.float_roles, about,
+                                 part=args.part, config=config, check_images=images,
+                                 least_share=args.least_share, device=args.device)
+    except ExportError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(1)
     total = sum(graph['bytes'] for graph in manifest['graphs'])
     print(f'{out}: {len(manifest["graphs"])} graph(s) of {manifest["modules"]}, '
           f'{total / 1e6:.2f} MB')

@@ -20,7 +20,6 @@ from psaq_mm.engine.inference import (
     draw,
     find_images,
     input_pipeline,
-    picture_paths,
     plain_prediction,
     predict,
     read_rgb,
@@ -28,6 +27,7 @@ from psaq_mm.engine.inference import (
 )
 from psaq_mm.engine.runner import describe_checkpoint
 from psaq_mm.errors import UserError
+from psaq_mm.runtime.images import picture_paths
 
 
 def parse_args() -> argparse.Namespace:

@@ -37,13 +37,15 @@ def parse_args() -> argparse.Namespace:
                         'the log folder (segmentations: the work directory)')
     parser.add_argument('--metrics', metavar='FILE', help='write the metrics to a JSON file')
     parser.add_argument('--backend', choices=['torch', 'onnxruntime', 'openvino'],
-                        default='torch', help='what runs the exported part of the model')
+                        default='torch', help='what runs the model: an engine runs all of it')
     parser.add_argument('--exported', metavar='DIR', help='folder that tools/export.py wrote '
                         '(default: export now, one graph for all sizes)')
     parser.add_argument('--threads', type=int, default=0, help='threads of the engine '
                         '(default: as it likes)')
     parser.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32',
                         help='of what the engine does not compute in integers')
+    parser.add_argument('--engine-device', default='CPU', help="the engine's device: CPU, GPU, "
+                        'NPU, AUTO (OpenVINO), CUDA (onnxruntime)')
     return parse_launched(parser)
 
 
@@ -56,11 +58,11 @@ def main() -> None:
     device = resolve_device('cpu' if args.backend != 'torch' and args.device == 'auto'
                             else args.device)
     require_backend(args.backend, args.exported, args.threads, args.precision, args.launcher,
-                    str(device))
+                    str(device), args.engine_device)
     require_test_data(config)
     kind = describe_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     config.custom_hooks = hooks_for_test(config, args.checkpoint, args.backend, args.exported,
-                                         args.threads, args.precision)
+                                         args.threads, args.precision, args.engine_device)
     config.work_dir = choose_work_dir(args.work_dir, config)
     if args.show_dir:
         draw_predictions(config, args.show_dir)

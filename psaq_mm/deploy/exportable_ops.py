@@ -28,7 +28,7 @@ def make_exportable(model: nn.Module, target: str, float_roles: Collection[str] 
     Args:
         model (nn.Module): A copy in evaluation mode: afterwards it can no
             longer be trained or saved.
-        target (str): ``onnx`` or ``openvino``.
+        target (str): ``onnx``, ``tensorrt`` or ``openvino``.
         float_roles (Collection[str]): Roles whose quantizers are left out.
             Defaults to none.
 
@@ -44,7 +44,7 @@ def make_exportable(model: nn.Module, target: str, float_roles: Collection[str] 
                 continue
             exportable: nn.Module = nn.Identity()
             if quantizer.active:
-                cls = ExportableQuantizer if target == 'onnx' else \
+                cls = ExportableQuantizer if target != 'openvino' else \
                     ExportableRounding if role in ATTENTION_ROLES else ExportableFakeQuantize
                 exportable = cls(quantizer, f'{name} ({role})')
             op.quantizers[role] = exportable

@@ -8,6 +8,7 @@ traces each as one node.
 from typing import Any, Optional
 
 import torch
+import torchvision
 from torch import Tensor
 from torch.onnx import register_custom_op_symbolic, symbolic_helper
 
@@ -28,6 +29,7 @@ _library.define('dequantize_linear(Tensor q, Tensor scale, Tensor? zero_point, i
 _library.define('patch_product(Tensor q, Tensor places, Tensor scale, Tensor zero_point, '
                 'Tensor weight, Tensor weight_scale, Tensor? weight_zero_point) -> Tensor')
 _library.define('fake_quantize(Tensor x, Tensor low, Tensor high, int levels) -> Tensor')
+_library.define('nms(Tensor boxes, Tensor scores, float threshold, int most) -> Tensor')
 
 
 def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
@@ -86,15 +88,22 @@ def _fake_quantize(x: Tensor, low: Tensor, high: Tensor, levels: int) -> Tensor:
     return q * step + low
 
 
+def _nms(boxes: Tensor, scores: Tensor, threshold: float, most: int) -> Tensor:
+    """ONNX's NonMaxSuppression of one image and one class: places by falling score."""
+    return torchvision.ops.nms(boxes, scores, threshold)[:most]
+
+
 _library.impl('quantize_linear', _quantize_linear, 'CompositeExplicitAutograd')
 _library.impl('dequantize_linear', _dequantize_linear, 'CompositeExplicitAutograd')
 _library.impl('patch_product', _patch_product, 'CompositeExplicitAutograd')
 _library.impl('fake_quantize', _fake_quantize, 'CompositeExplicitAutograd')
+_library.impl('nms', _nms, 'CompositeExplicitAutograd')
 
 quantize_linear: Any = torch.ops.psaq_mm.quantize_linear
 dequantize_linear: Any = torch.ops.psaq_mm.dequantize_linear
 patch_product: Any = torch.ops.psaq_mm.patch_product
 fake_quantize: Any = torch.ops.psaq_mm.fake_quantize
+nms: Any = torch.ops.psaq_mm.nms
 
 
 @symbolic_helper.parse_args('v', 'v', 'v', 'i')
@@ -130,7 +139,21 @@ def _export_fake_quantize(g: Any, x: Any, low: Any, high: Any, levels: int) -> A
     return out
 
 
+@symbolic_helper.parse_args('v', 'v', 'f', 'i')
+def _export_nms(g: Any, boxes: Any, scores: Any, threshold: float, most: int) -> Any:
+    def constant(values: Any, dtype: torch.dtype = torch.int64) -> Any:
+        return g.op('Constant', value_t=torch.tensor(values, dtype=dtype))
+
+    found = g.op('NonMaxSuppression', g.op('Unsqueeze', boxes, constant([0])),
+                 g.op('Unsqueeze', scores, constant([0, 1])), constant([most]),
+                 constant([threshold], torch.float32))
+    out = g.op('Gather', found, constant(2), axis_i=1)  # image, class, place
+    out.setType(scores.type().with_dtype(torch.int64).with_sizes([None]))
+    return out
+
+
 register_custom_op_symbolic('psaq_mm::quantize_linear', _export_quantize, OPSET)
 register_custom_op_symbolic('psaq_mm::dequantize_linear', _export_dequantize, OPSET)
 register_custom_op_symbolic('psaq_mm::patch_product', _export_patch_product, OPSET)
 register_custom_op_symbolic('psaq_mm::fake_quantize', _export_fake_quantize, OPSET)
+register_custom_op_symbolic('psaq_mm::nms', _export_nms, OPSET)

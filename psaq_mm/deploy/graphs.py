@@ -1,15 +1,15 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A folder of exported graphs, which an engine runs instead of torch modules."""
 from pathlib import Path
-from typing import Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
+from psaq_mm.runtime.engines import ENGINES, Engine
+from psaq_mm.runtime.export_manifest import read_export
 
-from .engines import ENGINES, Engine
-from .export_manifest import read_export
 from .hosts import find_subgraph
 from .subgraph import Size
 
@@ -24,6 +24,7 @@ class Graphs:
         precision (str): ``fp32`` or ``bf16``. Defaults to ``fp32``.
         sha256 (str, optional): Digest of the checkpoint from which the graphs
             must have been made. Defaults to None: any.
+        device (str): The engine's device. Defaults to ``CPU``.
 
     Raises:
         UserError: If a file is missing or damaged, or the graphs are for
@@ -31,9 +32,10 @@ class Graphs:
     """
 
     def __init__(self, folder: Union[str, Path], backend: str, threads: int = 0,
-                 precision: str = 'fp32', sha256: Optional[str] = None) -> None:
+                 precision: str = 'fp32', sha256: Optional[str] = None,
+                 device: str = 'CPU') -> None:
         self.folder, self.engine_class = Path(folder), ENGINES[backend]
-        self.threads, self.precision = threads, precision
+        self.threads, self.precision, self.device = threads, precision, device
         self.manifest = read_export(folder)
         if self.manifest['format'] != self.engine_class.format:
             raise UserError(f'{folder} holds graphs of format {self.manifest["format"]}, '
@@ -65,8 +67,25 @@ class Graphs:
                             'too')
         if key not in self._engines:
             self._engines[key] = self.engine_class(self.folder / self._files[key], self.threads,
-                                                   self.precision)
+                                                   self.precision, self.device)
         return self._engines[key]
+
+    def whole(self, size: Size) -> Tuple[Engine, Dict[str, Any]]:
+        """Return the engine of a whole model for images of a size: of that size, of all sizes,
+        or the smallest that such an image can be padded to; and what its file says.
+
+        Args:
+            size (tuple[int, int]): Height and width.
+
+        Raises:
+            UserError: If no graph accepts that size.
+        """
+        larger = [known for known in self._files
+                  if known is not None and known[0] >= size[0] and known[1] >= size[1]]
+        if size not in self._files and None not in self._files and larger:
+            size = min(larger, key=lambda known: known[0] * known[1])
+        engine = self.engine(size)
+        return engine, engine.info()
 
     def __call__(self, images: Tensor) -> Tuple[Tensor, ...]:
         """Run the graph on each image of a batch.
@@ -96,6 +115,9 @@ class Graphs:
         Raises:
             UserError: If the model has other outputs.
         """
+        if self.manifest.get('part') == 'model':
+            raise UserError(f'{self.folder} holds a whole model, which needs no other; run it by '
+                            'psaq_mm.runtime.Model, or export with --part features')
         subgraph = find_subgraph(model)
         subgraph.for_sizes(list(self._files))
         if list(subgraph.output_names) != self.manifest['output_names']:

@@ -12,11 +12,11 @@ from torch import nn
 
 from psaq_mm.checkpoint import save_bytes
 from psaq_mm.errors import UserError
+from psaq_mm.runtime.packages import require_package
 
 from .exportable_ops import make_exportable
 from .exportable_quantizer import ExportableWeight
 from .graph_ops import OPENVINO_DOMAIN, OPSET, PATCH_DOMAIN
-from .packages import require_package
 from .subgraph import Size, Subgraph
 
 INT4_OPSET = 21
@@ -31,7 +31,8 @@ def trace(subgraph: Subgraph, size: Optional[Size], target: str,
         subgraph (Subgraph): Of a calibrated quantized model, or a float one.
         size (tuple[int, int], optional): Height and width of the images; None
             if they vary.
-        target (str): ``onnx``, for QuantizeLinear and DequantizeLinear; or
+        target (str): ``onnx``, for QuantizeLinear and DequantizeLinear;
+            ``tensorrt``, for the same around plain convolutions; or
             ``openvino``, for OpenVINO's FakeQuantize of activations.
         float_roles (Collection[str]): Roles whose quantizers are left out.
             Defaults to none.
@@ -49,14 +50,11 @@ def trace(subgraph: Subgraph, size: Optional[Size], target: str,
     height, width = size or (224, 224)
     images = torch.zeros(batch, subgraph.channels, height, width)
     names = list(subgraph.output_names)
-    dynamic = None
-    if size is None:
-        dynamic = {name: {2: f'{name}_height', 3: f'{name}_width'}
-                   for name in [subgraph.input_name, *names]}
     buffer: Any = io.BytesIO()
     options: Dict[str, Any] = dict(
         opset_version=OPSET, input_names=[subgraph.input_name], output_names=names,
-        dynamic_axes=dynamic, do_constant_folding=False)  # engines fold; files would grow
+        dynamic_axes=subgraph.dynamic_axes(size),
+        do_constant_folding=False)  # engines fold; files would grow
     if target == 'openvino':
         options['custom_opsets'] = {OPENVINO_DOMAIN: 1}
     if 'dynamo' in inspect.signature(torch.onnx.export).parameters:  # True since torch 2.9
@@ -76,6 +74,8 @@ def trace(subgraph: Subgraph, size: Optional[Size], target: str,
     if target == 'onnx':
         _quantize_before_concat(model)  # first: inputs of a Scan's body are not seen by it
         _expand_patch_products(model)
+    if target == 'tensorrt':
+        _require_zero_points_of_zero(model)
     _pack_small_weights(model, exportable)
     return model
 
@@ -99,6 +99,28 @@ def save_onnx(model: Any, path: Path, about: Mapping[str, str]) -> List[Path]:
     onnx.helper.set_model_props(model, dict(about))
     save_bytes(model.SerializeToString(), path)
     return [path]
+
+
+def zero_points(model: Any) -> Dict[str, np.ndarray]:
+    """Zero points of a graph, by the name of the tensor that they quantize.
+
+    Args:
+        model (onnx.ModelProto): A graph of QuantizeLinear and DequantizeLinear.
+    """
+    onnx = require_package('onnx')
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    return {node.input[0]: onnx.numpy_helper.to_array(values[node.input[2]])
+            for node in model.graph.node
+            if node.op_type in ('QuantizeLinear', 'DequantizeLinear') and len(node.input) > 2}
+
+
+def _require_zero_points_of_zero(model: Any) -> None:
+    """Check that TensorRT will read the quantizers of a graph."""
+    for name, values in zero_points(model).items():
+        if values.any():
+            raise UserError(f'{name} has a zero point that is not 0, which TensorRT does not '
+                            "read; quantize with the base config psaq_mm::_base_/tensorrt.py, or "
+                            'with quantization.activation.symmetric=True')
 
 
 def _pack_small_weights(model: Any, exportable: nn.Module) -> None:

@@ -7,8 +7,7 @@ from typing import Any, List, Mapping
 import numpy as np
 
 from psaq_mm.checkpoint import save_bytes
-
-from .packages import require_package
+from psaq_mm.runtime.packages import require_package
 
 
 def save_openvino(model: Any, path: Path, about: Mapping[str, str]) -> List[Path]:
@@ -28,8 +27,11 @@ def save_openvino(model: Any, path: Path, about: Mapping[str, str]) -> List[Path
     openvino = require_package('openvino')
     graph = openvino.Core().read_model(model.SerializeToString())
     _transpose_within_matmuls(graph)
+    if about.get('model_info model_type') == 'ssd':
+        _add_batch_axis(graph)
     for key, value in about.items():
-        graph.set_rt_info(value, ['psaq_mm', key])
+        # Keys of the Model API have a place of their own.
+        graph.set_rt_info(value, key.split(' ') if ' ' in key else ['psaq_mm', key])
     files = [path.with_suffix('.bin'), path]  # the .xml last: it is what users look for
     with tempfile.TemporaryDirectory() as folder:
         # In float32: float16 would change the numbers of the checkpoint.
@@ -37,6 +39,19 @@ def save_openvino(model: Any, path: Path, about: Mapping[str, str]) -> List[Path
         for file in files:
             save_bytes((Path(folder) / file.name).read_bytes(), file)
     return files
+
+
+def _add_batch_axis(graph: Any) -> None:
+    """Give all outputs a first axis of 1: so the Model API wants those of a detector of boxes."""
+    from openvino import opset8
+    for result in graph.get_results():
+        source = result.input_value(0)
+        names = source.get_names()
+        source.get_tensor().set_names(set())
+        batched = opset8.unsqueeze(source, np.array(0))
+        batched.output(0).get_tensor().set_names(names)
+        result.input(0).replace_source_output(batched.output(0))
+    graph.validate_nodes_and_infer_types()
 
 
 def _transpose_within_matmuls(graph: Any) -> None:

@@ -52,14 +52,14 @@ def main(text: str) -> None:
     Args:
         text (str): JSON with ``size``, ``threads`` and ``precision``, and
             either ``engine`` and ``file``, or ``config``, ``options``,
-            ``checkpoint``, ``trust`` and ``simulated``.
+            ``checkpoint``, ``trust``, ``part`` and ``simulated``.
     """
     job = json.loads(text)
     import torch
     torch.set_num_threads(job['threads'])
     images = torch.zeros(1, job['channels'], *job['size'])
     if 'engine' in job:
-        from .engines import ENGINES
+        from psaq_mm.runtime.engines import ENGINES
 
         def work() -> None:
             engine = ENGINES[job['engine']](job['file'], job['threads'], job['precision'])
@@ -74,7 +74,7 @@ def main(text: str) -> None:
 
         def work() -> None:
             model = build_model(config, job['checkpoint'], job['trust'])
-            subgraph = find_subgraph(model if job['simulated'] else unwrap(model))
+            subgraph = find_subgraph(model if job['simulated'] else unwrap(model), job['part'])
             with torch.no_grad(), torch.autocast('cpu', torch.bfloat16,
                                                  enabled=job['precision'] == 'bf16'):
                 for _ in range(2):

@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The part of a model that is exported as one graph."""
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
@@ -57,6 +57,21 @@ class Subgraph:
     def channels(self) -> int:
         """int: Channels of an image."""
         return find_adapter(self.model).valid_range(self.model)[0].shape[1]
+
+    def dynamic_axes(self, size: Optional[Size]) -> Dict[str, Dict[int, str]]:
+        """Names of the axes that vary, of input and outputs.
+
+        Args:
+            size (tuple[int, int], optional): Height and width of the images; None if they vary.
+        """
+        if size is not None:
+            return {}
+        return {name: {2: f'{name}_height', 3: f'{name}_width'}
+                for name in [self.input_name, *self.output_names]}
+
+    def info(self) -> Dict[str, Any]:
+        """Task and thresholds of a whole model, for its file."""
+        raise NotImplementedError
 
     def run(self, images: Tensor) -> Tuple[Tensor, ...]:
         """Compute the outputs of the graph with the model itself."""

@@ -226,7 +226,7 @@ def processes_of(launcher: str) -> int:
 
 
 def require_backend(backend: str, exported: Optional[str], threads: int, precision: str,
-                    launcher: str, device: str) -> None:
+                    launcher: str, device: str, engine_device: str = 'CPU') -> None:
     """Check what is asked of an engine, before a model is built.
 
     Raises:
@@ -235,13 +235,14 @@ def require_backend(backend: str, exported: Optional[str], threads: int, precisi
     """
     if backend == 'torch':
         for option, given in (('--exported', exported is not None), ('--threads', threads != 0),
-                              ('--precision', precision != 'fp32')):
+                              ('--precision', precision != 'fp32'),
+                              ('--engine-device', engine_device != 'CPU')):
             if given:
                 raise UserError(f'{option} is for engines; add --backend onnxruntime or openvino')
         return
     from psaq_mm.deploy import ENGINES, read_export
     engine = ENGINES[backend]
-    engine.version()  # raises where it is not installed
+    engine.require_device(engine_device)  # raises where the engine is not installed
     if threads < 0:
         raise UserError(f'--threads must be 0 or more, got {threads}')
     if precision not in engine.precisions:
@@ -255,7 +256,7 @@ def require_backend(backend: str, exported: Optional[str], threads: int, precisi
 
 
 def hooks_for_test(config: Config, checkpoint: str, backend: str, folder: Optional[str],
-                   threads: int, precision: str) -> List[Any]:
+                   threads: int, precision: str, engine_device: str = 'CPU') -> List[Any]:
     """The config's own hooks but those of training, and those that load a checkpoint and run
     an engine (:class:`psaq_mm.engine.hooks.BackendHook`).
 
@@ -269,7 +270,7 @@ def hooks_for_test(config: Config, checkpoint: str, backend: str, folder: Option
     if backend != 'torch':
         hooks.append(dict(type='psaq_mm.BackendHook', backend=backend, folder=folder,
                           checkpoint=checkpoint, sha256=sha256_of_file(checkpoint),
-                          threads=threads, precision=precision))
+                          threads=threads, precision=precision, engine_device=engine_device))
     return hooks
 
 

@@ -1,7 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Predictions on image files: as pictures, and as plain values."""
-import itertools
-import os
 import uuid
 import warnings
 from pathlib import Path
@@ -19,10 +17,10 @@ from torch import nn
 
 from psaq_mm.adapters.tested_size import test_dataset
 from psaq_mm.errors import UserError
+from psaq_mm.runtime.images import find_files, read_image
 
 from .dataset_meta import inference_config
 
-IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 CLEAR_SIDE = 640
 """Pictures of smaller images are enlarged by a whole factor, to about this many pixels: the
 hosts write labels of a fixed size."""
@@ -39,18 +37,7 @@ def find_images(paths: Sequence[str]) -> List[Path]:
     Raises:
         UserError: If a path does not exist, a folder holds no image, or an image cannot be read.
     """
-    found: List[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f'image {path} does not exist')
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(file for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES
-                        and not file.name.startswith('.') and file.is_file())
-        if not inside:
-            raise UserError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
-        found += inside
+    found = find_files(paths)
     for path in found:
         try:
             with Image.open(path) as image:
@@ -58,25 +45,6 @@ def find_images(paths: Sequence[str]) -> List[Path]:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f'image {path} cannot be read: {error}') from error
     return found
-
-
-def picture_paths(images: Sequence[Path], folder: str) -> List[Path]:
-    """A file in a folder for the picture of each image, named after it.
-
-    Raises:
-        UserError: If a picture would replace one of the images.
-    """
-    paths: Dict[Path, None] = {}  # in order, and quickly searched
-    for image in images:
-        names = itertools.chain([image.stem], (f'{image.stem}_{i}' for i in itertools.count(2)))
-        paths[next(path for path in (Path(folder) / f'{name}.png' for name in names)
-                   if path not in paths)] = None
-    own = {os.path.realpath(image) for image in images}
-    for path in paths:
-        if os.path.realpath(path) in own:
-            raise UserError(f'{path} is an image that was given, and would be overwritten; choose '
-                            'another --out-dir')
-    return list(paths)
 
 
 def input_pipeline(config: Config) -> Callable[[Path], Dict[str, Any]]:
@@ -116,11 +84,7 @@ def input_pipeline(config: Config) -> Callable[[Path], Dict[str, Any]]:
 
 def read_rgb(path: Path) -> np.ndarray:
     """Pixels of an image file, upright: uint8 RGB of shape (H, W, 3)."""
-    # As the hosts' own loaders do: it turns what a camera marked as turned.
-    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise UserError(f'image {path} cannot be read by OpenCV; convert it to PNG or JPEG')
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(read_image(path), cv2.COLOR_BGR2RGB)
 
 
 def predict(model: nn.Module, inputs: Mapping[str, Any], score_thr: float = 0.3) -> Any:

@@ -20,6 +20,30 @@ CONFIGS = dict(
             bbox_head=dict(in_channels=16, fc_out_channels=16, num_classes=5),
             mask_roi_extractor=dict(out_channels=16),
             mask_head=dict(in_channels=16, conv_out_channels=16, num_classes=5)))),
+    faster_rcnn=('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', dict(
+        neck=dict(in_channels=[24, 48, 96], out_channels=16, num_outs=5),
+        rpn_head=dict(in_channels=16, feat_channels=16),
+        roi_head=dict(bbox_roi_extractor=dict(out_channels=16), bbox_head=dict(
+            in_channels=16, fc_out_channels=16, num_classes=1)))),
+    cascade_mask_rcnn=('cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py', dict(
+        neck=dict(in_channels=[24, 48, 96], out_channels=16, num_outs=5),
+        rpn_head=dict(in_channels=16, feat_channels=16),
+        roi_head=dict(
+            bbox_roi_extractor=dict(out_channels=16),
+            bbox_head=[dict(type='Shared2FCBBoxHead', in_channels=16, fc_out_channels=16,
+                            num_classes=5, reg_class_agnostic=agnostic, bbox_coder=dict(
+                                type='DeltaXYWHBBoxCoder', target_means=[0.] * 4,
+                                target_stds=[std, std, 2 * std, 2 * std]))
+                       for std, agnostic in ((0.1, True), (0.05, False), (0.033, True))],
+            mask_roi_extractor=dict(out_channels=16),
+            mask_head=dict(in_channels=16, conv_out_channels=16, num_classes=5)))),
+    fcos=('fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', dict(
+        neck=dict(in_channels=[24, 48, 96], out_channels=16, start_level=0),
+        bbox_head=dict(in_channels=16, feat_channels=16, num_classes=5,
+                       norm_cfg=dict(type='GN', num_groups=4)))),
+    atss=('atss/atss_r50_fpn_1x_coco.py', dict(
+        neck=dict(in_channels=[24, 48, 96], out_channels=16, start_level=0),
+        bbox_head=dict(in_channels=16, feat_channels=32, num_classes=5))),
     # The levels share convolutions, and each has its own BatchNorms.
     rtmdet=('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', dict(
         neck=dict(in_channels=[24, 48, 96], out_channels=16),

@@ -85,7 +85,7 @@ def test_damaged(folder, name):
 def test_engines_see_no_damaged_file(folder, monkeypatch):
     """The check comes first, in ``Graphs`` as in ``read_export``."""
     (folder / 'model.bin').write_bytes(b'')
-    monkeypatch.setattr('psaq_mm.deploy.engines.ONNXRuntimeEngine._load', lambda self: 1 / 0)
+    monkeypatch.setattr('psaq_mm.runtime.engines.ONNXRuntimeEngine._load', lambda self: 1 / 0)
     with pytest.raises(UserError, match=r'model\.bin is damaged'):
         Graphs(folder, 'onnxruntime')
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import DEMO
 from mmengine.logging import MMLogger
+from mmengine.structures import BaseDataElement as DataSample
 
-from psaq_mm.deploy import export_graphs
 from psaq_mm.engine import build_float_model, load_config
+from psaq_mm.engine.graph_model import GraphModel
 from psaq_mm.engine.hooks import BackendHook
 
 pytest.importorskip('onnx')
@@ -18,18 +19,26 @@ pytest.importorskip('onnxruntime')
 
 @pytest.mark.parametrize('name', ['upernet_swin', 'mask_rcnn_swin'])
 def test_train_mode(tmp_path, name):
-    """mmengine calls ``before_test`` before ``model.eval()``."""
-    model = build_float_model(load_config(DEMO / f'{name}_demo.py'))
+    """mmengine calls ``before_test`` before ``model.eval()``. A graph takes the model's place."""
+    config = load_config(DEMO / f'{name}_demo.py')
+    model = build_float_model(config)
     model.load_state_dict(torch.load(DEMO / f'{name}_demo.pth', weights_only=True)['state_dict'])
-    expected = export_graphs(model.eval(), tmp_path / 'eval', 'onnx')['graphs'][0]['parity']
     model.train()
-    norms = {k: v.clone() for k, v in model.state_dict().items() if 'running' in k}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
     hook = BackendHook('onnxruntime', 'demo.pth', 'ab')
-    hook.before_test(SimpleNamespace(model=model, work_dir=tmp_path,
-                                     logger=MMLogger.get_current_instance()))
+    runner = SimpleNamespace(model=model, work_dir=tmp_path, cfg=config,
+                             logger=MMLogger.get_current_instance())
+    hook.before_test(runner)
     manifest = json.loads((tmp_path / 'export_onnx' / 'export.json').read_text())
-    assert manifest['graphs'][0]['parity'] == expected
-    assert all(row['sqnr_db'] > 80 for row in expected['outputs'])
-    state = model.state_dict()
-    assert all(torch.equal(state[k], v) for k, v in norms.items() if k in state)
+    assert manifest['part'] == 'model' and manifest['graphs'][0]['agreement']['share'] > 0.999
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model.training and hook.description.startswith('onnxruntime')
+    assert isinstance(runner.model, GraphModel) and not list(runner.model.parameters())
+    images = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)
+    sample = DataSample(metainfo=dict(ori_shape=(48, 64)))
+    found = runner.model.test_step(dict(inputs=[images], data_samples=[sample]))[0]
+    if name == 'upernet_swin':
+        assert found.pred_sem_seg.data.shape == (1, 48, 64)
+    else:
+        assert found.pred_instances.masks.shape[1:] == (48, 64)
+        assert (found.pred_instances.bboxes <= torch.tensor([64., 48., 64., 48.])).all()

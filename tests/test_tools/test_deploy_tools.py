@@ -52,9 +52,10 @@ def test_export_and_evaluate(call_tool, data, tmp_path, target, backend):
         'export', data / 'detector_w8a8.py', data / 'quantized.pth', '--format', target,
         '--size', 224, 224, '--out', tmp_path / 'graphs')
     assert status == 0, err
-    assert '1 graph(s) of backbone + neck + rpn_head' in out
+    assert '1 graph(s) of backbone + neck + rpn_head + roi_head' in out
     manifest = json.loads((tmp_path / 'graphs' / 'export.json').read_text())
-    assert all(row['sqnr_db'] > 33 for row in manifest['graphs'][0]['parity']['outputs'])
+    agreement = manifest['graphs'][0]['agreement']
+    assert agreement['compared'] > 20 and agreement['share'] > 0.8 < agreement['masks']
     assert manifest['graphs'][0]['size'] == [224, 224]
     simulated, _ = metrics_of(call_tool, data, tmp_path)
     engine, out = metrics_of(call_tool, data, tmp_path, '--backend', backend, '--exported',
@@ -65,6 +66,28 @@ def test_export_and_evaluate(call_tool, data, tmp_path, target, backend):
         # Few images: one box that moves is more than in a whole test set.
         assert abs(simulated['metrics'][key] - engine['metrics'][key]) < 0.02
     assert engine['metrics']['coco/bbox_mAP'] > 0.5
+
+
+def test_evaluate_features(call_tool, data, tmp_path):
+    """The other part: mmdet does the rest in torch."""
+    status, out, err = call_tool(
+        'export', data / 'detector_w8a8.py', data / 'quantized.pth', '--format', 'onnx',
+        '--part', 'features', '--size', 224, 224, '--out', tmp_path / 'graphs')
+    assert status == 0 and '1 graph(s) of backbone + neck + rpn_head,' in out, err
+    engine, _ = metrics_of(call_tool, data, tmp_path, '--backend', 'onnxruntime', '--exported',
+                           tmp_path / 'graphs')
+    assert engine['metrics']['coco/bbox_mAP'] > 0.5
+
+
+def test_an_engine_that_decides_otherwise(call_tool, data, tmp_path):
+    """Status 1, a reason, and files to look at."""
+    status, _, err = call_tool(
+        'export', data / 'detector_w8a8.py', data / 'quantized.pth', '--format', 'onnx',
+        '--size', 224, 224, '--out', tmp_path / 'graphs', '--least-share', 1.01,
+        '--check-images', data / 'val' / '000000.png')
+    assert status == 1 and 'decides otherwise' in err and '101 % are expected' in err
+    assert (tmp_path / 'graphs' / 'model_224x224.onnx').exists()
+    assert (tmp_path / 'graphs' / 'export.json').exists()
 
 
 def test_evaluate_exports_by_itself(call_tool, data, tmp_path):
@@ -106,6 +129,8 @@ def test_benchmark(call_tool, data, tmp_path, affinity):
 
 @pytest.mark.parametrize('options, words', [
     (['--threads', 2], '--threads is for engines'),
+    (['--engine-device', 'GPU'], '--engine-device is for engines'),
+    (['--backend', 'openvino', '--engine-device', 'TPU'], '--device TPU: openvino'),
     (['--backend', 'onnxruntime', '--precision', 'bf16'], 'onnxruntime on a CPU has fp32 only'),
     (['--backend', 'openvino', '--exported', '/nowhere'], '/nowhere/export.json'),
     (['--backend', 'openvino', '--threads', -1], '--threads must be'),

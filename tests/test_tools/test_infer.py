@@ -12,8 +12,9 @@ from conftest import DEMO
 from PIL import Image
 
 import psaq_mm
-from psaq_mm.engine.inference import find_images, picture_paths, side_by_side
+from psaq_mm.engine.inference import find_images, side_by_side
 from psaq_mm.errors import UserError
+from psaq_mm.runtime.images import picture_paths
 
 SIDE, GAP = 3 * 224, 8  # scenes are enlarged by 3
 

@@ -13,7 +13,7 @@ from psaq_mm.registry import HOOKS
 
 @HOOKS.register_module()
 class BackendHook(Hook):
-    """Puts exported graphs into the runner's model before a test.
+    """Puts exported graphs in the place of the runner's model before a test, or into it.
 
     Args:
         backend (str): ``onnxruntime`` or ``openvino``.
@@ -24,13 +24,15 @@ class BackendHook(Hook):
         threads (int): Threads of the engine; 0 lets it choose. Defaults to 0.
         precision (str): ``fp32`` or ``bf16``, for what is not in integers.
             Defaults to ``fp32``.
+        engine_device (str): Device of the engine. Defaults to ``CPU``.
     """
 
     def __init__(self, backend: str, checkpoint: str, sha256: str, folder: Optional[str] = None,
-                 threads: int = 0, precision: str = 'fp32') -> None:
+                 threads: int = 0, precision: str = 'fp32',
+                 engine_device: str = 'CPU') -> None:
         self.backend, self.folder = backend, folder
         self.source = dict(checkpoint=checkpoint, sha256=sha256)
-        self.threads, self.precision = threads, precision
+        self.threads, self.precision, self.device = threads, precision, engine_device
         self.description = ''
         """str: Engine, version, threads and precision; empty before the test."""
 
@@ -42,9 +44,15 @@ class BackendHook(Hook):
         if folder is None:
             target = ENGINES[self.backend].format
             folder = str(Path(runner.work_dir) / f'export_{target}')
-            export_graphs(model, folder, target, about=self.source)
-        graphs = Graphs(folder, self.backend, self.threads, self.precision, self.source['sha256'])
-        graphs.install(model)
+            export_graphs(model, folder, target, about=self.source, part='model',
+                          config=runner.cfg)
+        graphs = Graphs(folder, self.backend, self.threads, self.precision,
+                        self.source['sha256'], self.device)
+        if graphs.manifest.get('part') == 'model':
+            from psaq_mm.engine.graph_model import GraphModel
+            runner.model = GraphModel(graphs)  # nothing of the model stays in torch
+        else:
+            graphs.install(model)
         self.description = graphs.describe()
         runner.logger.info(f'{graphs.manifest["modules"]}: run by {self.description}, '
                            f'from {folder}')

@@ -11,7 +11,8 @@ _CLASSES = (ONNXRuntimeEngine, OpenVINOEngine)
 ENGINES: Dict[str, Type[Engine]] = {engine.name: engine for engine in _CLASSES}
 """Name of an engine to its class."""
 
-FORMATS: Dict[str, Type[Engine]] = {engine.format: engine for engine in _CLASSES}
-"""Name of a format to the engine that checks it."""
+FORMATS: Dict[str, Type[Engine]] = {**{engine.format: engine for engine in _CLASSES},
+                                    'tensorrt': ONNXRuntimeEngine}
+"""Name of a format to the engine that checks it: TensorRT reads ONNX."""
 
 __all__ = ['ENGINES', 'FORMATS', 'Engine', 'ONNXRuntimeEngine', 'OpenVINOEngine']

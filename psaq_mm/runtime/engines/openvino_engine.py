@@ -5,11 +5,11 @@ from typing import Any, Dict, List
 import numpy as np
 
 from ..packages import require_package
-from .engine import Engine
+from .engine import INFO_KEY, Engine
 
 
 class OpenVINOEngine(Engine):
-    """OpenVINO with its CPU plugin."""
+    """OpenVINO; its devices are CPU, GPU, NPU and AUTO, where they are."""
 
     name = 'openvino'
     package = 'openvino'
@@ -17,17 +17,26 @@ class OpenVINOEngine(Engine):
     format = 'openvino'
     precisions = ('fp32', 'bf16')
 
+    @classmethod
+    def devices(cls) -> List[str]:
+        return [*require_package(cls.package).Core().available_devices, 'AUTO']
+
     def _load(self) -> None:
         openvino = require_package(self.package)
         options: Dict[str, Any] = {
             'INFERENCE_PRECISION_HINT': 'bf16' if self.precision == 'bf16' else 'f32',
             'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': 1}
-        if self.threads:
+        if self.threads and self.device == 'CPU':
             options['INFERENCE_NUM_THREADS'] = self.threads
         core = openvino.Core()
         model = core.read_model(str(self.path))
         self._outputs = len(model.outputs)
-        self._request: Any = core.compile_model(model, 'CPU', options).create_infer_request()
+        place = ['psaq_mm', INFO_KEY]
+        self._text = str(model.get_rt_info(place).astype(str)) if model.has_rt_info(place) else ''
+        self._request: Any = core.compile_model(model, self.device, options).create_infer_request()
+
+    def _info(self) -> str:
+        return self._text
 
     def run(self, images: np.ndarray) -> List[np.ndarray]:
         self._request.infer({0: images})

@@ -1,0 +1,175 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Whether an engine decides as the simulation does: the same objects, classes and pixels."""
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+
+from psaq_mm.runtime import Classification, Detections, Segmentation
+from psaq_mm.runtime.engines import Engine
+from psaq_mm.runtime.images import Prepared, prepare
+from psaq_mm.runtime.model import interpret
+
+from .parity import parity_images
+from .subgraph import Size, Subgraph
+
+LEAST_IOU = 0.9
+"""Of two boxes, or masks, that count as the same [choice]."""
+
+LEAST_SCORE = 0.3
+"""Of objects that must be found [choice]: below, noise decides what passes the threshold."""
+
+BOUND = 0.8
+"""Least share of objects that an engine must find, or of pixels that must agree [choice]."""
+
+MADE_UP = 4
+"""How many images are made up where none are given [choice]."""
+
+
+class ExportError(RuntimeError):
+    """An engine decides something else than the simulation. The files are kept."""
+
+
+def box_ious(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """IoU of each of N boxes with each of M: shape (N, M)."""
+    low = np.maximum(one[:, None, :2], other[None, :, :2])
+    high = np.minimum(one[:, None, 2:], other[None, :, 2:])
+    common = np.prod(np.maximum(high - low, 0), axis=2)
+    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (one, other)]
+    return common / np.maximum(areas[0][:, None] + areas[1][None] - common, 1e-9)
+
+
+def pairs_of(expected: Detections, found: Detections) -> List[Tuple[int, Optional[int]]]:
+    """For each expected object the one found of the same class with the largest IoU, each once;
+    None if no IoU is over :data:`LEAST_IOU`."""
+    ious = box_ious(expected.boxes, found.boxes)
+    ious[expected.labels[:, None] != found.labels[None]] = 0
+    pairs: List[Tuple[int, Optional[int]]] = []
+    for index in range(len(expected)):
+        best = int(ious[index].argmax()) if len(found) else -1
+        if best < 0 or ious[index, best] <= LEAST_IOU:
+            pairs.append((index, None))
+            continue
+        pairs.append((index, best))
+        ious[:, best] = 0
+    return pairs
+
+
+def compare_results(expected: Sequence[Any], found: Sequence[Any]) -> Dict[str, Any]:
+    """Compare what an engine decides with what the simulation decides.
+
+    Args:
+        expected (Sequence[Result]): Of the simulation, one for each image.
+        found (Sequence[Result]): Of the engine.
+
+    Returns:
+        dict: ``compared``, how many objects, pixels or images; ``share``, of which of them the
+        engine decides the same, 1 for none; of detections also ``extra``, how many the engine
+        found beside them, ``score``, the largest difference of scores, and with masks ``masks``,
+        the share of found objects whose masks are the same.
+    """
+    if isinstance(expected[0], Segmentation):
+        same = np.concatenate([(a.labels == b.labels).reshape(-1)
+                               for a, b in zip(expected, found)])
+        return dict(compared=int(same.size), share=float(same.mean()))
+    if isinstance(expected[0], Classification):
+        equal = [int(a.scores.argmax()) == int(b.scores.argmax())
+                 for a, b in zip(expected, found)]
+        return dict(compared=len(equal), share=float(np.mean(equal)))
+    compared, hits, extra, masks, scores = 0, 0, 0, [], [0.]
+    for one, other in zip(expected, found):
+        pairs = [(i, j) for i, j in pairs_of(one, other) if one.scores[i] >= LEAST_SCORE]
+        compared += len(pairs)
+        hits += sum(j is not None for _, j in pairs)
+        known = {j for _, j in pairs}
+        # As many more as there are below the limit of one and above it in the other.
+        extra += sum(score >= LEAST_SCORE + 0.1 and j not in known
+                     for j, score in enumerate(other.scores))
+        for i, j in pairs:
+            if j is None:
+                continue
+            scores.append(abs(float(one.scores[i] - other.scores[j])))
+            if one.masks is not None and other.masks is not None:
+                union = (one.masks[i] | other.masks[j]).sum()
+                common = (one.masks[i] & other.masks[j]).sum()
+                masks.append(union == 0 or common / union > LEAST_IOU)
+    row = dict(compared=compared, share=hits / compared if compared else 1., extra=int(extra),
+               score=max(scores))
+    if expected[0].masks is not None:
+        row['masks'] = float(np.mean(masks)) if masks else 1.
+    return row
+
+
+def check_decisions(subgraph: Subgraph, engine: Engine, info: Mapping[str, Any],
+                    images: Sequence[np.ndarray], size: Size) -> Dict[str, Any]:
+    """Compare what an engine finds in images with what the host's own code finds.
+
+    Args:
+        subgraph (Subgraph): Of a whole model.
+        engine (Engine): It has loaded the file.
+        info (Mapping): What the file says.
+        images (Sequence[np.ndarray]): uint8 BGR of shape (H, W, 3), resized as the file says;
+            none for some that are made up.
+        size (tuple[int, int]): Height and width of those.
+
+    Returns:
+        dict: As of :func:`compare_results`, and how many ``images`` there were.
+    """
+    low, high = torch.zeros(1, 3, 1, 1), torch.full((1, 3, 1, 1), 255.)
+    made_up = [] if images else [
+        parity_images(size, low, high, seed=seed)[0].permute(1, 2, 0).round().byte().numpy()
+        for seed in range(MADE_UP)]
+    expected, found = [], []
+    for pixels in images or made_up:
+        prepared = prepare(pixels, info, resize=bool(images), shrink=True)
+        with torch.no_grad():
+            outputs = [output.numpy() for output in subgraph.run(torch.from_numpy(prepared.array))]
+        found.append(interpret(engine.run(prepared.array), prepared, info, pixels))
+        expected.append(_as_result(outputs, prepared, info, pixels, found[-1]))
+    return dict(compare_results(expected, found), images=len(found))
+
+
+def _as_result(outputs: Sequence[np.ndarray], prepared: Prepared, info: Mapping[str, Any],
+               pixels: np.ndarray, found: Any) -> Any:
+    """The host's own results; its masks are those of the image that the graph takes."""
+    if not isinstance(found, Detections):
+        return interpret(outputs, prepared, info, pixels)
+    result = interpret(outputs[:2], prepared, info, pixels)
+    if len(outputs) > 2:
+        if prepared.array.shape[2:] != prepared.original:  # compare what can be compared
+            found.masks = None
+        else:
+            result.masks = outputs[2]
+    return result
+
+
+def describe_agreement(row: Mapping[str, Any]) -> str:
+    """What :func:`check_decisions` found, in words."""
+    if not row['compared']:
+        return f'nothing to compare: no object scores {LEAST_SCORE} in {row["images"]} images'
+    words = f'{100 * row["share"]:.1f} % of {row["compared"]} decisions are the same'
+    if 'masks' in row:
+        words += f', {100 * row["masks"]:.1f} % of the masks'
+    if 'extra' in row:
+        words += f'; {row["extra"]} more objects; scores differ by {row["score"]:.3f} at most'
+    return words
+
+
+def require_agreement(row: Mapping[str, Any], file: Any, least: float = BOUND) -> None:
+    """Check that an engine decides as the simulation does.
+
+    Args:
+        row (dict): Of :func:`compare_results`.
+        file (Path): What was exported, for the message.
+        least (float): Least share. Defaults to 0.8.
+
+    Raises:
+        ExportError: If not. The file stays where it is.
+    """
+    for key, what in (('share', 'of what the simulation finds'), ('masks', 'of its masks')):
+        share = row.get(key, 1.)
+        if share < least:
+            raise ExportError(
+                f'{file}: the engine decides otherwise than the simulation: it finds '
+                f'{100 * share:.1f} % {what}, {100 * least:.0f} % are expected ({row["compared"]} '
+                'compared). The file is kept, but do not use it as it is')

@@ -1,0 +1,148 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What was found in an image: as arrays, as a picture, and as plain values."""
+import colorsys
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import cv2
+import numpy as np
+
+from .masks import run_lengths
+
+TOP = 5
+"""Classes that are shown of a classifier."""
+
+
+def color_of(label: int) -> Tuple[int, int, int]:
+    """A bright BGR colour; each hue is a golden angle from the one before."""
+    red, green, blue = colorsys.hsv_to_rgb(0.618034 * label % 1, 0.75, 0.95)
+    return round(255 * blue), round(255 * green), round(255 * red)
+
+
+@dataclass
+class Result:
+    """What was found in an image.
+
+    Args:
+        image (np.ndarray): uint8 BGR, shape (H, W, 3).
+        classes (Sequence[str]): Names of the classes.
+    """
+    image: np.ndarray
+    classes: Sequence[str]
+
+    def name_of(self, label: int) -> str:
+        """Name of a class."""
+        return self.classes[label] if label < len(self.classes) else f'class {label}'
+
+    def draw(self, score_thr: float = 0.3) -> np.ndarray:
+        """Draw it.
+
+        Args:
+            score_thr (float): Least score of what is drawn. Defaults to 0.3.
+
+        Returns:
+            np.ndarray: uint8 BGR, shape (H, W, 3).
+        """
+        raise NotImplementedError
+
+    def plain(self, score_thr: float = 0.) -> Dict[str, Any]:
+        """Values for JSON.
+
+        Args:
+            score_thr (float): Least score. Defaults to 0.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class Detections(Result):
+    """Objects, by falling score.
+
+    Args:
+        boxes (np.ndarray): x1, y1, x2, y2 in pixels of the image, shape (N, 4).
+        scores (np.ndarray): In [0, 1], shape (N, ).
+        labels (np.ndarray): Indices of classes, shape (N, ).
+        masks (np.ndarray, optional): bool, shape (N, H, W); None for a detector of boxes.
+    """
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    masks: Optional[np.ndarray] = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def draw(self, score_thr: float = 0.3) -> np.ndarray:
+        shown = [i for i in range(len(self)) if self.scores[i] >= score_thr][::-1]
+        picture = self.image.copy()
+        for i in shown if self.masks is not None else []:
+            assert self.masks is not None
+            inside = self.masks[i]
+            picture[inside] = (0.5 * picture[inside]
+                               + 0.5 * np.array(color_of(self.labels[i]))).astype(np.uint8)
+        size = max(0.4, min(picture.shape[:2]) / 1200)
+        for i in shown:
+            color = color_of(self.labels[i])
+            x1, y1, x2, y2 = (int(round(float(v))) for v in self.boxes[i])
+            cv2.rectangle(picture, (x1, y1), (x2, y2), color, max(1, round(2 * size)))
+            text = f'{self.name_of(int(self.labels[i]))} {self.scores[i]:.2f}'
+            place = x1, max(y1 - 3, round(22 * size))
+            for paint, width in (((0, 0, 0), 3), (color, 1)):
+                cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, paint,
+                            max(1, round(width * size)), cv2.LINE_AA)
+        return picture
+
+    def plain(self, score_thr: float = 0.) -> Dict[str, Any]:
+        rows: List[Dict[str, Any]] = []
+        for i in np.flatnonzero(self.scores >= score_thr):
+            rows.append({'class': self.name_of(int(self.labels[i])), 'label': int(self.labels[i]),
+                         'score': round(float(self.scores[i]), 4),
+                         'bbox': [round(float(value), 2) for value in self.boxes[i]]})
+            if self.masks is not None:
+                rows[-1]['segmentation'] = run_lengths(self.masks[i])
+        return dict(instances=rows)
+
+
+@dataclass
+class Segmentation(Result):
+    """A class for each pixel.
+
+    Args:
+        labels (np.ndarray): Indices of classes, shape (H, W).
+    """
+    labels: np.ndarray
+
+    def draw(self, score_thr: float = 0.3) -> np.ndarray:
+        table = np.array([color_of(i) for i in range(int(self.labels.max()) + 1)])
+        return (0.5 * self.image + 0.5 * table[self.labels]).astype(np.uint8)
+
+    def plain(self, score_thr: float = 0.) -> Dict[str, Any]:
+        found, counts = np.unique(self.labels, return_counts=True)
+        return dict(pixels={self.name_of(int(label)): round(float(count / counts.sum()), 4)
+                            for label, count in zip(found, counts)})
+
+
+@dataclass
+class Classification(Result):
+    """A score for each class.
+
+    Args:
+        scores (np.ndarray): They sum to 1, shape (classes, ).
+    """
+    scores: np.ndarray
+
+    def draw(self, score_thr: float = 0.3) -> np.ndarray:
+        picture, size = self.image.copy(), max(0.4, min(self.image.shape[:2]) / 800)
+        for row, entry in enumerate(self.plain()['top']):
+            place = 4, round(28 * size * (row + 1))
+            text = f'{entry["class"]} {100 * entry["score"]:.1f} %'
+            for paint, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+                cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, paint,
+                            max(1, round(width * size)), cv2.LINE_AA)
+        return picture
+
+    def plain(self, score_thr: float = 0.) -> Dict[str, Any]:
+        order = np.argsort(-self.scores)[:TOP]
+        return dict(top=[{'class': self.name_of(int(label)), 'label': int(label),
+                          'score': round(float(self.scores[label]), 4)} for label in order
+                         if self.scores[label] >= score_thr])
