@@ -29,7 +29,6 @@ from psaq_mm.engine.command_line import (
     require_test_data,
     run_tool,
     tool_parser,
-    weight_choice,
 )
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, unwrap
