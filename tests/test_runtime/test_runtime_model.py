@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from mmdet.apis import inference_detector
+from mmengine.registry import init_default_scope
 
 from psaq_mm.errors import UserError
 from psaq_mm.runtime import Model
@@ -46,6 +47,7 @@ def images(scenes):
 
 def test_the_boxes_of_mmdet(model, float_demo, images):
     """The same boxes to a thousandth of a pixel of the resized image, and the same masks."""
+    init_default_scope('mmdet')  # a test before may have run a segmentor
     for name, pixels in images.items():
         with torch.no_grad():
             expected = inference_detector(float_demo, pixels).pred_instances.numpy()
