@@ -43,21 +43,32 @@ def find_images(paths: Sequence[str]) -> List[Path]:
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f'image {path} does not exist')
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(file for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES
-                        and not file.name.startswith('.') and file.is_file())
-        if not inside:
-            raise UserError(f'folder {path} holds no images ({", ".join(IMAGE_SUFFIXES)})')
-        found += inside
+        found += images_in(path) if path.is_dir() else [path]
     for path in found:
-        try:
-            with Image.open(path) as image:
-                image.load()  # all of it: a file that was cut short opens
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f'image {path} cannot be read: {error}') from error
+        require_readable(path)
     return found
+
+
+def images_in(folder: Path) -> List[Path]:
+    """The image files of a folder and of its subfolders, sorted; none is opened.
+
+    Raises:
+        UserError: If there is none.
+    """
+    inside = sorted(file for file in folder.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES
+                    and not file.name.startswith('.') and file.is_file())
+    if not inside:
+        raise UserError(f'folder {folder} holds no images ({", ".join(IMAGE_SUFFIXES)})')
+    return inside
+
+
+def require_readable(path: Path) -> None:
+    """Raise a :class:`UserError` unless a file is a whole image."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # all of it: a file that was cut short opens
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f'image {path} cannot be read: {error}') from error
 
 
 def picture_paths(images: Sequence[Path], folder: str) -> List[Path]:
