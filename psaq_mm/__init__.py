@@ -30,19 +30,19 @@ from .synthesis import synthesize
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .engine import inferencer_config, init_model
+    from .engine import inferencer_config, init_model, load_images
 
 __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Progress', 'QuantizationSettings', 'Recipe',
     'ReconstructionSettings', 'SynthesisSettings', 'UserError', '__version__', 'calibrate',
-    'equalize', 'evolve', 'inferencer_config', 'init_model', 'load', 'prepare', 'quantize',
-    'recalibrate', 'reconstruct', 'round_weights', 'save', 'synthesize', 'unwrap'
+    'equalize', 'evolve', 'inferencer_config', 'init_model', 'load', 'load_images', 'prepare',
+    'quantize', 'recalibrate', 'reconstruct', 'round_weights', 'save', 'synthesize', 'unwrap'
 ]
 
 
 def __getattr__(name: str) -> Any:
     """What imports the runner, when it is asked for: the rest does not need it."""
-    if name in ('inferencer_config', 'init_model'):
+    if name in ('inferencer_config', 'init_model', 'load_images'):
         from . import engine
         return getattr(engine, name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
