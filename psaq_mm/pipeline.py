@@ -371,7 +371,7 @@ class Pipeline:
             return
         with self._phase('reconstruction'), reconstructor(
                 self.student, self.teacher, self.images, settings, self.seed,
-                self.recipe.calibration.batch_size) as blocks:
+                self._batch_size) as blocks:
             if self.saved is not None:
                 self.saved.restore_blocks(blocks)
             self._begin('reconstruction', blocks.step_index, blocks.total_steps,
