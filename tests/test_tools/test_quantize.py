@@ -676,7 +676,7 @@ def test_own_images(tmp_path, call_tool, quantization_config, demo_checkpoint, p
     assert status == 0, err
     assert json.loads((tmp_path / 'report.json').read_text())['images'] == dict(
         count=5, shape=[3, 32, 32], own=1, synthetic=1)
-    assert Image.open(tmp_path / 'synthetic.png').size == (72, 72)  # without one's own
+    assert Image.open(tmp_path / 'synthetic.png').size == (64, 64)  # the synthetic one alone
     (tmp_path / 'others').mkdir()
     Image.new('RGB', (64, 64)).save(tmp_path / 'others' / 'a.png')
     arguments = tuple(tmp_path / 'others' if value == photos else value for value in arguments)
