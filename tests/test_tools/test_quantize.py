@@ -699,5 +699,6 @@ def test_bad_own_images(options, message, tmp_path, call_tool, monkeypatch, quan
     monkeypatch.chdir(tmp_path)
     status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
                                'out', *options)
-    assert status == 2 and err.startswith('error: ') and message in err
-    assert len(err.strip().splitlines()) == 1 and not (tmp_path / 'out').exists()
+    last = err.splitlines()[-1]  # the log of the weights may come before it
+    assert status == 2 and last.startswith('error: ') and message in last
+    assert not (tmp_path / 'out').exists()
