@@ -129,7 +129,8 @@ class Experiment(NamedTuple):
     """How a student is made, and from which images.
 
     Args:
-        images (str): ``synthetic``, or ``noise8``, ``real32`` (or other numbers).
+        images (str): ``synthetic``, or ``noise8``, ``real32``, ``unrelated8`` (or other
+            numbers).
         recipe (Recipe): All settings.
     """
     images: str
@@ -163,7 +164,7 @@ def experiment(setting: str, scope: str, *changes: Changes, preset: str = 'defau
         images (str): As of :class:`Experiment`. Defaults to ``synthetic``.
     """
     recipe = Recipe.shipped(setting, preset).changed(dict(quantization=dict(scope=scope)))
-    if images.startswith('real'):  # they have the size of test images
+    if images.startswith(('real', 'unrelated')):  # they have been through the test pipeline
         recipe = recipe.changed(dict(calibration=dict(image_size=None)))
     for change in changes:
         recipe = recipe.changed(change)
@@ -334,6 +335,16 @@ class Subject:
         with torch.no_grad():
             return preprocess(batch, False)['inputs']
 
+    def unrelated_images(self, count: int, seed: int) -> Tensor:
+        """Photographs of another domain, as ``tools/quantize.py --images`` takes them: blood
+        cells for the demo models, the demo's scenes for BCCD."""
+        folder = BCCD / 'images'
+        if self.name == 'bccd':
+            from scenes import render_split
+            render_split('train', TRAINING, 96)
+            folder = TRAINING / 'train'
+        return psaq_mm.load_images(self.model, folder, count, seed, self.config)
+
     def noise(self, count: int, seed: int, size: Tuple[int, int]) -> Tensor:
         """Gaussian noise within the valid pixels."""
         lower, upper = self.adapter.valid_range(self.model)
@@ -355,12 +366,13 @@ class Subject:
     def images_of(self, made: Experiment, seed: int) -> Tuple[Tensor, float]:
         """What a student is made from, and the seconds that the images took."""
         settings = sized_for(self.model, made.recipe.synthesis)
-        number = re.fullmatch(r'(noise|real)(\d+)', made.images)
+        number = re.fullmatch(r'(noise|real|unrelated)(\d+)', made.images)
         if number is None:
             return self.synthetic(settings, seed)
         if number[1] == 'noise':
             return self.noise(int(number[2]), seed, settings.size), 0.
-        return self.real_images(int(number[2]), seed), 0.
+        take = self.real_images if number[1] == 'real' else self.unrelated_images
+        return take(int(number[2]), seed), 0.
 
     def student(self, made: Experiment, seed: int,
                 model: Optional[nn.Module] = None) -> Tuple[nn.Module, float]:

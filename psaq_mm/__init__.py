@@ -18,7 +18,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint import load, save
-    from .engine import inferencer_config, init_model
+    from .engine import inferencer_config, init_model, load_images
     from .evolution import evolve
     from .ops import unwrap
     from .pipeline import Progress, quantize
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Progress', 'QuantizationSettings', 'Recipe',
     'ReconstructionSettings', 'SynthesisSettings', 'UserError', '__version__', 'calibrate',
-    'equalize', 'evolve', 'inferencer_config', 'init_model', 'load', 'prepare', 'quantize',
-    'recalibrate', 'reconstruct', 'round_weights', 'save', 'synthesize', 'unwrap'
+    'equalize', 'evolve', 'inferencer_config', 'init_model', 'load', 'load_images', 'prepare',
+    'quantize', 'recalibrate', 'reconstruct', 'round_weights', 'save', 'synthesize', 'unwrap'
 ]
 
 _MODULES = dict(
     CalibrationSettings='recipe', EvolutionSettings='recipe', Progress='pipeline',
     QuantizationSettings='recipe', Recipe='recipe', ReconstructionSettings='recipe',
     SynthesisSettings='recipe', calibrate='student', equalize='student', evolve='evolution',
-    inferencer_config='engine', init_model='engine', load='checkpoint', prepare='student',
-    quantize='pipeline', recalibrate='student', reconstruct='student', round_weights='student',
-    save='checkpoint', synthesize='synthesis', unwrap='ops')
+    inferencer_config='engine', init_model='engine', load='checkpoint', load_images='engine',
+    prepare='student', quantize='pipeline', recalibrate='student', reconstruct='student',
+    round_weights='student', save='checkpoint', synthesize='synthesis', unwrap='ops')
 """Name to the module that it is imported from."""
 
 _SUBMODULES = ('adapters', 'checkpoint', 'classification', 'deploy', 'engine', 'evolution', 'ops',

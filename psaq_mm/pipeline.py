@@ -45,6 +45,7 @@ from .synthesis import (
     Synthesizer,
     check_synthesis,
     mosaic_count,
+    mosaics,
     share_of,
     sized_for,
     synthesizer,
@@ -75,7 +76,7 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
              test_size: Optional[Size] = None,
              progress: Optional[Callable[[Progress], None]] = None,
              state_file: Union[None, str, Path] = None, resume: bool = False,
-             images: Optional[Tensor] = None) -> nn.Module:
+             images: Optional[Tensor] = None, mix: bool = False) -> nn.Module:
     """Quantize a float model without data: all that ``tools/quantize.py`` does.
 
         student = psaq_mm.quantize(model, psaq_mm.Recipe.shipped('w4a4'))
@@ -97,7 +98,10 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
         resume (bool): Whether to go on from ``state_file``; an interrupted run then ends
             with the same bits on the CPU. Defaults to False.
         images (Tensor, optional): Normalized images of shape (N, C, H, W), in the place of
-            synthetic ones. Defaults to None: images are made from the model.
+            synthetic ones, such as those of :func:`psaq_mm.load_images`. Defaults to None:
+            images are made from the model.
+        mix (bool): Whether synthetic images are made too, and stand beside ``images`` as
+            mosaics of their size. Defaults to False.
 
     Returns:
         nn.Module: The student: another model, quantized, in evaluation mode.
@@ -117,7 +121,7 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
         found = tested_size(model.cfg)
     with torch.inference_mode(False):  # else nothing would have gradients
         return Pipeline(copy.deepcopy(model), recipe or Recipe(), seed, found, progress,
-                        state_file, resume, images=images).run()
+                        state_file, resume, images=images, mix=mix).run()
 
 
 def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
@@ -173,20 +177,22 @@ class Pipeline:
                  progress: Optional[Callable[[Progress], None]] = None,
                  state_file: Union[None, str, Path] = None, resume: bool = False,
                  identity: Optional[Mapping[str, Any]] = None,
-                 images: Optional[Tensor] = None) -> None:
+                 images: Optional[Tensor] = None, mix: bool = False) -> None:
         self.teacher, self.recipe, self.seed = teacher, recipe, seed
         self.test_size = test_size or SizeFound(None, 'the model has no config')
         check_progress(progress)
         self.progress = progress
         if resume and state_file is None:
             raise UserError('resume=True needs the state_file to go on from')
+        if mix and images is None:
+            raise UserError('mix=True needs the images that synthetic ones are to stand beside')
         self.saved: Optional[SavedRun] = None
         self._saving = None if state_file is None else (state_file, resume, identity)
         self.student: nn.Module = teacher
         """nn.Module: The teacher itself until the student is made of a copy of it."""
         self.images = torch.empty(0)
         """Tensor: The images, normalized, on the CPU; of all processes."""
-        self._given_images = images
+        self._given_images, self._mix = images, mix
         self.seconds: Dict[str, float] = {}
         """dict[str, float]: Wall seconds of each phase."""
         self._phase_name, self._counted_at = '', 0.
@@ -230,7 +236,8 @@ class Pipeline:
             path, resume, identity = self._saving
             identity = dict(identity or dict(weights=hash_of(self.teacher.state_dict())))
             given = self._given_images
-            identity['images'] = None if given is None else hash_of(dict(images=given))
+            identity['images'] = None if given is None \
+                else hash_of({'mixed' if self._mix else 'alone': given})
             with stopping_together():  # each process has a file of its own
                 self.saved = SavedRun(path, resume, self.recipe, self.seed, identity)
         self._make_images()
@@ -248,12 +255,37 @@ class Pipeline:
         size = self.test_size.size if calibration.image_size == 'test' else calibration.size
         return size or (self.images.shape[-2], self.images.shape[-1])
 
+    @property
+    def sources(self) -> Dict[str, int]:
+        """dict[str, int]: How many images are one's ``own``, how many ``synthetic`` (as they
+        were made, before they became mosaics)."""
+        own, made = self._given_images, self.recipe.synthesis.num_images
+        return dict(own=0 if own is None else len(own),
+                    synthetic=made if own is None or self._mix else 0)
+
+    @property
+    def _batch_size(self) -> int:
+        """int: Images in a forward pass: given ones may be larger than synthetic ones."""
+        (height, width), most = self.recipe.synthesis.size, self.recipe.calibration.batch_size
+        own = self.images.shape[-2] * self.images.shape[-1]
+        return max(1, min(most, most * height * width // own))
+
     def _make_images(self) -> None:
-        if self._given_images is not None:
-            self.images = self._given_images.detach().cpu().clone()  # no inference tensor
-            if self.saved is not None:
-                self.seconds.update(self.saved.restore_images())
+        given = self._given_images
+        if given is None or self._mix:
+            self._synthesize()
+        elif self.saved is not None:
+            self.seconds.update(self.saved.restore_images())
+        if given is None:
             return
+        given, height, width = given.detach().cpu(), *given.shape[-2:]
+        made = mosaics(self.images, (height, width)) if self._mix else given[:0]
+        self.images = torch.cat([given, made])  # a copy: no inference tensor
+        print_log(f'images: {len(given)} own of {height}x{width}' + (
+            f', {self.sources["synthetic"]} synthetic as {len(made)} of that size'
+            if self._mix else ''), logger='current')
+
+    def _synthesize(self) -> None:
         settings = self.recipe.synthesis
         indices = share_of(settings.num_images, get_rank(), get_world_size())
         with self._phase('synthesis'), \
@@ -278,7 +310,7 @@ class Pipeline:
             self._end('synthesis', synthesizer=images)
 
     def _calibrate(self) -> None:
-        quantization, batch_size = self.recipe.quantization, self.recipe.calibration.batch_size
+        quantization, batch_size = self.recipe.quantization, self._batch_size
         with self._phase('calibration'):
             if quantization.channel_limit is not None:
                 equalize(self.teacher, self.images, quantization, batch_size)
@@ -330,8 +362,7 @@ class Pipeline:
         with self._phase('final_ranges'):
             total = recalibration_count(self.student, self.images, size)
             with self._batches('final_ranges', total) as progress:
-                recalibrate(self.student, self.images, size, self.recipe.calibration.batch_size,
-                            progress)
+                recalibrate(self.student, self.images, size, self._batch_size, progress)
         print_log(f'the last ranges are set for images of {size[0]}x{size[1]}', logger='current')
 
     def _reconstruct(self) -> None:
@@ -340,7 +371,7 @@ class Pipeline:
             return
         with self._phase('reconstruction'), reconstructor(
                 self.student, self.teacher, self.images, settings, self.seed,
-                self.recipe.calibration.batch_size) as blocks:
+                self._batch_size) as blocks:
             if self.saved is not None:
                 self.saved.restore_blocks(blocks)
             self._begin('reconstruction', blocks.step_index, blocks.total_steps,
@@ -359,7 +390,7 @@ class Pipeline:
             return
         total = count_of_this_process(mosaic_count(self.images, self.final_size))
         with self._phase('rounding'), self._batches('rounding', total) as progress:
-            round_weights(self.student, self.images, self.recipe.calibration.batch_size, progress)
+            round_weights(self.student, self.images, self._batch_size, progress)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -6,6 +6,8 @@ from mmdet.models.backbones.swin import SwinTransformer
 
 import psaq_mm
 from psaq_mm import UserError, pipeline, saved_run
+from psaq_mm.checkpoint import load_checkpoint_file
+from psaq_mm.synthesis import mosaics
 
 RECIPE = psaq_mm.Recipe().changed(dict(
     synthesis=dict(num_images=3, batch_size=2, image_size=56, steps=2),
@@ -60,6 +62,48 @@ def test_resume(model, tmp_path):
     for others in (images + 1, None):
         with pytest.raises(UserError, match='another images'):
             psaq_mm.quantize(model, recipe, images=others, state_file=file, resume=True)
+
+
+def test_mixed(model):
+    """Synthetic images are those of a run without others, as mosaics."""
+    own = torch.randn(2, 3, 56, 84)
+    made = mosaics(psaq_mm.synthesize(model, RECIPE.synthesis, seed=3), (56, 84))
+    assert made.shape == (2, 3, 56, 84)
+    student = psaq_mm.quantize(model, RECIPE, seed=3, images=own, mix=True)
+    assert same(student, psaq_mm.quantize(model, RECIPE, images=torch.cat([own, made])))
+    assert not same(student, psaq_mm.quantize(model, RECIPE, images=own))
+    with pytest.raises(UserError, match='mix=True needs the images'):
+        psaq_mm.quantize(model, RECIPE, mix=True)
+
+
+def test_mixed_resumed(model, tmp_path):
+    recipe = RECIPE.changed(dict(evolution=dict(rounds=1, student_steps=2),
+                                 synthesis=dict(save_interval=1)))
+    own, file = torch.randn(2, 3, 56, 84), tmp_path / 'state.pth'
+    expected = psaq_mm.quantize(model, recipe, images=own, mix=True)
+    for phase in ('synthesis', 'evolution'):
+        def stop(progress, phase=phase):
+            if (progress.phase, progress.done) == (phase, 1):
+                raise Stop
+
+        with pytest.raises(Stop):
+            psaq_mm.quantize(model, recipe, images=own, mix=True, progress=stop,
+                             state_file=file, resume=phase == 'evolution')
+    state = load_checkpoint_file(file)  # no pixel of one's own is in it
+    assert 'game' in state and state['game']['buffer'] == dict(later=[], newest=None)
+    for others, mix in ((own + 1, True), (own, False), (None, False)):
+        with pytest.raises(UserError, match='another images'):
+            psaq_mm.quantize(model, recipe, images=others, mix=mix, state_file=file, resume=True)
+    student = psaq_mm.quantize(model, recipe, images=own, mix=True, state_file=file, resume=True)
+    assert same(student, expected)
+
+
+def test_larger_images_make_smaller_batches(model):
+    """As many pixels as 8 synthetic ones of 56 x 56 have."""
+    done = []
+    psaq_mm.quantize(model, RECIPE, images=torch.randn(5, 3, 112, 112),
+                     progress=lambda p: done.append(p.done) if p.phase == 'calibration' else None)
+    assert done == [0, 2, 4, 5]
 
 
 @pytest.mark.parametrize('images, match', [

@@ -12,6 +12,7 @@ from psaq_mm.engine import (
     PSAQRunner,
     build_float_model,
     load_config,
+    load_images,
     read_recipe,
     resolve_device,
 )
@@ -26,7 +27,10 @@ from psaq_mm.engine.command_line import (
     tool_parser,
     weight_choice,
 )
+from psaq_mm.engine.own_images import MAX_IMAGES, own_files
+from psaq_mm.errors import UserError
 from psaq_mm.pipeline import check
+from psaq_mm.recipe.checks import check_positive_int
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,6 +43,12 @@ def parse_args() -> argparse.Namespace:
                         '(default: randomness.seed of the config, or 0)')
     parser.add_argument('--resume', action='store_true',
                         help='continue an interrupted run in the same work directory')
+    parser.add_argument('--images', metavar='DIR', help='folder of your own photographs, '
+                        'without labels, to use in the place of synthetic images')
+    parser.add_argument('--max-images', type=int, metavar='N', help='of more photographs in the '
+                        f'folder, draw so many by the seed (default: {MAX_IMAGES})')
+    parser.add_argument('--mix', action='store_true', help='make synthetic images too, and use '
+                        'them beside the photographs')
     return parse_launched(parser)
 
 
@@ -47,6 +57,13 @@ def main() -> None:
     # Everything that can be wrong is checked before anything is written.
     config = load_config(args.config, args.cfg_options)
     seed = choose_seed(args.seed, config)
+    max_images = MAX_IMAGES if args.max_images is None else args.max_images
+    check_positive_int(max_images, '--max-images')
+    if args.images is not None:
+        own_files(args.images)
+    elif args.mix or args.max_images is not None:
+        raise UserError(f'{"--mix" if args.mix else "--max-images"} needs --images DIR, the '
+                        'folder of your photographs')
     recipe = read_recipe(config)
     require_launcher(args.launcher, args.device)
     device = resolve_device(args.device)
@@ -56,6 +73,8 @@ def main() -> None:
                               choice=weight_choice(args))
     check(model, recipe, processes_of(args.launcher))  # in scope 'model' it runs the model
     PSAQRunner.hooks_for_quantization(config)
+    images = None if args.images is None else load_images(
+        model, args.images, max_images, seed, config)
     if not args.use_vis_backends:
         keep_local(config)
     config.work_dir = choose_work_dir(args.work_dir, config)
@@ -63,7 +82,7 @@ def main() -> None:
 
     runner = PSAQRunner.for_quantization(config, model, source=source, meta=meta,
                                          seed=seed, resume=args.resume, device=device,
-                                         launcher=args.launcher)
+                                         launcher=args.launcher, images=images, mix=args.mix)
     runner.quantize()
     if not is_main_process():
         return

@@ -44,9 +44,9 @@ def tested_size(config: Config) -> SizeFound:
     Returns:
         SizeFound: The size, if there is one, and what says so.
     """
-    test_cfg = config.model.get('test_cfg') or {}
-    if test_cfg.get('mode') == 'slide' and test_cfg.get('crop_size'):
-        return SizeFound(_pair(test_cfg['crop_size']), 'model.test_cfg.crop_size')
+    window = slid_window(config)
+    if window is not None:
+        return SizeFound(window, 'model.test_cfg.crop_size')
     preprocessor = config.model.get('data_preprocessor') or {}
     preprocessor_test = preprocessor.get('test_cfg') or {}
     dataset, steps = test_dataset(config)
@@ -66,6 +66,14 @@ def tested_size(config: Config) -> SizeFound:
     divisor = preprocessor.get('pad_size_divisor') \
         or preprocessor_test.get('size_divisor') or 1  # mmdet's, mmseg's
     return SizeFound(_multiple(size, divisor), found.source)
+
+
+def slid_window(config: Config) -> Optional[Size]:
+    """Height and width of the window of a segmentor that slides over its images; else None."""
+    test_cfg = config.model.get('test_cfg') or {}
+    if test_cfg.get('mode') == 'slide' and test_cfg.get('crop_size'):
+        return _pair(test_cfg['crop_size'])
+    return None
 
 
 def test_dataset(config: Config) -> Tuple[Any, List[Dict[str, Any]]]:

@@ -39,12 +39,17 @@ def find_images(paths: Sequence[str]) -> List[Path]:
     """
     found = find_files(paths)
     for path in found:
-        try:
-            with Image.open(path) as image:
-                image.load()  # all of it: a file that was cut short opens
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f'image {path} cannot be read: {error}') from error
+        require_readable(path)
     return found
+
+
+def require_readable(path: Path) -> None:
+    """Raise a :class:`UserError` unless a file is a whole image."""
+    try:
+        with Image.open(path) as image:
+            image.load()  # all of it: a file that was cut short opens
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f'image {path} cannot be read: {error}') from error
 
 
 def input_pipeline(config: Config) -> Callable[[Path], Dict[str, Any]]:

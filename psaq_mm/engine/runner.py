@@ -13,7 +13,7 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.tested_size import tested_size
+from psaq_mm.adapters.tested_size import SizeFound, tested_size
 from psaq_mm.checkpoint import (
     WeightChoice,
     fit_float_state,
@@ -183,8 +183,8 @@ class PSAQRunner(Runner):
     @classmethod
     def for_quantization(cls, config: Config, model: nn.Module, *, source: Mapping[str, Any],
                          meta: Mapping[str, Any], seed: int = 0, resume: bool = False,
-                         device: Union[str, torch.device] = 'cpu',
-                         launcher: str = 'none') -> 'PSAQRunner':
+                         device: Union[str, torch.device] = 'cpu', launcher: str = 'none',
+                         images: Optional[Tensor] = None, mix: bool = False) -> 'PSAQRunner':
         """A runner that is ready for :meth:`quantize`.
 
         Args:
@@ -198,6 +198,9 @@ class PSAQRunner(Runner):
                 Defaults to False.
             device (str or torch.device): Defaults to ``cpu``; a launcher
                 (``pytorch``, ``slurm`` or ``mpi``) gives each process its own.
+            images (Tensor, optional): From :func:`psaq_mm.load_images`; the last ranges are
+                set at their size. Defaults to None: images are made.
+            mix (bool): Whether images are made too. Defaults to False.
         """
         hooks = cls.hooks_for_quantization(config)
         # mmengine's default hooks count iterations of a data loader; there is
@@ -216,6 +219,7 @@ class PSAQRunner(Runner):
         runner.resume_run = resume
         runner.source = dict(source)
         runner.source_meta = dict(meta)
+        runner.own_images, runner.mix = images, mix
         return runner
 
     def dump_config(self) -> None:
@@ -228,8 +232,15 @@ class PSAQRunner(Runner):
 
     @property
     def images(self) -> Tensor:
-        """Tensor: The synthesized images, normalized, shape (N, C, H, W)."""
+        """Tensor: What the student is made on, normalized, shape (N, C, H, W)."""
         return self.pipeline.images
+
+    @property
+    def images_used(self) -> Dict[str, Any]:
+        """dict: What report and manifest say of :attr:`images`: ``count``, ``shape`` (C, H, W),
+        and how many are ``own`` and ``synthetic``."""
+        return dict(count=len(self.images), shape=list(self.images.shape[1:]),
+                    **self.pipeline.sources)
 
     @property
     def teacher(self) -> nn.Module:
@@ -250,9 +261,13 @@ class PSAQRunner(Runner):
         self.adapter = find_adapter(self.model)
         rank = get_rank()
         name = f'state_{rank}.pth' if rank else 'state.pth'
+        size = tested_size(self.cfg)
+        if self.own_images is not None:
+            size = SizeFound((self.own_images.shape[-2], self.own_images.shape[-1]),
+                             'the given images')
         self.pipeline = RunnerPipeline(
             self, teacher=self.model, recipe=read_recipe(self.cfg), seed=self.run_seed,
-            test_size=tested_size(self.cfg),
+            test_size=size, images=self.own_images, mix=self.mix,
             state_file=Path(self.work_dir) / name, resume=self.resume_run,
             identity=dict(checkpoint=self.source['sha256'],
                           model=repr(plain_copy(self.cfg.model.to_dict()))))
@@ -261,7 +276,7 @@ class PSAQRunner(Runner):
             if is_main_process():
                 path = Path(self.work_dir) / 'quantized.pth'
                 save(self.model, path, meta=self.source_meta,
-                     about=dict(seed=self.run_seed, source=self.source,
+                     about=dict(seed=self.run_seed, source=self.source, images=self.images_used,
                                 settings=self.pipeline.recipe.to_dict()))
                 self.logger.info(f'quantized checkpoint: {path}')
                 self.call_hook('after_quantize')

@@ -47,12 +47,13 @@ class ImageBuffer:
         return torch.cat(parts)
 
     def state_dict(self) -> Dict[str, Any]:
-        """What :meth:`load_state_dict` continues from."""
-        return dict(first=self.first, later=list(self.later), newest=self.newest)
+        """What :meth:`load_state_dict` continues from, but for the first images."""
+        newest = None if self.newest is self.first else self.newest
+        return dict(later=list(self.later), newest=newest)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
-        self.first, self.newest = state['first'], state['newest']
+        """Continue from :meth:`state_dict` of a buffer with the same first images."""
+        self.newest = self.first if state['newest'] is None else state['newest']
         self.later = list(state['later'])
 
 

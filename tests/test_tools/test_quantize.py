@@ -650,3 +650,55 @@ def test_config_in_the_work_dir_stays_as_it_is(tmp_path, call_tool, quantization
                                '--cfg-options', *FEW)
     assert status == 0, err
     assert config.read_text() == before
+
+
+OWN = ('synthesis.num_images=1', 'synthesis.steps=1', 'synthesis.image_size=64',
+       'test_dataloader.dataset.pipeline.1.scale=(64,32)', 'quantization.weight.rounding=nearest')
+
+
+def test_own_images(tmp_path, call_tool, quantization_config, demo_checkpoint, photos):
+    """Log, report and manifest say how many they are, and nothing else of them."""
+    arguments = (quantization_config, demo_checkpoint, '--work-dir', tmp_path, '--device', 'cpu',
+                 '--images', photos, '--max-images', 1, '--cfg-options', *OWN)
+    status, _, err = call_tool('quantize', *arguments)
+    assert status == 0, err
+    used = dict(count=1, shape=[3, 32, 32], own=1, synthetic=0)
+    report = json.loads((tmp_path / 'report.json').read_text())
+    manifest = load_checkpoint_file(tmp_path / 'quantized.pth')['psaq_mm']
+    assert report['images'] == manifest['images'] == used
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'images: 1 own of 32x32' in log and 'size of test images: 32x32, from the given' in log
+    assert not (tmp_path / 'synthetic.png').exists() and 'synthesis' not in report['seconds']
+    for text in (log, json.dumps(report), json.dumps(manifest)):
+        assert str(photos) not in text and '.png' not in text.replace('synthetic.png', '')
+
+    status, _, err = call_tool('quantize', *arguments, '--mix')
+    assert status == 0, err
+    assert json.loads((tmp_path / 'report.json').read_text())['images'] == dict(
+        count=5, shape=[3, 32, 32], own=1, synthetic=1)
+    assert Image.open(tmp_path / 'synthetic.png').size == (64, 64)  # the synthetic one alone
+    (tmp_path / 'others').mkdir()
+    Image.new('RGB', (64, 64)).save(tmp_path / 'others' / 'a.png')
+    arguments = tuple(tmp_path / 'others' if value == photos else value for value in arguments)
+    status, _, err = call_tool('quantize', *arguments, '--mix', '--resume')
+    assert status == 2 and 'another images' in err
+
+
+@pytest.mark.parametrize('options, message', [
+    (('--images', 'none'), 'none does not exist'), (('--images', 'file'), 'file is a file'),
+    (('--images', 'empty'), 'empty holds no images'),
+    (('--images', 'broken'), 'none of the 1 images in'),
+    (('--images', 'empty', '--max-images', '0'), '--max-images must be a positive integer'),
+    (('--mix', ), '--mix needs --images'), (('--max-images', '3'), '--max-images needs --images')])
+def test_bad_own_images(options, message, tmp_path, call_tool, monkeypatch, quantization_config,
+                        demo_checkpoint):
+    (tmp_path / 'file').write_text('')
+    for name in ('empty', 'broken'):
+        (tmp_path / name).mkdir()
+    (tmp_path / 'broken' / 'a.png').write_text('')
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
+                               'out', *options)
+    last = err.splitlines()[-1]  # the log of the weights may come before it
+    assert status == 2 and last.startswith('error: ') and message in last
+    assert not (tmp_path / 'out').exists()

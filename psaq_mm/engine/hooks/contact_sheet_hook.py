@@ -40,7 +40,8 @@ def contact_sheet(images: Tensor, lower: Tensor, upper: Tensor, rgb: bool,
 @HOOKS.register_module()
 class ContactSheetHook(PSAQHook):
     """Writes ``<work-dir>/synthetic.png``, the images of the prior, and
-    ``evolution.png``: a row of them, and a row for each round that follows.
+    ``evolution.png``: a row of them, and a row for each round that follows. Of images that
+    were given it shows nothing.
 
     Args:
         columns (int): Images in a row. Defaults to 4.
@@ -60,11 +61,13 @@ class ContactSheetHook(PSAQHook):
         self._save(runner, runner.images, synthesizer, 'synthetic.png')
 
     def before_evolution(self, runner: 'PSAQRunner', evolver: Evolver) -> None:
-        self._rows[0] = evolver.buffer.first[:self.columns].clone()  # not a view of all
+        if not runner.pipeline.sources['own']:
+            self._rows[0] = evolver.buffer.first[:self.columns].clone()  # not a view of all
 
     def after_evolution_step(self, runner: 'PSAQRunner', evolver: Evolver,
                              losses: Dict[str, float]) -> None:
-        if 'round' in losses and evolver.settings.sample_steps and is_main_process():
+        if 'round' in losses and self._rows and evolver.settings.sample_steps \
+                and is_main_process():
             row = evolver.step_index // evolver.steps_per_round
             self._rows[row] = evolver.buffer.newest[:self.columns].clone()
 

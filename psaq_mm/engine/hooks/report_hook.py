@@ -93,7 +93,7 @@ class ReportHook(PSAQHook):
             losses={k: [round(v, 6) for v in values] for k, values in self._losses.items()},
             seconds={k: round(v, 3) for k, v in seconds.items()},
             size=size,
-            images=dict(count=len(runner.images), shape=list(runner.images.shape[1:])),
+            images=runner.images_used,
             seed=runner.run_seed,
             config=runner.cfg.filename,
             settings=runner.pipeline.recipe.to_dict(),
