@@ -284,8 +284,11 @@ class OpenMMLabSwinAdapter(Adapter):
                 'roi_head', 'mask_head', 'language_model')):
             super().forward(model, images, scope)
             return
+        # Asked for a long list of classes in parts, a host takes one image at a time.
+        alone = getattr(model, 'language_model', None) is not None
         with fewer_regions(model, *REGIONS):
-            self._predict(model, images)
+            for batch in images.split(1 if alone else len(images)):
+                self._predict(model, batch)
 
     def _predict(self, model: Any, images: Tensor) -> Any:
         size = (images.shape[2], images.shape[3])

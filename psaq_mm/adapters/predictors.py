@@ -2,10 +2,11 @@
 """The layers whose output is the model's: found by running it, not by their names."""
 from collections import defaultdict
 from contextlib import ExitStack
-from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Set
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Set
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from psaq_mm.modes import evaluating
 
@@ -53,12 +54,23 @@ def last_layers(model: nn.Module, forward: Callable[[], Any],
             {p.device for p in model.parameters() if p.device.type == 'cuda'}):
         for name, layer in layers.items():
             hooks.enter_context(layer.register_forward_hook(note(name), with_kwargs=True))
-        with evaluating(model, gradients=True), torch.enable_grad():
+        with evaluating(model, gradients=True), torch.enable_grad(), _CopiesInGraph():
             outputs = forward()
     run = set().union(*made_by.values())
     unread = run - _nearest(inputs, made_by)
     return frozenset(_nearest(_nodes(outputs), made_by)
                      | {name for name in unread if not outside(name)})
+
+
+class _CopiesInGraph(TorchFunctionMode):
+    """A deep copy of what was computed is a clone: hosts copy features, as GLIP does for
+    each part of a long list of classes, and torch refuses that while it records a graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (),
+                           kwargs: Optional[Dict[str, Any]] = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
 
 
 def layers_that_run(model: nn.Module, forward: Callable[[], Any]) -> FrozenSet[str]:

@@ -112,3 +112,12 @@ def test_settings_of_heads_are_restored(built):
     before = model.bbox_head.test_cfg.score_thr, model.bbox_head.test_cfg.max_per_img
     psaq_mm.prepare(model, psaq_mm.QuantizationSettings(scope='model', channel_limit=None))
     assert (model.bbox_head.test_cfg.score_thr, model.bbox_head.test_cfg.max_per_img) == before
+
+
+def test_models_asked_by_words_see_one_image_at_a_time(built, monkeypatch):
+    """As GLIP asserts where a long list of classes is asked for in parts."""
+    model, images, seen = built('yolact'), torch.rand(3, 3, 32, 32), []
+    monkeypatch.setattr(model, 'language_model', nn.Identity(), raising=False)
+    monkeypatch.setattr(model, 'predict', lambda batch, *args, **kwargs: seen.append(batch))
+    find_adapter(model).forward(model, images, 'model')
+    assert [len(batch) for batch in seen] == [1, 1, 1] and torch.equal(torch.cat(seen), images)

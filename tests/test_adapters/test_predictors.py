@@ -154,6 +154,8 @@ def found_in(forward, outside=lambda name: False):
     (lambda net, x: net.b(x + net.a(x)), {'b'}),
     # Nothing learns from what is detached: the last of its kind, though no output.
     (lambda net, x: net.b(net.a(x).detach()), {'a', 'b'}),
+    # A host copies what it computed, as GLIP does for long lists of classes.
+    (lambda net, x: net.b(copy.deepcopy([net.a(x)])[0]), {'b'}),
     (lambda net, x: net.b(net.attention(query=net.a(x), key=net.c(x), value=net.d(x))[0]), {'b'}),
     (lambda net, x: net.attention(x, net.a(x), x)[0], {'attention'}),
     (lambda net, x: net.a(net.a(x)), {'a'}),
