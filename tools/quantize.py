@@ -7,6 +7,7 @@ import argparse
 
 from mmengine.dist import is_main_process
 
+from psaq_mm.adapters import find_adapter
 from psaq_mm.checkpoint import ensure_writable_dir, load_float_weights, sha256_of_file
 from psaq_mm.engine import (
     PSAQRunner,
@@ -69,6 +70,7 @@ def main() -> None:
     device = resolve_device(args.device)
     source = dict(file=args.checkpoint, sha256=sha256_of_file(args.checkpoint))
     model = build_float_model(config)
+    find_adapter(model)  # says best what backbone cannot be quantized
     meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint,
                               choice=weight_choice(args))
     check(model, recipe, processes_of(args.launcher))  # in scope 'model' it runs the model

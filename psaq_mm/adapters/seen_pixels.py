@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The pixels that a model sees of test images: what its test pipeline and preprocessor make
 of the darkest and the brightest."""
+import copy
 import re
 from typing import Any, Dict, List, NamedTuple, Tuple
 
@@ -57,6 +58,8 @@ def seen_pixels(config: Any, preprocessor: Any, channels: int) -> SeenPixels:
     """
     failed: List[str] = []
     steps = _built_steps(config, failed)
+    if preprocessor is not None:  # the same pixels, wherever the model is
+        preprocessor = copy.deepcopy(preprocessor).cpu()
     dark = np.zeros((SIDE, SIDE, channels), np.uint8)
     # Two halves: a step may stretch what an image has to the whole range.
     halves = dark.copy()
