@@ -13,14 +13,8 @@ from psaq_mm.modes import evaluating
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.ops.plan import Plan
 from psaq_mm.recipe import EvolutionSettings, SynthesisSettings
-from psaq_mm.recipe.checks import check_progress, check_seed
-from psaq_mm.student.history import (
-    require_calibrated,
-    require_float,
-    require_images,
-    require_not_rounded,
-    require_teacher_of,
-)
+from psaq_mm.recipe.checks import check_progress
+from psaq_mm.student.history import require_pair
 from psaq_mm.synthesis.from_model import sized_for
 from psaq_mm.synthesis.teacher import float_teacher
 
@@ -54,12 +48,7 @@ def evolver(student: nn.Module, teacher: nn.Module, images: Tensor, settings: Ev
     if not settings.rounds:
         raise UserError('psaq_mm.evolve: evolution.rounds is 0, so there is nothing to do; give '
                         "it rounds such as 5 (preset 'evolve'), or leave this step out")
-    check_seed(seed, 'seed')
-    require_calibrated(student, 'evolve')
-    require_float(teacher, 'evolve (as teacher)')
-    require_images(student, images, 'evolve')
-    require_not_rounded(student, 'evolve')
-    require_teacher_of(student, teacher)
+    require_pair(student, teacher, images, 'evolve', seed)
     adapter = find_adapter(student)
     groups = settings.chosen_groups(adapter.tap_groups(student))
     lower, upper = adapter.valid_range(teacher)

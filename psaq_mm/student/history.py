@@ -10,7 +10,7 @@ from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import module_device
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, named_quantizers
-from psaq_mm.recipe.checks import check_model, check_positive_int
+from psaq_mm.recipe.checks import check_model, check_positive_int, check_seed
 
 ATTRIBUTE = 'psaq_mm_history'
 """Name of the attribute of a model that holds it; a copy of the model has it too."""
@@ -98,6 +98,18 @@ def require_images(model: nn.Module, images: object, step: str, batch_size: int 
                         f'{images.shape[1]}')
     check_positive_int(batch_size, 'batch_size')
     return images
+
+
+def require_pair(student: nn.Module, teacher: nn.Module, images: object, step: str, seed: int,
+                 batch_size: int = 1) -> None:
+    """Raise a :class:`UserError` unless a student can learn from its teacher, the float model
+    that it is a copy of, on these images."""
+    check_seed(seed, 'seed')
+    require_calibrated(student, step)
+    require_float(teacher, f'{step} (as teacher)')
+    require_images(student, images, step, batch_size)
+    require_not_rounded(student, step)
+    require_teacher_of(student, teacher)
 
 
 def require_teacher_of(student: nn.Module, teacher: nn.Module) -> None:

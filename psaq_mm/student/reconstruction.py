@@ -20,17 +20,10 @@ from psaq_mm.modes import evaluating
 from psaq_mm.ops import QuantOp
 from psaq_mm.prior import derived_seed
 from psaq_mm.recipe import ReconstructionSettings
-from psaq_mm.recipe.checks import check_seed
+from psaq_mm.recipe.checks import check_progress
+from psaq_mm.synthesis import learning_rate_factor
 
-from .history import (
-    history_of,
-    note,
-    require_calibrated,
-    require_float,
-    require_images,
-    require_not_rounded,
-    require_teacher_of,
-)
+from .history import history_of, note, require_pair
 from .range_learner import RangeLearner
 
 MAX_IMAGES = 32
@@ -74,20 +67,12 @@ def passage(block: nn.Module, images: Tensor, forward: Callable[[Tensor], Any],
         found.append(Passage(args[0].cpu(), output.cpu(), args[1:], keywords))
         raise _Reached
 
-    with torch.no_grad(), _removed(block.register_forward_hook(note, with_kwargs=True)):
+    with torch.no_grad(), block.register_forward_hook(note, with_kwargs=True):
         for batch in images.split(batch_size):
             with suppress(_Reached):
                 forward(batch)
     return Passage(torch.cat([part.inputs for part in found]),
                    torch.cat([part.outputs for part in found]), *found[0][2:])
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def mixed(one: Tensor, other: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -217,8 +202,7 @@ class Reconstructor:
         inputs, floats, outputs = (values[at].to(self.device) for values in (
             self._seen.inputs, self._expected.inputs, self._expected.outputs))
         for group in self._optimizer.param_groups:
-            group['lr'] = group['peak'] * 0.5 * (1 + math.cos(math.pi * step
-                                                              / self.settings.steps))
+            group['lr'] = group['peak'] * learning_rate_factor(step, self.settings.steps, 0.)
         with torch.enable_grad(), _learning(self._parameters, self._ranges), \
                 leaving_float(self._ops, self.settings.drop, self._generator):
             given = self._block(mixed(inputs, floats, self.settings.drop, self._generator),
@@ -313,12 +297,7 @@ def reconstructor(student: nn.Module, teacher: nn.Module, images: Tensor,
     if not settings.steps:
         raise UserError('psaq_mm.reconstruct: reconstruction.steps is 0, so there is nothing to '
                         'do; give it steps such as 60, or leave this step out')
-    check_seed(seed, 'seed')
-    require_calibrated(student, 'reconstruct')
-    require_float(teacher, 'reconstruct (as teacher)')
-    require_images(student, images, 'reconstruct', batch_size)
-    require_not_rounded(student, 'reconstruct')
-    require_teacher_of(student, teacher)
+    require_pair(student, teacher, images, 'reconstruct', seed, batch_size)
     with evaluating(student, teacher):
         yield Reconstructor(student, teacher, images, settings, seed, batch_size)
 
@@ -347,6 +326,7 @@ def reconstruct(student: nn.Module, teacher: nn.Module, images: Tensor,
             its float model.
         FloatingPointError: If a loss is not finite.
     """
+    check_progress(progress)
     settings = settings or ReconstructionSettings(steps=60)
     with reconstructor(student, teacher, images, settings, seed, batch_size) as blocks:
         while not blocks.done:

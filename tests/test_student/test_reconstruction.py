@@ -246,3 +246,11 @@ def test_loss_that_is_not_finite_changes_nothing(pair, images):
     with pytest.raises(FloatingPointError, match='blocks.0'):
         psaq_mm.reconstruct(student, model, images, settings())
     assert all(torch.equal(v, before[k]) for k, v in student.named_parameters())
+
+
+def test_progress_that_cannot_be_called_is_refused_before_any_step(pair, images):
+    model, student = pair
+    before = parameters(student)
+    with pytest.raises(TypeError, match='progress'):
+        psaq_mm.reconstruct(student, model, images, settings(), progress=3)
+    assert all(torch.equal(v, before[k]) for k, v in student.named_parameters())
