@@ -42,18 +42,12 @@ class WholeGraph(nn.Module):
         return self.detections(found, limits)
 
 
-class WholeDetector(OpenMMLabSubgraph):
-    """A detector of mmdet, to boxes and masks."""
+class WholeOpenMMLab(OpenMMLabSubgraph):
+    """What whole models of mmdet and mmseg have in common: they take pixels, of any size, and
+    nothing stays in torch."""
 
     input_name = 'image'
     sees_rgb = False
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        if self._bare:
-            refuse(model, 'a backbone has no results')
-        require_exportable(model)
-        require_same_pixels(model, self._pixels(None))
 
     @property
     def in_torch(self) -> Tuple[str, ...]:
@@ -61,6 +55,23 @@ class WholeDetector(OpenMMLabSubgraph):
 
     def for_sizes(self, sizes: Sequence[Optional[Size]]) -> None:
         """Any will do."""
+
+    def _image_axes(self, size: Optional[Size]) -> Dict[str, Dict[int, str]]:
+        return {self.input_name: {2: 'height', 3: 'width'}} if size is None else {}
+
+    def _pixels(self, size: Optional[Size]) -> Pixels:
+        return Pixels(self.model.data_preprocessor, self.sees_rgb, size)
+
+
+class WholeDetector(WholeOpenMMLab):
+    """A detector of mmdet, to boxes and masks."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        if self._bare:
+            refuse(model, 'a backbone has no results')
+        require_exportable(model)
+        require_same_pixels(model, self._pixels(None))
 
     @property
     def modules(self) -> str:
@@ -75,9 +86,6 @@ class WholeDetector(OpenMMLabSubgraph):
         return {**{name: {0: 'count'} for name in self.output_names},
                 **self._image_axes(size)}
 
-    def _image_axes(self, size: Optional[Size]) -> Dict[str, Dict[int, str]]:
-        return {self.input_name: {2: 'height', 3: 'width'}} if size is None else {}
-
     def info(self) -> Dict[str, Any]:
         last = getattr(self.model, 'roi_head', None)
         config = (last or self.model.bbox_head).test_cfg
@@ -89,9 +97,6 @@ class WholeDetector(OpenMMLabSubgraph):
         if has_masks(self.model):
             found['mask_threshold'] = float(config.get('mask_thr_binary', 0.5))
         return found
-
-    def _pixels(self, size: Optional[Size]) -> Pixels:
-        return Pixels(self.model.data_preprocessor, self.sees_rgb, size)
 
     def run(self, images: Tensor) -> Tuple[Tensor, ...]:
         """Predict with the host's own code.
@@ -119,20 +124,16 @@ class WholeDetector(OpenMMLabSubgraph):
         return graph.eval()
 
 
-class WholeSegmentor(WholeDetector):
+class WholeSegmentor(WholeOpenMMLab):
     """A segmentor of mmseg, to the logits of its decode head."""
 
     def __init__(self, model: Any) -> None:
-        OpenMMLabSubgraph.__init__(self, model)
+        super().__init__(model)
         if self._decode_head is None:
             refuse(model.decode_head, 'it needs more than features')
         if model.test_cfg.get('mode', 'whole') != 'whole':
             refuse(model, f'it tests in mode {model.test_cfg.mode}, window by window')
         require_same_pixels(model, self._pixels(None))
-
-    @property
-    def modules(self) -> str:
-        return OpenMMLabSubgraph.modules.fget(self)  # type: ignore[attr-defined]
 
     @property
     def output_names(self) -> Tuple[str, ...]:
@@ -149,12 +150,12 @@ class WholeSegmentor(WholeDetector):
                     padding=self._pixels(None).padding)
 
     def run(self, images: Tensor) -> Tuple[Tensor, ...]:
-        return OpenMMLabSubgraph.run(self, self._pixels(None)(images))
+        return super().run(self._pixels(None)(images))
 
     def exportable(self, size: Optional[Size], batch: int = 1) -> nn.Module:
         pixels = self._pixels(size)
         seen = None if size is None else pixels.padded_size(*size)
-        return WholeGraph(pixels, OpenMMLabSubgraph.exportable(self, seen, batch)).eval()
+        return WholeGraph(pixels, super().exportable(seen, batch)).eval()
 
 
 class WholeTimm(TimmSubgraph):
