@@ -4,6 +4,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from torchvision.ops import box_iou
 
 from psaq_mm.runtime import Classification, Detections, Segmentation
 from psaq_mm.runtime.engines import Engine
@@ -30,19 +31,11 @@ class ExportError(RuntimeError):
     """An engine decides something else than the simulation. The files are kept."""
 
 
-def box_ious(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """IoU of each of N boxes with each of M: shape (N, M)."""
-    low = np.maximum(one[:, None, :2], other[None, :, :2])
-    high = np.minimum(one[:, None, 2:], other[None, :, 2:])
-    common = np.prod(np.maximum(high - low, 0), axis=2)
-    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (one, other)]
-    return common / np.maximum(areas[0][:, None] + areas[1][None] - common, 1e-9)
-
-
 def pairs_of(expected: Detections, found: Detections) -> List[Tuple[int, Optional[int]]]:
     """For each expected object the one found of the same class with the largest IoU, each once;
     None if no IoU is over :data:`LEAST_IOU`."""
-    ious = box_ious(expected.boxes, found.boxes)
+    ious = box_iou(torch.from_numpy(expected.boxes), torch.from_numpy(found.boxes))
+    ious = ious.nan_to_num(0.).numpy()  # of boxes without an area
     ious[expected.labels[:, None] != found.labels[None]] = 0
     pairs: List[Tuple[int, Optional[int]]] = []
     for index in range(len(expected)):
