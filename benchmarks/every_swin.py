@@ -204,9 +204,10 @@ def in_words(error: Exception) -> str:
 def examine(model: nn.Module, folder: Path) -> Dict[str, Any]:
     """What is the same for all configs of one model."""
     row: Dict[str, Any] = dict(type=type(model).__name__, layouts=check_layouts(model, folder))
-    row['image_size'] = list(SIZE)
+    size = find_adapter(model).taken_size(model, SIZE)
+    row['image_size'] = list(size)
     try:
-        before = predict(model, SIZE)
+        before = predict(model, size)
     except Exception as error:  # a host's model is a program
         row['float_test'] = in_words(error)
         traceback.print_exc()
@@ -220,33 +221,34 @@ def examine(model: nn.Module, folder: Path) -> Dict[str, Any]:
                   for name, op in named_quant_ops(student)}
     row['left'] = unquantized_weights(model, plan, adapter, 'model')
     low, high = adapter.valid_range(model)
-    images = low + (high - low) * torch.rand(1, low.shape[1], *SIZE)
+    images = low + (high - low) * torch.rand(1, low.shape[1], *size)
     with torch.no_grad():
         row['features_db'] = round(min(sqnr_db(a, b) for a, b in zip(
             adapter.forward_backbone(model, images), adapter.forward_backbone(student, images))),
             1)
     if before:
-        row['tested'] = len(predict(student, SIZE)) == len(before)
+        row['tested'] = len(predict(student, size)) == len(before)
     try:
-        row['export'], row['parity_db'] = exported(student, folder / 'export')
+        row['export'], row['parity_db'] = exported(student, folder / 'export', size)
         if row['parity_db'] is not None and row['parity_db'] < LOWEST_PARITY:
-            row['itself_db'] = parity_with_itself(student)
-            row['float_db'] = exported(model, folder / 'float')[1]
+            row['itself_db'] = parity_with_itself(student, size)
+            row['float_db'] = exported(model, folder / 'float', size)[1]
     except UserError as error:
         row['export_reason'] = in_words(error)
     return row
 
 
-def exported(model: nn.Module, folder: Path) -> Tuple[str, Optional[float]]:
+def exported(model: nn.Module, folder: Path, size: Tuple[int, int]) \
+        -> Tuple[str, Optional[float]]:
     """What is in the ONNX graph of a model, and the parity of its worst output."""
-    manifest = export_graphs(model, folder, 'onnx', [SIZE])
+    manifest = export_graphs(model, folder, 'onnx', [size])
     return manifest['modules'], lowest_sqnr(manifest['graphs'][0]['parity']['outputs'])
 
 
-def parity_with_itself(student: nn.Module) -> float:
+def parity_with_itself(student: nn.Module, size: Tuple[int, int]) -> float:
     """Of the worst output, where what is rounded to integers is moved by a relative 1e-6."""
     subgraph = find_subgraph(student)
-    images = parity_images(SIZE, *find_adapter(student).valid_range(student))
+    images = parity_images(size, *find_adapter(student).valid_range(student))
     with torch.no_grad(), ExitStack() as hooks:
         expected = subgraph.run(images)
         for _, op in named_quant_ops(student):

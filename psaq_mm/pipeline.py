@@ -226,12 +226,19 @@ class Pipeline:
             check_seed(self.seed, 'seed')
             check(self.teacher, self.recipe, get_world_size())
             if self.recipe.calibration.image_size == 'test' and self.test_size.size is not None:
-                find_adapter(self.teacher).check_image_size(
-                    self.teacher, self.test_size.size, 'the size of test images')
+                adapter, size = find_adapter(self.teacher), self.test_size.size
+                taken = adapter.taken_size(self.teacher, size)
+                if taken != size:
+                    self.test_size = SizeFound(
+                        taken, f'{self.test_size.source}, padded to what the neck takes')
+                adapter.check_image_size(self.teacher, taken, 'the size of test images')
             if self._given_images is not None:
                 check_images(self.teacher, self._given_images)
         self.recipe = replace(self.recipe,
                               synthesis=sized_for(self.teacher, self.recipe.synthesis))
+        if self._given_images is None or self._mix:
+            print_log('size of synthetic images: {}x{}'.format(*self.recipe.synthesis.size),
+                      logger='current')
         if self._saving is not None:
             path, resume, identity = self._saving
             identity = dict(identity or dict(weights=hash_of(self.teacher.state_dict())))

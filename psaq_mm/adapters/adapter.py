@@ -263,6 +263,11 @@ class Adapter:
         fixed = self.fixed_size(model)
         return fixed if fixed is not None else self._window_period(model)
 
+    def taken_size(self, model: nn.Module, size: Tuple[int, int]) -> Tuple[int, int]:
+        """The smallest height and width, in pixels, from these on that the model can be run at,
+        as far as padding to its strides helps; by default any size will do."""
+        return size
+
     def check_image_size(self, model: nn.Module, size: Tuple[int, int],
                          key: str = 'synthesis.image_size') -> None:
         """Raise if the float model cannot take images of this height and width, in pixels.

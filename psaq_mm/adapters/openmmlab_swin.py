@@ -21,10 +21,12 @@ from typing import (
 )
 from weakref import WeakKeyDictionary
 
+import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
+from psaq_mm.modes import evaluating
 from psaq_mm.ops import QuantOp
 from psaq_mm.prior import AttentionRecord
 
@@ -32,7 +34,7 @@ from . import (
     mmcv_layers,  # noqa: F401 (registers the ops of the heads' layers)
     openmmlab_taps,
 )
-from .adapter import Adapter, AttentionRecorder, WindowGrid, pixel_range, shown_size
+from .adapter import Adapter, AttentionRecorder, WindowGrid, module_device, pixel_range, shown_size
 from .openmmlab_taps import fewer_regions, samples_for
 from .predictors import last_layers
 from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
@@ -131,6 +133,7 @@ REGIONS = 256, 32
 [choice]."""
 
 _SEEN: 'WeakKeyDictionary[nn.Module, SeenPixels]' = WeakKeyDictionary()
+_NECKS: 'WeakKeyDictionary[nn.Module, Dict[Tuple[int, int], bool]]' = WeakKeyDictionary()
 
 NORMS_OF_BLOCK = {'norm1': 'attn.w_msa.qkv', 'norm2': 'ffn.layers.0.0'}
 NORMS_OF_MERGING = {'norm': 'reduction'}
@@ -202,8 +205,45 @@ class OpenMMLabSwinAdapter(Adapter):
         return (side * height, side * width) \
             if side ** 2 == backbone.absolute_pos_embed.shape[1] else None
 
+    def image_size(self, model: nn.Module) -> Tuple[int, int]:
+        height, width = super().image_size(model)
+        sizes = [(factor * height, factor * width) for factor in (1, 2, 4)]
+        return next((size for size in sizes if self._neck_takes(model, size)), sizes[0]) \
+            if self.fixed_size(model) is None else sizes[0]
+
+    def taken_size(self, model: nn.Module, size: Tuple[int, int]) -> Tuple[int, int]:
+        padded = ((-(-size[0] // step) * step, -(-size[1] // step) * step)
+                  for step in (1, 32, 64, 128, 256))
+        return next((found for found in padded if self._neck_takes(model, found)), size)
+
+    def _neck_takes(self, model: Any, size: Tuple[int, int]) -> bool:
+        """Whether the neck, if there is one, can be run on feature maps of images of a size."""
+        neck = getattr(model, 'neck', None)
+        if neck is None:
+            return True
+        sizes = _NECKS.setdefault(model, {})
+        if size not in sizes:
+            backbone, maps, (height, width) = self._backbone(model), [], size
+            for i, (step, _) in enumerate(self.attention_windows(model)):
+                height, width = -(-height // step[0]), -(-width // step[1])
+                if i in backbone.out_indices:
+                    maps.append(torch.zeros(1, backbone.num_features[i], height, width,
+                                            device=module_device(model)))
+            try:
+                with evaluating(neck), torch.no_grad():
+                    neck(maps)
+                sizes[size] = True
+            except Exception:  # necks are anyone's code
+                sizes[size] = False
+        return sizes[size]
+
     def check_image_size(self, model: nn.Module, size: Tuple[int, int],
                          key: str = 'synthesis.image_size') -> None:
+        taken = self.taken_size(model, size)
+        if taken != size:
+            raise UserError(f'{key} must be a size at which the neck of the model can be run, '
+                            f'such as {shown_size(taken)}; at {shown_size(size)} its levels do not fit '
+                            'each other')
         backbone = self._backbone(model)
         if not backbone.use_abs_pos_embed:
             return

@@ -55,6 +55,7 @@ def choose_sizes(subgraph: Subgraph, sizes: Sequence[Size]) -> List[Optional[Siz
                             f'{fixed[0]} x {fixed[1]} only')
         if min(size) < 1:
             raise UserError(f'--size {size[0]} {size[1]}: expected two positive numbers')
+        find_adapter(subgraph.model).check_image_size(subgraph.model, (size[0], size[1]), '--size')
     if fixed is not None:
         return [fixed]
     return list(dict.fromkeys((int(s[0]), int(s[1])) for s in sizes)) or [None]
@@ -121,6 +122,7 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
     subgraph = find_subgraph(model, part)
     chosen = choose_sizes(subgraph, sizes)
     subgraph.for_sizes(chosen)
+    check_size = find_adapter(model).taken_size(model, check_size)
     if subgraph.in_torch:
         print_log(f'in the graph: {subgraph.modules}; stays in torch: '
                   f'{", ".join(subgraph.in_torch)}', logger='current')

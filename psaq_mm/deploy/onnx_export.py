@@ -47,7 +47,7 @@ def trace(subgraph: Subgraph, size: Optional[Size], target: str,
     onnx = require_package('onnx')
     exportable = subgraph.exportable(size, batch)
     make_exportable(exportable, target, float_roles)
-    height, width = size or (224, 224)
+    height, width = size or subgraph.probe_size
     images = torch.zeros(batch, subgraph.channels, height, width)
     names = list(subgraph.output_names)
     buffer: Any = io.BytesIO()

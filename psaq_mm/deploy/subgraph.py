@@ -54,6 +54,11 @@ class Subgraph:
         return find_adapter(self.model).fixed_size(self.model)
 
     @property
+    def probe_size(self) -> Size:
+        """tuple[int, int]: Height and width of images that the model takes."""
+        return find_adapter(self.model).taken_size(self.model, (224, 224))
+
+    @property
     def channels(self) -> int:
         """int: Channels of an image."""
         return find_adapter(self.model).valid_range(self.model)[0].shape[1]

@@ -28,9 +28,6 @@ from ..window_order import Window, padded
 NEIGHBOURS = ((0, 0), (0, 1), (1, 0), (1, 1))
 """The order in which nn.Unfold concatenates patches."""
 
-PROBE_SIZE = (224, 224)
-"""Height and width of the image with which outputs are counted."""
-
 KINDS = ('scores', 'deltas', 'centerness')
 """What a dense head computes for each level."""
 
@@ -256,7 +253,7 @@ class OpenMMLabSubgraph(Subgraph):
         """Number of features, and names of the dense head's outputs: run the
         model to see, as necks and heads do not tell."""
         weight = self._backbone.patch_embed.projection.weight
-        images = weight.new_zeros(1, self.channels, *(self.fixed_size or PROBE_SIZE))
+        images = weight.new_zeros(1, self.channels, *(self.fixed_size or self.probe_size))
         head = None if hasattr(self.model, 'decode_head') else dense_head(self.model)
         with evaluating(self.model), torch.no_grad():
             features = self._features(images)
