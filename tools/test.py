@@ -26,6 +26,7 @@ from psaq_mm.engine.command_line import (
 )
 from psaq_mm.engine.hooks import describe_backend
 from psaq_mm.engine.runner import describe_checkpoint
+from psaq_mm.runtime.engines import add_engine_options
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,12 +41,7 @@ def parse_args() -> argparse.Namespace:
                         default='torch', help='what runs the model: an engine runs all of it')
     parser.add_argument('--exported', metavar='DIR', help='folder that tools/export.py wrote '
                         '(default: export now, one graph for all sizes)')
-    parser.add_argument('--threads', type=int, default=0, help='threads of the engine '
-                        '(default: as it likes)')
-    parser.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32',
-                        help='of what the engine does not compute in integers')
-    parser.add_argument('--engine-device', default='CPU', help="the engine's device: CPU, GPU, "
-                        'NPU, AUTO (OpenVINO), CUDA (onnxruntime)')
+    add_engine_options(parser, '--engine-device')
     return parse_launched(parser)
 
 

@@ -16,6 +16,7 @@ import cv2
 
 from psaq_mm.errors import UserError
 
+from .engines import add_engine_options
 from .images import find_files, picture_paths
 from .model import Model
 
@@ -31,12 +32,7 @@ def parse_args(arguments: Optional[Sequence[str]], program: str) -> argparse.Nam
                         help='where to write (default: infer)')
     parser.add_argument('--score-thr', type=float, default=0.3,
                         help='least score of a detection (default: 0.3)')
-    parser.add_argument('--threads', type=int, default=0, help='threads of the engine '
-                        '(default: as it likes)')
-    parser.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32',
-                        help='of what the engine does not compute in integers')
-    parser.add_argument('--device', default='CPU', help="the engine's: CPU, GPU, NPU, AUTO "
-                        '(OpenVINO), CUDA (onnxruntime)')
+    add_engine_options(parser)
     parser.add_argument('--shrink', action='store_true', help='let images be made smaller than '
                         'the model was tested on, where a graph of one size needs it')
     return parser.parse_args(arguments)
