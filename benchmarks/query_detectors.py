@@ -6,8 +6,9 @@
     python benchmarks/query_detectors.py --table             # what is measured so far
 
 Models are mmdet's own, made small, for the scenes of the demo; their Swin is that of the demo
-detector, and stays it. One that has no checkpoint is trained first; a training that was cut off goes on.
-Quantized as ``default`` does, from the checkpoint alone, and tested on the 120 validation scenes.
+detector, and stays it. One that has no checkpoint is trained first; a training that was cut off
+goes on. Quantized as ``default`` does, from the checkpoint alone, and tested on the 120
+validation scenes. DINO of this width needs onedl-mmdetection: upstream's has 256.
 """
 import argparse
 from pathlib import Path

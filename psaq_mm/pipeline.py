@@ -230,7 +230,7 @@ class Pipeline:
                 taken = adapter.taken_size(self.teacher, size)
                 if taken != size:
                     self.test_size = SizeFound(
-                        taken, f'{self.test_size.source}, padded to what the neck takes')
+                        taken, f'{self.test_size.source}, padded to what the model takes')
                 adapter.check_image_size(self.teacher, taken, 'the size of test images')
             if self._given_images is not None:
                 check_images(self.teacher, self._given_images)

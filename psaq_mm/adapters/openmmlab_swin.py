@@ -133,7 +133,7 @@ REGIONS = 256, 32
 [choice]."""
 
 _SEEN: 'WeakKeyDictionary[nn.Module, SeenPixels]' = WeakKeyDictionary()
-_NECKS: 'WeakKeyDictionary[nn.Module, Dict[Tuple[int, int], bool]]' = WeakKeyDictionary()
+_PARTS: 'WeakKeyDictionary[nn.Module, Dict[Tuple[int, int], int]]' = WeakKeyDictionary()
 
 NORMS_OF_BLOCK = {'norm1': 'attn.w_msa.qkv', 'norm2': 'ffn.layers.0.0'}
 NORMS_OF_MERGING = {'norm': 'reduction'}
@@ -207,43 +207,60 @@ class OpenMMLabSwinAdapter(Adapter):
 
     def image_size(self, model: nn.Module) -> Tuple[int, int]:
         height, width = super().image_size(model)
-        sizes = [(factor * height, factor * width) for factor in (1, 2, 4)]
-        return next((size for size in sizes if self._neck_takes(model, size)), sizes[0]) \
-            if self.fixed_size(model) is None else sizes[0]
+        factors = (1, 2, 4) if self.fixed_size(model) is None else ()
+        return self._first_taken(model, [(n * height, n * width) for n in factors]) \
+            or (height, width)
 
     def taken_size(self, model: nn.Module, size: Tuple[int, int]) -> Tuple[int, int]:
-        padded = ((-(-size[0] // step) * step, -(-size[1] // step) * step)
-                  for step in (1, 32, 64, 128, 256))
-        return next((found for found in padded if self._neck_takes(model, found)), size)
+        return self._first_taken(model, [
+            (-(-size[0] // step) * step, -(-size[1] // step) * step)
+            for step in (1, 32, 64, 128, 256, 512)]) or size
 
-    def _neck_takes(self, model: Any, size: Tuple[int, int]) -> bool:
-        """Whether the neck, if there is one, can be run on feature maps of images of a size."""
+    def _first_taken(self, model: nn.Module, sizes: Sequence[Tuple[int, int]]) \
+            -> Optional[Tuple[int, int]]:
+        """The first size at which neck and head can be run; as far as they can at any of them."""
+        best: Tuple[int, Optional[Tuple[int, int]]] = (-1, None)
+        for size in sizes:
+            parts = self._parts_that_run(model, size)
+            if parts > best[0]:
+                best = parts, size
+            if parts == 2:
+                break
+        return best[1]
+
+    def _parts_that_run(self, model: Any, size: Tuple[int, int]) -> int:
+        """How many of neck and dense head can be run on feature maps of images of a size."""
         neck = getattr(model, 'neck', None)
         if neck is None:
-            return True
-        sizes = _NECKS.setdefault(model, {})
-        if size not in sizes:
-            backbone, maps, (height, width) = self._backbone(model), [], size
+            return 2
+        head = None if self.is_segmentor(model) else openmmlab_taps.dense_head(model)
+        known = _PARTS.setdefault(model, {})
+        if size not in known:
+            backbone, (height, width) = self._backbone(model), size
+            maps: Any = []
             for i, (step, _) in enumerate(self.attention_windows(model)):
                 height, width = -(-height // step[0]), -(-width // step[1])
                 if i in backbone.out_indices:
                     maps.append(torch.zeros(1, backbone.num_features[i], height, width,
                                             device=module_device(model)))
+            known[size] = 0
             try:
-                with evaluating(neck), torch.no_grad():
-                    neck(maps)
-                sizes[size] = True
-            except Exception:  # necks are anyone's code
-                sizes[size] = False
-        return sizes[size]
+                with evaluating(model), torch.no_grad():
+                    maps = neck(maps)
+                    known[size] = 1
+                    if head is not None:
+                        head(maps)
+                    known[size] = 2
+            except Exception:  # necks and heads are anyone's code
+                pass
+        return known[size]
 
     def check_image_size(self, model: nn.Module, size: Tuple[int, int],
                          key: str = 'synthesis.image_size') -> None:
         taken = self.taken_size(model, size)
         if taken != size:
-            raise UserError(f'{key} must be a size at which the neck of the model can be run, '
-                            f'such as {shown_size(taken)}; at {shown_size(size)} its levels do not fit '
-                            'each other')
+            raise UserError(f'{key} must be a size at which neck and head of the model can be '
+                            f'run, such as {shown_size(taken)}; at {shown_size(size)} they cannot')
         backbone = self._backbone(model)
         if not backbone.use_abs_pos_embed:
             return

@@ -106,15 +106,24 @@ def fewer_regions(model: nn.Module, proposals: int = 64, detections: int = 16) -
 @contextmanager
 def _nothing_pasted(model: nn.Module) -> Iterator[None]:
     """Within the block, RoI heads do not paste masks into images: no layer reads these, they
-    take longest, and boxes outside of an image are an error there."""
+    take longest, and boxes outside of an image are an error there. What fuses them with
+    segments gets empty ones."""
     heads: List[Any] = []
+    fused = getattr(model, 'panoptic_fusion_head', None) is not None
+
+    def unpasted(mask_preds: Any, results_list: List[Any], batch_img_metas: List[Any],
+                 *args: Any, **kwargs: Any) -> List[Any]:
+        for results, meta in zip(results_list, batch_img_metas) if fused else ():
+            results.masks = results.bboxes.new_zeros(len(results), *meta['ori_shape'][:2]).bool()
+        return results_list
+
     if getattr(model, 'roi_head', None) is not None:
         from mmdet.models.roi_heads.mask_heads import FCNMaskHead
         heads += [part for part in model.modules() if isinstance(part, FCNMaskHead)
                   and 'predict_by_feat' not in vars(part)]  # blocks may be nested
     try:
         for head in heads:
-            head.predict_by_feat = lambda mask_preds, results_list, *args, **kwargs: results_list
+            head.predict_by_feat = unpasted
         yield
     finally:
         for head in heads:
@@ -223,5 +232,7 @@ def _classify_regions(roi_head: Any, features: Tuple[Tensor, ...], regions: List
         found.append(roi_head._bbox_forward(*which, features, rois))
         if roi_head.with_mask and len(regions[-1]):
             found.append(roi_head._mask_forward(*which, features, regions[-1]))
-    return [output[key].unflatten(0, (images, -1)) for output in found
-            for key in ('cls_score', 'bbox_pred', 'mask_preds') if key in output]
+    outputs = [output[key] for output in found
+               for key in ('cls_score', 'bbox_pred', 'mask_preds') if key in output]
+    return [tensor.unflatten(0, (images, -1)) for output in outputs
+            for tensor in (output if isinstance(output, (list, tuple)) else [output])]

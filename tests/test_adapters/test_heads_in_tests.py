@@ -21,6 +21,9 @@ CONFIGS = dict(
     yolact='mmdet::yolact/yolact_r50_1xb8-55e_coco.py',
     grid='mmdet::grid_rcnn/grid-rcnn_r50_fpn_gn-head_1x_coco.py',
     scnet='mmdet::scnet/scnet_r50_fpn_1x_coco.py')
+ON_BOXES = dict(
+    panoptic='mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py',
+    sabl='mmdet::sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py')
 SMALLER = dict(num_convs=1, stacked_convs=1, num_stacked_convs=1, num_stages=2,
                point_feat_channels=4, num_classes=3)
 
@@ -59,9 +62,10 @@ def built():
         if name == 'yolact' and not takes_numpy_sizes():
             pytest.skip('mmdet gives torch sizes of numpy here, which this torch does not take')
         if name not in models:
-            config = get_config(CONFIGS[name])
+            config = get_config({**CONFIGS, **ON_BOXES}[name])
             levels = (1, 2, 3) if len(config.model.neck.in_channels) == 3 else (0, 1, 2, 3)
-            for part in ('neck', 'rpn_head', 'bbox_head', 'roi_head', 'mask_head'):
+            for part in ('neck', 'rpn_head', 'bbox_head', 'roi_head', 'mask_head',
+                         'semantic_head'):
                 if part in config.model:
                     shrink(config.model[part])
             config.model.neck.in_channels = [12 * 2**level for level in levels]
@@ -80,7 +84,7 @@ def built():
     return get
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', [*CONFIGS, 'panoptic'])
 def test_scope_model(built, name):
     """Every layer that a test runs is quantized and saw values; the others stay float."""
     model = built(name)
@@ -119,6 +123,16 @@ def test_taps(built, name):
     with torch.no_grad():
         taps = adapter.forward_taps(model, torch.randn(1, 3, 64, 160), groups).taps
     assert {tap.partition('.')[0] for tap in taps} == set(groups)
+
+
+@pytest.mark.parametrize('name, expected', [('panoptic', 3), ('sabl', 3)])
+def test_taps_of_regions(built, name, expected):
+    """Masks beside boxes, and boxes by two tensors (which side's bucket, and where in it)."""
+    adapter, images = find_adapter(built(name)), torch.randn(2, 3, 64, 160)
+    with torch.no_grad():
+        taps = adapter.forward_taps(built(name), images, ('rois', )).taps
+    assert list(taps) == [f'rois.{i}' for i in range(expected)]
+    assert all(len(tap) == 2 and tap.isfinite().all() for tap in taps.values())
 
 
 def test_settings_of_heads_are_restored(built):

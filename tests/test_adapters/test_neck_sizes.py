@@ -1,12 +1,14 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Necks whose levels fit each other at some sizes of images only."""
+from weakref import WeakKeyDictionary
+
 import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 
 import psaq_mm
-from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters import find_adapter, openmmlab_swin
 from psaq_mm.deploy import export_graphs
 from psaq_mm.errors import UserError
 from psaq_mm.pipeline import Pipeline
@@ -56,7 +58,7 @@ def test_quantized_and_exported(model, tmp_path):
     pipeline = Pipeline(model, RECIPE)
     student = pipeline.run()
     assert pipeline.images.shape[2:] == (96, 96)
-    with pytest.raises(UserError, match='--size must be a size .* such as 64; at 48 its levels'):
+    with pytest.raises(UserError, match='--size must be a size .* such as 64; at 48 they'):
         export_graphs(student, tmp_path, 'onnx', [(48, 48)])
     assert not any(tmp_path.iterdir())
 
@@ -80,8 +82,21 @@ def test_size_of_test_images_is_padded(model):
     assert history_of(student).image_size == (64, 96)
 
 
-def test_a_neck_that_runs_at_no_size_decides_nothing(model, monkeypatch):
+def test_head_that_needs_large_maps(model, monkeypatch):
+    """As deformable convolutions do, of 3x3 at least."""
+    def forward(features):
+        assert min(features[-1].shape[2:]) >= 3
+        return features
+
+    monkeypatch.setattr(model.bbox_head, 'forward', forward)
+    monkeypatch.setattr(openmmlab_swin, '_PARTS', WeakKeyDictionary())
     adapter = find_adapter(model)
-    monkeypatch.setattr(type(adapter), '_neck_takes', lambda *args: False)
+    assert adapter.taken_size(model, (64, 64)) == (128, 128)
+    assert adapter.image_size(model) == (96, 96)
+
+
+def test_parts_that_run_at_no_size_decide_nothing(model, monkeypatch):
+    adapter = find_adapter(model)
+    monkeypatch.setattr(type(adapter), '_parts_that_run', lambda *args: 1)
     assert adapter.image_size(model) == (48, 48)
     assert adapter.taken_size(model, (50, 60)) == (50, 60)

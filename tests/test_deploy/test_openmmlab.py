@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import plain_student, single_stage
 from demo_models import demo_model
+from mmcv.ops import DeformConv2d
 from mmdet.structures import DetDataSample
 from small_detectors import small_detector
 from torch import nn
@@ -151,6 +152,24 @@ def test_position_embedding_of_one_size(tmp_path):
                            pretrain_img_size=(64, 96))
     with pytest.raises(UserError, match='position embeddings of 384 patches'):
         choose_sizes(find_subgraph(model), [])
+
+
+@pytest.mark.parametrize('place, modules, in_torch', [
+    ('bbox_head', 'backbone + neck', ('bbox_head', )),
+    ('neck', 'backbone', ('neck', 'bbox_head'))])
+def test_operators_that_no_engine_knows_stay_in_torch(tmp_path, place, modules, in_torch):
+    """As deformable convolutions: the graph ends before them, and predictions go through it."""
+    model = small_detector('retinanet', tmp_path)
+    images = torch.randn(1, 3, *SIZE)
+    expected = predict(model, images)
+    getattr(model, place).add_module('deformable', DeformConv2d(4, 4, 3))
+    subgraph = find_subgraph(model)
+    assert (subgraph.modules, subgraph.in_torch) == (modules, in_torch)
+    graph = subgraph.exportable(SIZE)
+    assert len(subgraph.output_names) == len(graph(images))
+    subgraph.install(graph)
+    for one, other in zip(expected, predict(model, images)):
+        assert torch.allclose(one.float(), other.float(), atol=1e-3)
 
 
 def test_decode_heads_that_need_queries_stay_the_hosts():

@@ -180,6 +180,15 @@ def _decoded(pixel_decoder: Any, features: Tuple[Tensor, ...]) -> Tuple[Tensor, 
     return (masks, *(memory if isinstance(memory, (list, tuple)) else [memory]))
 
 
+def _exportable(part: Optional[nn.Module]) -> bool:
+    """Whether engines know all operators of a neck or head; mmcv's own, such as deformable
+    convolutions, are unknown to them."""
+    known = 'MultiScaleDeformableAttention', 'SyncBatchNorm'
+    return part is None or not hasattr(part, 'deform_sampling') and not any(
+        type(module).__module__.startswith('mmcv.ops') and type(module).__name__ not in known
+        for module in part.modules())  # the former is of TOOD, a function
+
+
 def _dense_names(head: Any, features: Sequence[Tensor]) -> Tuple[str, ...]:
     """Names of a dense head's outputs, one for each kind and level.
 
@@ -190,6 +199,8 @@ def _dense_names(head: Any, features: Sequence[Tensor]) -> Tuple[str, ...]:
     Returns:
         tuple[str, ...]: Empty if the head does not score every position.
     """
+    if not _exportable(head):
+        return ()
     try:
         found = head.forward(list(features))
     except Exception:  # a head is a program: it may need more than features
@@ -210,7 +221,10 @@ class OpenMMLabSubgraph(Subgraph):
         self._bare = not hasattr(model, 'backbone')
         self._backbone = model if self._bare else model.backbone
         self._neck: Any = getattr(model, 'neck', None)
-        decode_head = getattr(model, 'decode_head', None)
+        self._alone = not _exportable(self._neck)
+        if self._alone:
+            self._neck = None  # what is behind it stays with it
+        decode_head = None if self._alone else getattr(model, 'decode_head', None)
         # A cascade of decode heads, or one that needs queries, is left to the host.
         alone = decode_head is not None and not isinstance(decode_head, nn.ModuleList) \
             and takes_features_alone(decode_head)
@@ -221,7 +235,7 @@ class OpenMMLabSubgraph(Subgraph):
     def _find_pixel_decoder(self) -> Optional[nn.Module]:
         """That of a MaskFormer or Mask2Former, if it needs features alone."""
         found = getattr(self._mask_head, 'pixel_decoder', None)
-        if found is None:
+        if found is None or self._alone:
             return None
         from mmdet.models.layers import MSDeformAttnPixelDecoder, PixelDecoder
         alone = type(found) in (MSDeformAttnPixelDecoder, PixelDecoder)
@@ -254,7 +268,8 @@ class OpenMMLabSubgraph(Subgraph):
         model to see, as necks and heads do not tell."""
         weight = self._backbone.patch_embed.projection.weight
         images = weight.new_zeros(1, self.channels, *(self.fixed_size or self.probe_size))
-        head = None if hasattr(self.model, 'decode_head') else dense_head(self.model)
+        head = None if hasattr(self.model, 'decode_head') or self._alone \
+            else dense_head(self.model)
         with evaluating(self.model), torch.no_grad():
             features = self._features(images)
             return len(features), () if head is None else _dense_names(head, features)
