@@ -303,8 +303,8 @@ the parity of the float model, in which nothing is rounded to integers.
 {right} of {rows} configs went through: all layouts read, heads run and quantized, tested as the
 float model is, exported, and a parity of {lowest:.0f} dB or more, or one no lower than that of the
 simulation with itself less 3 dB while that of the float model is over 60 dB. Configs whose models
-are the same, module by module, were run once. Images are of 96x96, of RTMDet P6 of 128x128, as
-its neck takes no others: its levels, to stride 64, must fit each other.
+are the same, module by module, were run once. Images are of 96x96; of RTMDet P6 of 128x128, since
+the levels of its neck, to stride 64, must fit each other.
 
 - Grounding DINO of onedl-mmdetection 3.5.1 cannot be run as it is installed: its decoder encodes
   a box in 4 x 256 values (`dino_layers.py` takes `num_feats=query.shape[2]`), and its
@@ -315,8 +315,8 @@ its neck takes no others: its levels, to stride 64, must fit each other.
   one of onedl-mmdetection 3.5.1: checkpoints of one do not fit the other,
   and the tools say so.
 - Where 0 others are quantized, no image alone runs the heads; the last column says why.
-- Deformable convolutions and embeddings stay float. An engine has no operator for the former,
-  so that DyHead as a neck is not exported; behind one (GLIP) it stays in torch.
+- Deformable convolutions and embeddings stay float. No engine has an operator for the former, so
+  a neck or head with one (DyHead, TOOD, VFNet, RepPoints) stays in torch, and what is behind it.
 - A parity of about 130 dB is float32's rounding alone; where it is lower, some values fell on
   the other side of a rounding step.
 """

@@ -28,6 +28,10 @@ from ..window_order import Window, padded
 NEIGHBOURS = ((0, 0), (0, 1), (1, 0), (1, 1))
 """The order in which nn.Unfold concatenates patches."""
 
+OWN_OPERATORS = tuple(f'mmcv.ops.{name}' for name in (
+    'deform_conv', 'modulated_deform_conv', 'carafe', 'masked_conv'))
+"""Files of mmcv whose modules compute in C++."""
+
 KINDS = ('scores', 'deltas', 'centerness')
 """What a dense head computes for each level."""
 
@@ -181,12 +185,10 @@ def _decoded(pixel_decoder: Any, features: Tuple[Tensor, ...]) -> Tuple[Tensor, 
 
 
 def _exportable(part: Optional[nn.Module]) -> bool:
-    """Whether engines know all operators of a neck or head; mmcv's own, such as deformable
-    convolutions, are unknown to them."""
-    known = 'MultiScaleDeformableAttention', 'SyncBatchNorm'
+    """Whether engines know all operators of a neck or head, as they know none of mmcv's own."""
     return part is None or not hasattr(part, 'deform_sampling') and not any(
-        type(module).__module__.startswith('mmcv.ops') and type(module).__name__ not in known
-        for module in part.modules())  # the former is of TOOD, a function
+        type(module).__module__.startswith(OWN_OPERATORS)
+        for module in part.modules())  # the former is TOOD's, a function
 
 
 def _dense_names(head: Any, features: Sequence[Tensor]) -> Tuple[str, ...]:
