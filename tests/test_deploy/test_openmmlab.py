@@ -165,6 +165,8 @@ def test_operators_that_no_engine_knows_stay_in_torch(tmp_path, place, modules, 
     getattr(model, place).add_module('deformable', DeformConv2d(4, 4, 3))
     subgraph = find_subgraph(model)
     assert (subgraph.modules, subgraph.in_torch) == (modules, in_torch)
+    with pytest.raises(UserError, match='no engine knows an operator .*--part features'):
+        find_subgraph(model, 'model')
     graph = subgraph.exportable(SIZE)
     assert len(subgraph.output_names) == len(graph(images))
     subgraph.install(graph)

@@ -42,6 +42,18 @@ class Candidates(NamedTuple):
         return (self.scores >= 0).nonzero().squeeze(1)
 
 
+OWN_OPERATORS = tuple(f'mmcv.ops.{name}' for name in (
+    'deform_conv', 'modulated_deform_conv', 'carafe', 'masked_conv'))
+"""Files of mmcv whose modules compute in C++."""
+
+
+def known_to_engines(part: Optional[nn.Module]) -> bool:
+    """Whether engines know all operators of a neck or head, as they know none of mmcv's own."""
+    return part is None or not hasattr(part, 'deform_sampling') and not any(
+        type(module).__module__.startswith(OWN_OPERATORS)
+        for module in part.modules())  # the former is TOOD's, a function
+
+
 def refuse(what: Any, reason: str) -> NoReturn:
     """Raise the error of a part that cannot be exported."""
     name = what if isinstance(what, str) else type(what).__name__
@@ -77,6 +89,9 @@ def require_exportable(model: Any) -> None:
         refuse(model, 'it has no head that scores every position')
     if getattr(model, 'semantic_head', None) is not None:
         refuse(model.semantic_head, 'it segments all pixels beside the objects')
+    for part in (getattr(model, 'neck', None), dense):
+        if not known_to_engines(part):
+            refuse(part, 'no engine knows an operator of mmcv in it')
     same(model, SingleStageDetector if roi_head is None else TwoStageDetector, 'predict')
     base = RPNHead if roi_head is not None else BaseDenseHead
     same(dense, base, '_predict_by_feat_single', '_bbox_post_process')

@@ -24,13 +24,10 @@ from ..exportable_ops import linear_of_patches, quantize
 from ..exportable_swin import ExportableBlock, ExportableMerging, ExportableStage, ExportableSwin
 from ..subgraph import FunctionModule, Run, Size, Subgraph
 from ..window_order import Window, padded
+from .detection import known_to_engines
 
 NEIGHBOURS = ((0, 0), (0, 1), (1, 0), (1, 1))
 """The order in which nn.Unfold concatenates patches."""
-
-OWN_OPERATORS = tuple(f'mmcv.ops.{name}' for name in (
-    'deform_conv', 'modulated_deform_conv', 'carafe', 'masked_conv'))
-"""Files of mmcv whose modules compute in C++."""
 
 KINDS = ('scores', 'deltas', 'centerness')
 """What a dense head computes for each level."""
@@ -184,13 +181,6 @@ def _decoded(pixel_decoder: Any, features: Tuple[Tensor, ...]) -> Tuple[Tensor, 
     return (masks, *(memory if isinstance(memory, (list, tuple)) else [memory]))
 
 
-def _exportable(part: Optional[nn.Module]) -> bool:
-    """Whether engines know all operators of a neck or head, as they know none of mmcv's own."""
-    return part is None or not hasattr(part, 'deform_sampling') and not any(
-        type(module).__module__.startswith(OWN_OPERATORS)
-        for module in part.modules())  # the former is TOOD's, a function
-
-
 def _dense_names(head: Any, features: Sequence[Tensor]) -> Tuple[str, ...]:
     """Names of a dense head's outputs, one for each kind and level.
 
@@ -201,7 +191,7 @@ def _dense_names(head: Any, features: Sequence[Tensor]) -> Tuple[str, ...]:
     Returns:
         tuple[str, ...]: Empty if the head does not score every position.
     """
-    if not _exportable(head):
+    if not known_to_engines(head):
         return ()
     try:
         found = head.forward(list(features))
@@ -223,7 +213,7 @@ class OpenMMLabSubgraph(Subgraph):
         self._bare = not hasattr(model, 'backbone')
         self._backbone = model if self._bare else model.backbone
         self._neck: Any = getattr(model, 'neck', None)
-        self._alone = not _exportable(self._neck)
+        self._alone = not known_to_engines(self._neck)
         if self._alone:
             self._neck = None  # what is behind it stays with it
         decode_head = None if self._alone else getattr(model, 'decode_head', None)
