@@ -19,8 +19,8 @@ WRAPPERS = ('module', '_orig_mod', '_forward_module', '_fsdp_wrapped_module',
             '_checkpoint_wrapped_module')
 """Parts of names that wrappers of torch and DeepSpeed add, anywhere in a name."""
 
-AVERAGED = re.compile(r'(?:^|[._])(?:\w*ema|ema\w*|swa|avg|average|averaged)(?:[._]|$)',
-                      re.IGNORECASE)
+AVERAGED = re.compile(r'(?:^|[._])(?:\w*ema|ema\w*|swa|avg|average|averaged|shadow\w*|polyak\w*)'
+                      r'(?:[._]|$)', re.IGNORECASE)
 """What the places and prefixes of averaged weights are called."""
 
 

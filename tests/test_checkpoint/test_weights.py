@@ -116,6 +116,7 @@ AVERAGED = {
     'deit': dict(model=state_of(1), model_ema=state_of(2), epoch=3),
     'detr': dict(model=state_of(1), ema=dict(module=state_of(2), updates=9)),
     'params': dict(params=state_of(1), params_ema=state_of(2)),
+    'shadow': dict(model=state_of(1), shadow=state_of(2)),
     'one dict': dict(state_dict={**state_of(1), **prefixed(state_of(2), 'ema_model.module.')}),
     'lightning': dict(state_dict={**prefixed(state_of(1), 'model.'),
                                   **prefixed(state_of(2), 'model_ema.')}),
