@@ -370,7 +370,8 @@ def main() -> None:
     rows: Dict[str, Dict[str, Any]] = json.loads(args.rows.read_text()) \
         if args.rows.exists() else {}
     if args.table:
-        TABLE.write_text(table(rows))
+        _, heading, rest = TABLE.read_text().partition('\n## ')  # of query_detectors.py
+        TABLE.write_text(table(rows) + heading + rest)
         return
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
