@@ -29,7 +29,8 @@ class SynthesisSettings:
         image_size (int or tuple[int, int], optional): Side, or (height, width),
             in pixels. Defaults to None: the smallest size that leaves the windows
             of the model's Swin without padding, such as 224 for windows of 7 and
-            384 for windows of 12, or the one size that a classifier takes.
+            384 for windows of 12, or the one size that a classifier takes; twice
+            or four times that where neck and head cannot be run at it.
         steps (int): Adam steps in each phase. Defaults to 50: twice as many
             earned no accuracy [measured; V1 takes 500].
         shifts (tuple[int]): One phase for each entry: the largest random
