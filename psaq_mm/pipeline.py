@@ -236,9 +236,6 @@ class Pipeline:
                 check_images(self.teacher, self._given_images)
         self.recipe = replace(self.recipe,
                               synthesis=sized_for(self.teacher, self.recipe.synthesis))
-        if self._given_images is None or self._mix:
-            print_log('size of synthetic images: {}x{}'.format(*self.recipe.synthesis.size),
-                      logger='current')
         if self._saving is not None:
             path, resume, identity = self._saving
             identity = dict(identity or dict(weights=hash_of(self.teacher.state_dict())))
@@ -295,6 +292,7 @@ class Pipeline:
     def _synthesize(self) -> None:
         settings = self.recipe.synthesis
         indices = share_of(settings.num_images, get_rank(), get_world_size())
+        print_log('size of synthetic images: {}x{}'.format(*settings.size), logger='current')
         with self._phase('synthesis'), \
                 synthesizer(self.teacher, settings, self.seed, indices) as images:
             if self.saved is not None:
