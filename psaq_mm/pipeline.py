@@ -292,11 +292,11 @@ class Pipeline:
     def _synthesize(self) -> None:
         settings = self.recipe.synthesis
         indices = share_of(settings.num_images, get_rank(), get_world_size())
-        print_log('size of synthetic images: {}x{}'.format(*settings.size), logger='current')
         with self._phase('synthesis'), \
                 synthesizer(self.teacher, settings, self.seed, indices) as images:
             if self.saved is not None:
                 self.seconds.update(self.saved.restore_images(images))
+            print_log('size of synthetic images: {}x{}'.format(*settings.size), logger='current')
             self._begin('synthesis', images.step_index, images.total_steps, synthesizer=images)
             with stopping_together():
                 try:
