@@ -1,22 +1,26 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Put the output of commands into docs/results.md, where it names them.
+"""Put the output of commands into README.md and docs/, where these name them.
 
-    python benchmarks/fill_results.py
+    python benchmarks/fill_results.py [FILE.md ...]
 
-Each block of that file from ``<!-- python benchmarks/NAME.py ... -->`` to
-``<!-- end -->`` gets what the command prints, without its first line. A command that
-fails, as for a model that is not here, leaves its block as it is.
+Each block from ``<!-- python FOLDER/NAME.py ... -->`` to ``<!-- end -->`` gets what the
+command prints, without its first line. A command that fails, as for a model that is not here,
+leaves its block as it is.
 """
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Match
+from typing import List, Match
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / 'docs' / 'results.md'
-BLOCK = re.compile(r'(<!-- (python benchmarks/[^>]*?) -->\n).*?(<!-- end -->)', re.DOTALL)
+BLOCK = re.compile(r'(<!-- (python (?:benchmarks|docs)/[^>]*?) -->\n).*?(<!-- end -->)', re.DOTALL)
+
+
+def pages() -> List[Path]:
+    """README and all pages of docs/."""
+    return [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
 
 
 def fill(block: Match[str]) -> str:
@@ -31,7 +35,11 @@ def fill(block: Match[str]) -> str:
 
 
 def main() -> None:
-    RESULTS.write_text(BLOCK.sub(fill, RESULTS.read_text()))
+    for page in [Path(name) for name in sys.argv[1:]] or pages():
+        text = page.read_text()
+        filled = BLOCK.sub(fill, text)
+        if filled != text:
+            page.write_text(filled)
 
 
 if __name__ == '__main__':
