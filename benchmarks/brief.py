@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument('--scope', choices=['backbone', 'model'], default='backbone')
     parser.add_argument('--scenes', type=int, default=0)
     parser.add_argument('--sqnr', action='store_true', help='of feature maps, beside')
-    parser.add_argument('--against', metavar='ROW', help='print what it differs from the default by')
+    parser.add_argument('--against', metavar='ROW', help='print how it differs from the default')
     args = parser.parse_args()
     quiet()
     models = [Model(name, args.scenes) for name in args.models]

@@ -80,7 +80,7 @@ def test_rows_that_the_pages_name_exist(scripts):
         for option in {'--rows', '--variants'} & {*words}:
             rest = words[words.index(option) + 1:]
             named = rest[:next((i for i, w in enumerate(rest) if w.startswith('--')), None)]
-            known = ['accuracy', 'ablation'] if script.endswith('brief.py') else [Path(script).stem]
+            known = {Path(script).stem} & {*scripts} or {'accuracy', 'ablation'}
             assert {*named} <= {name for k in known for name in names_of(scripts[k])}
 
 
