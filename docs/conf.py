@@ -1,0 +1,30 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Settings of the site: ``make docs`` builds it into docs/_build."""
+import psaq_mm
+
+project = 'psaq_mm'
+author = 'psaq_mm contributors'
+copyright = author
+version = release = psaq_mm.__version__
+
+extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode',
+              'sphinx_copybutton']
+exclude_patterns = ['_build']
+suppress_warnings = ['toc.empty_glob']  # a page that may not be there
+
+# Pages are read on GitHub too: anchors are made as there, and commands stay comments.
+myst_heading_anchors = 4
+myst_links_external_new_tab = False
+
+highlight_language = 'text'
+autodoc_member_order = 'bysource'
+autodoc_typehints = 'none'  # docstrings have them
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+
+html_theme = 'furo'
+html_title = f'psaq_mm {release}'
+html_static_path = ['_static']
+html_css_files = ['site.css']
+html_show_copyright = False
+html_theme_options = dict(sidebar_hide_name=False)
