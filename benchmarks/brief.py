@@ -45,7 +45,7 @@ class Model:
         self.results = Results(measured_file(MEASURED, name, scenes))
         self.float = self.results.get(None, 'float') or {}
         self.keys = [k for k in metrics_of(self.float) if k in self.float]
-        self.metric = ' / '.join(METRICS[k][0] for k in self.keys)
+        self.metric = ' / '.join(METRICS[k][0] for k in self.keys).replace(' AP /', ' /')
 
     def found(self, row: str, setting: str, scope: str) -> List[Dict[str, Any]]:
         """Values of all seeds."""

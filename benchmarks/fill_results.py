@@ -7,9 +7,12 @@ Each block from ``<!-- python FOLDER/NAME.py ... -->`` to ``<!-- end -->`` gets 
 command prints, without its first line. A command that fails, as for a model that is not here,
 leaves its block as it is.
 """
+import contextlib
+import io
+import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import List, Match
@@ -24,18 +27,24 @@ def pages() -> List[Path]:
 
 
 def fill(block: Match[str]) -> str:
-    """A block with what its command prints after the first line."""
-    words = [sys.executable, *shlex.split(block[2])[1:]]
-    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        print(f'left as it was: {block[2]}', file=sys.stderr)
-        return block[0]
-    table = done.stdout.split('\n', 1)[1].strip('\n')
+    """A block with what its command prints after the first line. All commands run in this
+    process, so that torch is imported once."""
+    printed, sys.argv = io.StringIO(), shlex.split(block[2])[1:]
+    try:
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(sys.argv[0], run_name='__main__')
+    except SystemExit as stop:
+        if stop.code:
+            print(f'left as it was: {block[2]} ({stop.code})', file=sys.stderr)
+            return block[0]
+    table = printed.getvalue().split('\n', 1)[1].strip('\n')
     return f'{block[1]}\n{table}\n\n{block[3]}'
 
 
 def main() -> None:
-    for page in [Path(name) for name in sys.argv[1:]] or pages():
+    chosen = [Path(name).resolve() for name in sys.argv[1:]] or pages()
+    os.chdir(ROOT)
+    for page in chosen:
         text = page.read_text()
         filled = BLOCK.sub(fill, text)
         if filled != text:

@@ -10,7 +10,6 @@ version = release = psaq_mm.__version__
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.viewcode',
               'sphinx_copybutton']
 exclude_patterns = ['_build']
-suppress_warnings = ['toc.empty_glob']  # a page that may not be there
 
 # Pages are read on GitHub too: anchors are made as there, and commands stay comments.
 myst_heading_anchors = 4

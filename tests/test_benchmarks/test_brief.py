@@ -31,10 +31,10 @@ def test_cells_say_what_is_missing_and_what_is_old(scripts, tmp_path, capsys):
     model = brief.Model('demo', 0)
     brief.print_table([model], ['w4a4'], ['default', 'game', 'real32', 'noise'], 'backbone', True)
     assert capsys.readouterr().out.splitlines()[2] == (
-        '| Demo detector, box AP / mask AP | W4A4 | 65.0 / 62.0 | 61.0 / 50.0, 9.0 dB '
+        '| Demo detector, box / mask AP | W4A4 | 65.0 / 62.0 | 61.0 / 50.0, 9.0 dB '
         '| 61.0 / 50.0, 9.0 dB † | 60.0 / 50.0, 9.0 dB (1 of 3 seeds) | - |')
     brief.print_differences([model], ['w4a4'], 'real32', 'backbone')
-    assert 'Demo detector (box AP / mask AP) - at W4A4.' in capsys.readouterr().out
+    assert 'Demo detector (box / mask AP) - at W4A4.' in capsys.readouterr().out
 
 
 def test_a_block_is_filled_without_the_first_line(scripts, tmp_path, monkeypatch):
@@ -42,11 +42,12 @@ def test_a_block_is_filled_without_the_first_line(scripts, tmp_path, monkeypatch
     (tmp_path / 'benchmarks').mkdir()
     (tmp_path / 'benchmarks' / 'a.py').write_text('print("head\\n\\n| table |")')
     (tmp_path / 'benchmarks' / 'b.py').write_text('raise SystemExit(1)')
-    monkeypatch.setattr(fill, 'ROOT', tmp_path)
+    monkeypatch.setattr(fill, 'ROOT', tmp_path)  # where commands run
     page = tmp_path / 'page.md'
     page.write_text('<!-- python benchmarks/a.py -->\nold\n<!-- end -->\n'
                     '<!-- python benchmarks/b.py -->\nkept\n<!-- end -->\n')
     monkeypatch.setattr(sys, 'argv', ['fill_results.py', str(page)])
+    monkeypatch.chdir(tmp_path)
     fill.main()
     assert page.read_text() == (
         '<!-- python benchmarks/a.py -->\n\n| table |\n\n<!-- end -->\n'
