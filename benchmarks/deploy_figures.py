@@ -202,7 +202,7 @@ def main() -> None:
     if args.summary:
         print(f'one thread\n\n{summary_table(rows)}')
     elif args.brief:
-        print(brief_table(rows))
+        print(f'times as fast\n\n{brief_table(rows)}')
     else:
         print('# Latency in engines, all sides\n\n'
               'Printed by `python benchmarks/deploy_figures.py`; [deploy.md](deploy.md) says '

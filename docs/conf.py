@@ -1,5 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Settings of the site: ``make docs`` builds it into docs/_build."""
+from typing import Any, List
+
 import psaq_mm
 
 project = 'psaq_mm'
@@ -27,3 +29,17 @@ html_static_path = ['_static']
 html_css_files = ['site.css']
 html_show_copyright = False
 html_theme_options = dict(sidebar_hide_name=False)
+
+
+def literal_examples(app: Any, what: str, name: str, obj: Any, options: Any,
+                     lines: List[str]) -> None:
+    """Show indented examples of docstrings as code, not as quotations."""
+    for i in range(len(lines) - 1, 1, -1):
+        if lines[i].startswith('    ') and not lines[i - 1] and lines[i - 2] \
+                and not lines[i - 2].startswith(' '):
+            lines[i:i] = ['::', '']
+
+
+def setup(app: Any) -> None:
+    """Before napoleon reads the sections."""
+    app.connect('autodoc-process-docstring', literal_examples, priority=400)

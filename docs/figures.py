@@ -24,7 +24,7 @@ from psaq_mm.registry import OBSERVERS
 
 matplotlib.use('svg')
 matplotlib.rcParams.update({
-    'svg.hashsalt': 'psaq_mm', 'svg.fonttype': 'none', 'font.size': 9, 'path.simplify_threshold': 1})
+    'svg.hashsalt': 'psaq_mm', 'svg.fonttype': 'none', 'font.size': 9})
 from matplotlib import pyplot  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,7 +108,7 @@ def inputs_of(model: Any, name: str, image: Tensor) -> Tensor:
 def ranges(inputs: Tensor) -> None:
     """Where range rules put the ends, and what the integers of 4 bits then are."""
     _, axes = pyplot.subplots(figsize=(9, 2.8))
-    axes.hist(inputs.flatten().numpy(), 300, color='lightgray', histtype='stepfilled')
+    axes.hist(inputs.flatten().numpy(), 150, color='lightgray', histtype='stepfilled')
     axes.set(yscale='log', xlabel='input of the second FFN layer of a block, after GELU',
              ylabel='values')
     rules = {'min-max': dict(type='MinMaxObserver'),
