@@ -22,7 +22,8 @@ def texts(node) -> str:
 
 def strings_of_the_code() -> str:
     files = [*(ROOT / 'psaq_mm').rglob('*.py'), *(ROOT / 'tools').glob('*.py')]
-    return '\n'.join(texts(node) for file in files for node in ast.walk(ast.parse(file.read_text()))
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
+    return '\n'.join(texts(node) for node in nodes
                      if isinstance(node, (ast.Constant, ast.JoinedStr, ast.BinOp)))
 
 
