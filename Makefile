@@ -1,6 +1,6 @@
 # make demo   set up, quantize the demo detector without data, evaluate it
 # make test   set up, run the tests
-# make lint   set up, run ruff, mypy and codespell
+# make lint   set up, run ruff, mypy, codespell and the check of links
 # make docs   set up, build the site into docs/_build/html; a warning is an error
 # make reproduce-dry-run   set up, run every shipped config end to end on random
 #             weights and two made-up images: an hour or two on a CPU
@@ -37,6 +37,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+	$(BIN)/python -m pytest tests/test_docs/test_links.py
 
 docs: $(READY)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html

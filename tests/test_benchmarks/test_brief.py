@@ -52,3 +52,17 @@ def test_a_block_is_filled_without_the_first_line(scripts, tmp_path, monkeypatch
     assert page.read_text() == (
         '<!-- python benchmarks/a.py -->\n\n| table |\n\n<!-- end -->\n'
         '<!-- python benchmarks/b.py -->\nkept\n<!-- end -->\n')
+
+
+def test_the_table_of_speed_has_whole_detectors_where_they_are_measured(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    import deploy_figures
+    monkeypatch.setattr(deploy_figures, 'MEASURED', tmp_path / 'deploy.json')
+    deploy_figures.save_json([
+        dict(side='openvino fp32', median_ms=30.4, bbox=64.8, segm=62.7),
+        dict(side='openvino nncf', median_ms=20.),
+        {'side': 'openvino ours, model', 'median_ms': 10., 'speed_to_openvino nncf': 2.}],
+        tmp_path / 'deploy_whole_demo.json')
+    lines = deploy_figures.summary_table([]).splitlines()
+    assert lines[2].endswith('| 30 ms, AP 64.8 / 62.7 | 20 ms | 10 ms | 2.00 |')
+    assert lines[3].endswith('| - | - | - | - |')
