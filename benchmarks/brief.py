@@ -97,8 +97,8 @@ def print_differences(models: List[Model], settings: List[str], other: str, scop
                 if ours and theirs else '-'
             at.append(f'{points} at {setting.upper()}')
         parts.append(f'{model.title} ({model.metric}) {", ".join(at)}')
-    print(f'Points gained or lost with {NAMES.get(other, other)} in the place of data-free images: '
-          f'{"; ".join(parts)}.')
+    print(f'Points gained or lost with {NAMES.get(other, other)} in the place of data-free '
+          f'images: {"; ".join(parts)}.')
 
 
 def main() -> None:
