@@ -1,6 +1,7 @@
 # make demo   set up, quantize the demo detector without data, evaluate it
 # make test   set up, run the tests
-# make lint   set up, run ruff and mypy
+# make lint   set up, run ruff, mypy, codespell and the check of links
+# make docs   set up, build the site into docs/_build/html; a warning is an error
 # make reproduce-dry-run   set up, run every shipped config end to end on random
 #             weights and two made-up images: an hour or two on a CPU
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint reproduce-dry-run clean
+.PHONY: setup demo test lint docs reproduce-dry-run clean
 
 setup: $(READY)
 
@@ -22,7 +23,7 @@ $(READY): Makefile requirements.txt setup.py pyproject.toml
 	@echo 'compiling the operators of mmcv, unless cached: about 10 minutes on 2 cores'
 	MMCV_WITH_OPS=1 $(BIN)/pip install -q --no-build-isolation onedl-mmcv==2.3.6
 	$(BIN)/pip install -q -r requirements.txt
-	$(BIN)/pip install -q --no-build-isolation -e '.[test,lint,deploy]'
+	$(BIN)/pip install -q --no-build-isolation -e '.[test,lint,deploy,docs]'
 	touch $(READY)
 
 demo: $(READY)
@@ -35,9 +36,14 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python -m pytest tests/test_docs/test_links.py
+
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 reproduce-dry-run: $(READY)
 	$(BIN)/python benchmarks/reproduce_dry_run.py
 
 clean:
-	rm -rf $(VENV) work_dirs demo/data
+	rm -rf $(VENV) work_dirs demo/data docs/_build

@@ -51,7 +51,7 @@ def main() -> None:
         long_description=(ROOT / 'README.md').read_text(),
         long_description_content_type='text/markdown',
         license='Apache-2.0',
-        python_requires='>=3.8',
+        python_requires='>=3.9',  # run with 3.11: see README.md
         packages=find_packages(include=['psaq_mm', 'psaq_mm.*']),
         package_data={'psaq_mm': [
             '.mim/*.yml', '.mim/configs/*.py', '.mim/configs/*/*.py',
@@ -65,7 +65,9 @@ def main() -> None:
             'test': ['pytest>=7,<10', 'pytest-xdist>=3.5,<4', 'hypothesis>=6,<7', 'scipy>=1.9'],
             # What exports, and the engines that run it: imported when used.
             'deploy': ['onnx>=1.16,<2', 'onnxruntime>=1.18,<2', 'openvino>=2024.4'],
-            'lint': ['ruff>=0.6,<1', 'mypy>=1.8'],
+            'lint': ['ruff>=0.6,<1', 'mypy>=1.8', 'codespell>=2.3,<3'],
+            'docs': ['sphinx>=7.4,<9', 'myst-parser>=3,<6', 'furo>=2024.8',
+                     'sphinx-copybutton>=0.5,<1'],
         },
     )
 

@@ -3,6 +3,9 @@
 
     python benchmarks/deploy_figures.py > docs/deploy_figures.md
     python benchmarks/deploy_figures.py --brief --plot docs/images/deploy.png
+    python benchmarks/deploy_figures.py --summary          # the table of README
+
+The summary has whole detectors too, of what ``deploy_whole.py`` kept.
 """
 import argparse
 import json
@@ -24,6 +27,14 @@ TITLES = {'swin-t 448': 'Swin-T, 448x448', 'swin-s 448': 'Swin-S, 448x448',
           'swin-t 800x1344': 'Swin-T, 800x1344', 'swin-s 800x1344': 'Swin-S, 800x1344',
           'upernet swin-t 512': 'Whole UperNet Swin-T, 512x512',
           'mask-rcnn swin-t 800x1344': 'Backbone, neck and RPN of Mask R-CNN Swin-T, 800x1344'}
+
+
+ENGINES = dict(openvino='OpenVINO (peer: NNCF)',
+               onnxruntime='onnxruntime (peer: quantize_static)')
+
+WHOLE = {'demo': 'Whole demo detector, 224x224',
+         'mask-rcnn': 'Whole Mask R-CNN Swin-T, 800x1344'}
+"""Cases of deploy_whole.py."""
 
 
 def read(file: Path) -> List[Row]:
@@ -110,6 +121,47 @@ def brief_table(rows: List[Row]) -> str:
     return '\n'.join(lines)
 
 
+def whole_rows(file: Path, engine: str) -> Dict[str, Row]:
+    """Float, peer and ours of a whole detector in an engine, as deploy_whole.py kept them."""
+    sides = {row['side']: row for row in read(file)}
+    names = dict(float=f'{engine} fp32', peer=PEERS[engine], ours=f'{engine} ours, model')
+    return {key: sides[name] for key, name in names.items() if name in sides}
+
+
+def summary_table(rows: List[Row]) -> str:
+    """Milliseconds on one thread: the engine's fp32, the peer's int8 from data, ours without."""
+    lines = ['| graph, one thread | engine | fp32 | int8 by a peer, from images | '
+             '**int8 by ours, without** | times as fast as the peer |',
+             '|---' * 6 + '|']
+    for case, title in WHOLE.items():
+        for engine, peer in PEERS.items():
+            found = whole_rows(MEASURED.with_name(f'deploy_whole_{case}.json'), engine)
+            cells = [_whole_cell(found.get(key)) for key in ('float', 'peer', 'ours')]
+            faster = _number(found.get('ours', {}).get(f'speed_to_{peer}'), 2) or '-'
+            lines.append(f'| {title} | {ENGINES[engine]} | {" | ".join(cells)} | {faster} |')
+    for (case, threads), group in by_case(rows).items():
+        sides = {row['side']: row for row in group}
+        if threads > 1 or '448' in case:
+            continue
+        for engine, peer in PEERS.items():
+            ours = sides.get(f'{engine} ours, heads too', sides.get(f'{engine} ours'))
+            if ours is None or peer not in sides:
+                continue
+            cells = [f'{1000 * row["median"]:.0f} ms' for row in
+                     (sides[f'{engine} fp32'], sides[peer], ours)]
+            lines.append(f'| {TITLES[case]} | {ENGINES[engine]} | {" | ".join(cells)} | '
+                         f'{1 / ours["to_peer"]:.2f} |')
+    return '\n'.join(lines)
+
+
+def _whole_cell(row: Optional[Row]) -> str:
+    """Milliseconds, and box and mask AP where the detector is trained."""
+    if row is None:
+        return '-'
+    points = f', AP {row["bbox"]:.1f} / {row["segm"]:.1f}' if 'bbox' in row else ''
+    return f'{row["median_ms"]:.0f} ms{points}'
+
+
 def plot(rows: List[Row], path: Path) -> None:
     """Bars of median milliseconds on one thread: each engine's fp32, the peer's
     int8, and ours."""
@@ -143,11 +195,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--measured', type=Path, default=MEASURED, metavar='FILE')
     parser.add_argument('--brief', action='store_true', help='one line for each case')
+    parser.add_argument('--summary', action='store_true', help='milliseconds on one thread')
     parser.add_argument('--plot', type=Path, metavar='PNG')
     args = parser.parse_args()
     rows = read(args.measured)
-    if args.brief:
-        print(brief_table(rows))
+    if args.summary:
+        print(f'one thread\n\n{summary_table(rows)}')
+    elif args.brief:
+        print(f'times as fast\n\n{brief_table(rows)}')
     else:
         print('# Latency in engines, all sides\n\n'
               'Printed by `python benchmarks/deploy_figures.py`; [deploy.md](deploy.md) says '

@@ -295,15 +295,17 @@ def main() -> None:
     parser.add_argument('--checkpoint', help='ours of the demo, instead of quantizing now; its '
                         'scope is what --scopes names')
     parser.add_argument('--simulation', action='store_true', help='torch too')
-    parser.add_argument('--out', type=Path, default=Path('work_dirs/deploy_whole.json'))
+    parser.add_argument('--out', type=Path,
+                        help='default: benchmarks/measured/deploy_whole_CASE.json')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
     logging.disable(logging.INFO)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(args, Path(folder))
-    os.makedirs(args.out.parent, exist_ok=True)
-    save_json(rows, args.out)
+    out = args.out or ROOT / 'benchmarks' / 'measured' / f'deploy_whole_{args.case}.json'
+    os.makedirs(out.parent, exist_ok=True)
+    save_json(rows, out)
 
 
 if __name__ == '__main__':

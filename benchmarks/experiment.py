@@ -410,7 +410,7 @@ class Results:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.values: Dict[str, Dict[str, Any]] = {}
-        self._old = False
+        self.has_old = False
         self._read()
 
     def _read(self) -> None:
@@ -475,14 +475,13 @@ class Results:
             return found
         before = (self.get(made, *key, seed, old=True) for seed in seeds)
         found = [dict(value, old=True) for value in before if value]
-        self._old = self._old or bool(found)
+        self.has_old = self.has_old or bool(found)
         return found
 
     def print_note(self) -> None:
         """Say what † means, if :meth:`over_seeds` gave such values."""
-        if self._old:
-            print('\n† measured before version 0.2, which makes each image from random numbers of '
-                  'its own and balances the two terms of the prior otherwise')
+        if self.has_old:
+            print('\n† measured before version 0.2, whose images are made otherwise')
 
 
 def metrics_of(float_model: Mapping[str, float]) -> List[str]:

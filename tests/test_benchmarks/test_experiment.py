@@ -1,9 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The rows of tables, without measuring any."""
-import re
 import shlex
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -18,7 +18,9 @@ def scripts():
         import ablation
         import accuracy
         import experiment
-        yield dict(accuracy=accuracy, ablation=ablation, experiment=experiment)
+        import fill_results
+        yield dict(accuracy=accuracy, ablation=ablation, experiment=experiment,
+                   fill_results=fill_results)
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -68,16 +70,18 @@ def test_old_values_are_marked(scripts, tmp_path, capsys):
     assert experiment.cell(results.over_seeds([0, 1, 2], made, 'row'), 'sqnr') == '3.0'
 
 
-def test_rows_that_the_results_name_exist(scripts):
-    commands = re.findall(r'<!-- python benchmarks/(\w+)\.py ([^>]*?) -->',
-                          (ROOT / 'docs' / 'results.md').read_text())
+def test_rows_that_the_pages_name_exist(scripts):
+    commands = [found[1] for page in scripts['fill_results'].pages()
+                for found in scripts['fill_results'].BLOCK.findall(page.read_text())]
     assert len(commands) > 10
-    for script, arguments in commands:
-        words = shlex.split(arguments)
+    for command in commands:
+        _, script, *words = shlex.split(command)
+        assert (ROOT / script).exists()
         for option in {'--rows', '--variants'} & {*words}:
             rest = words[words.index(option) + 1:]
             named = rest[:next((i for i, w in enumerate(rest) if w.startswith('--')), None)]
-            assert {*named} <= {*names_of(scripts[script])}
+            known = {Path(script).stem} & {*scripts} or {'accuracy', 'ablation'}
+            assert {*named} <= {name for k in known for name in names_of(scripts[k])}
 
 
 def test_absent_images_are_named(scripts, tmp_path, monkeypatch):

@@ -1,0 +1,68 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Tests of benchmarks/brief.py and fill_results.py: the tables of README and docs."""
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def scripts(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    import brief
+    import experiment
+    import fill_results
+    monkeypatch.setattr(brief, 'MEASURED', tmp_path)
+    return dict(experiment=experiment, brief=brief, fill_results=fill_results)
+
+
+def test_cells_say_what_is_missing_and_what_is_old(scripts, tmp_path, capsys):
+    experiment, brief = scripts['experiment'], scripts['brief']
+    results = experiment.Results(tmp_path / 'demo.json')
+    made = {row: brief.made_by(row, 'w4a4', 'backbone') for row in ('default', 'game', 'real32')}
+    results.add({'coco/bbox_mAP': .65, 'coco/segm_mAP': .62}, None, 'float')
+    for row, seeds in dict(default=3, game=3, real32=1).items():
+        for seed in range(seeds):
+            results.add({'coco/bbox_mAP': .6 + .01 * seed, 'coco/segm_mAP': .5, 'sqnr': 9.},
+                        made[row], row, 'w4a4', 'backbone', seed)
+    for seed in range(3):
+        results.values[f'game/w4a4/backbone/{seed}']['recipe'] = experiment.OLD
+    experiment.save_json(results.values, results.file)
+    model = brief.Model('demo', 0)
+    brief.print_table([model], ['w4a4'], ['default', 'game', 'real32', 'noise'], 'backbone', True)
+    assert capsys.readouterr().out.splitlines()[2] == (
+        '| Demo detector, box / mask AP | W4A4 | 65.0 / 62.0 | 61.0 / 50.0, 9.0 dB '
+        '| 61.0 / 50.0, 9.0 dB † | 60.0 / 50.0, 9.0 dB (1 of 3 seeds) | - |')
+    brief.print_differences([model], ['w4a4'], 'real32', 'backbone')
+    assert 'Demo detector (box / mask AP) - at W4A4.' in capsys.readouterr().out
+
+
+def test_a_block_is_filled_without_the_first_line(scripts, tmp_path, monkeypatch):
+    fill = scripts['fill_results']
+    (tmp_path / 'benchmarks').mkdir()
+    (tmp_path / 'benchmarks' / 'a.py').write_text('print("head\\n\\n| table |")')
+    (tmp_path / 'benchmarks' / 'b.py').write_text('raise SystemExit(1)')
+    monkeypatch.setattr(fill, 'ROOT', tmp_path)  # where commands run
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- python benchmarks/a.py -->\nold\n<!-- end -->\n'
+                    '<!-- python benchmarks/b.py -->\nkept\n<!-- end -->\n')
+    monkeypatch.setattr(sys, 'argv', ['fill_results.py', str(page)])
+    monkeypatch.chdir(tmp_path)
+    fill.main()
+    assert page.read_text() == (
+        '<!-- python benchmarks/a.py -->\n\n| table |\n\n<!-- end -->\n'
+        '<!-- python benchmarks/b.py -->\nkept\n<!-- end -->\n')
+
+
+def test_the_table_of_speed_has_whole_detectors_where_they_are_measured(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    import deploy_figures
+    monkeypatch.setattr(deploy_figures, 'MEASURED', tmp_path / 'deploy.json')
+    deploy_figures.save_json([
+        dict(side='openvino fp32', median_ms=30.4, bbox=64.8, segm=62.7),
+        dict(side='openvino nncf', median_ms=20.),
+        {'side': 'openvino ours, model', 'median_ms': 10., 'speed_to_openvino nncf': 2.}],
+        tmp_path / 'deploy_whole_demo.json')
+    lines = deploy_figures.summary_table([]).splitlines()
+    assert lines[2].endswith('| 30 ms, AP 64.8 / 62.7 | 20 ms | 10 ms | 2.00 |')
+    assert lines[3].endswith('| - | - | - | - |')
