@@ -87,8 +87,9 @@ def public_command(private: Iterable[Optional[str]]) -> str:
         private (Iterable[str]): Arguments that are not repeated; None is passed over.
     """
     hidden = {name for name in private if name}
-    words: List[str] = []
-    for word in sys.argv:
+    program = sys.argv[0]
+    words = ['python', program] if program.endswith('.py') else program.split()
+    for word in sys.argv[1:]:
         option, _, value = word.partition('=')
         if word in hidden:
             word = 'IMAGES'

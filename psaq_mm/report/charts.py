@@ -140,8 +140,7 @@ def module_chart(runs: Runs, key: str, label: str, factor: float = 1., log: bool
             axes.yaxis.set_major_formatter('{x:g}')
         axes.set_ylabel(label)
         axes.set_xlabel('modules, from input to output')
-        drawing.figure.legend(loc='outside lower center', ncols=3, handletextpad=.1,
-                              columnspacing=1.)
+        drawing.figure.legend(loc='outside lower center', ncols=3, handletextpad=.1)
     return drawing.svg
 
 
@@ -173,7 +172,7 @@ def range_chart(runs: Runs) -> str:
             axes.axhline(0, color='#888888', linewidth=.6)
         all_axes[-1].set_xlabel('modules, from input to output')
         if roles:
-            drawing.figure.legend(*all_axes[-1].get_legend_handles_labels(), ncols=4,
+            drawing.figure.legend(*all_axes[-1].get_legend_handles_labels(), ncols=5,
                                   loc='outside lower center')
     return drawing.svg
 

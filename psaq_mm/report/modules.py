@@ -3,7 +3,7 @@
 import re
 from typing import Any, List, Mapping, Sequence, Tuple
 
-KINDS = ('attention', 'attention: linear', 'MLP: linear', 'convolution', 'other')
+KINDS = ('attention', 'attention: linear', 'MLP: linear', 'linear', 'convolution', 'other')
 """What modules are told apart by in pictures."""
 
 
@@ -16,7 +16,7 @@ def kind_of(entry: Mapping[str, Any]) -> str:
         return 'attention' if re.search('Attention|MSA', op) else 'other'
     if re.search(r'\battn\b', name):
         return 'attention: linear'
-    return 'MLP: linear' if re.search(r'\b(ffn|mlp)\b', name) else 'other'
+    return 'MLP: linear' if re.search(r'\b(ffn|mlp)\b', name) else 'linear'
 
 
 def part_of(name: str) -> str:

@@ -27,6 +27,7 @@ def fill_in(template: str, **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(str(Path(__file__).parent / 'templates')), autoescape=True,
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters['megabytes'] = megabytes
     return environment.get_template(template).render(**values)
 
 
@@ -65,10 +66,9 @@ def report_page(report: Mapping[str, Any], pictures: Sequence[Picture] = (),
     return fill_in(
         'report.html', title=f'Quantization of {Path(report["config"] or "a model").stem}',
         report=report, cards=cards, images=report['images'],
-        shown=[(embedded(image, 1280), words) for image, words in shown],
+        shown=[(embedded(image, 1100), words) for image, words in shown],
         pictures=[(embedded(image), words) for image, words in pictures],
         ranges=range_chart(runs), sensitivity_images=report['images_of_sensitivity'],
-        size=dict(float=megabytes(size['float_bytes']), stored=megabytes(size['stored_bytes'])),
         worst=[(name, f'{100 * error:.2g} %') for error, name in errors[:3]],
         settings=json.dumps(report['settings'], indent=2),
         rows=[_row(entry) for entry in report['modules']], **charts(runs))

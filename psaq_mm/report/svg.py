@@ -19,8 +19,9 @@ _STYLE: Dict[Any, Any] = {
     'axes.titlesize': 9.5, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
     'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True,
     'grid.alpha': .18, 'grid.linewidth': .6, 'axes.axisbelow': True, 'lines.linewidth': 1.3,
-    'axes.linewidth': .6, 'legend.frameon': False, 'axes.prop_cycle':
-    cycler(color=COLORS), 'figure.facecolor': 'none', 'axes.facecolor': 'none',
+    'axes.linewidth': .6, 'legend.frameon': False, 'legend.handlelength': 1.2,
+    'legend.columnspacing': 1.2, 'axes.prop_cycle': cycler(color=COLORS),
+    'figure.facecolor': 'none', 'axes.facecolor': 'none',
     **{f'{name}color': _INK for name in ('text.', 'axes.label', 'xtick.', 'ytick.', 'grid.')},
     'axes.edgecolor': _INK}
 WIDTH = 5.4

@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Write down what a run did."""
 import math
+import os
 import platform
 import sys
 import time
@@ -14,6 +15,7 @@ from psaq_mm.adapters import TapRecord
 from psaq_mm.checkpoint import save_bytes, save_json, size_of_quantized
 from psaq_mm.evolution import Evolver
 from psaq_mm.ops import named_quant_ops
+from psaq_mm.peak_memory import forget_peak, peak_bytes
 from psaq_mm.registry import HOOKS
 from psaq_mm.report.page import Picture, report_page
 from psaq_mm.student import Reconstructor, measure_sensitivity, measure_sqnr, scope_of
@@ -93,20 +95,24 @@ class ReportHook(PSAQHook):
 
     def after_quantize(self, runner: 'PSAQRunner') -> None:
         start = time.perf_counter()
+        forget_peak()
         sqnr = measure_sqnr(runner.model, runner.images[:self.sqnr_images],
                             runner.forward_student, runner.teacher)
         # What follows region proposals gets other inputs once quantized.
         sqnr = {k: v for k, v in sqnr.items()
                 if not runner.adapter.runs_on_proposals(runner.model, k)}
         sensitivity = self._sensitivity(runner)
-        size = size_of_quantized(runner.model)
+        folder, size = Path(runner.work_dir), size_of_quantized(runner.model)
         seconds = dict(runner.pipeline.seconds, report=time.perf_counter() - start)
+        files = dict(float=runner.source['file'], quantized=folder / 'quantized.pth')
         report = dict(
             modules=describe_modules(runner.model, sqnr, sensitivity),
             losses={k: [round(v, 6) for v in values] for k, values in self._losses.items()},
             seconds={k: round(v, 3) for k, v in seconds.items()},
-            memory=runner.pipeline.memory,
+            memory=dict(runner.pipeline.memory, report=peak_bytes()),
             size=size,
+            file_bytes={kind: os.path.getsize(path) for kind, path in files.items()
+                        if os.path.isfile(path)},
             images=runner.images_used,
             images_of_sensitivity=min(self.sensitivity_images, len(runner.images)),
             seed=runner.run_seed,
@@ -116,7 +122,6 @@ class ReportHook(PSAQHook):
             checkpoint=runner.source,
             device=str(runner.device),
             versions=loaded_versions())
-        folder = Path(runner.work_dir)
         save_json(report, folder / 'report.json')
         page = report_page(report, runner.pictures, self._shown(runner))
         save_bytes(page.encode('utf-8'), folder / 'report.html')
