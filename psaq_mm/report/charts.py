@@ -47,7 +47,7 @@ def loss_chart(runs: Runs) -> str:
         for name, values in report['losses'].items():
             kind, _, term = name.rpartition('/')
             if values and kind in curves and (not several or term == _LOSSES[kind][2]) \
-                    and (kind in ('', 'sample') or term == 'discrepancy'):
+                    and term != 'adversarial_factor':
                 curves[kind][run if several else term.replace('_', ' ')] = values
     panels = [(kind, found) for kind, found in curves.items() if found]
     if not panels:
