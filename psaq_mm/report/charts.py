@@ -7,6 +7,8 @@ to draw.
 import math
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
+from matplotlib.ticker import LogLocator, NullFormatter
+
 from .modules import KINDS, kind_of, part_of, spans
 from .summary import duration
 from .svg import COLORS, Drawing
@@ -39,6 +41,14 @@ _LOSSES = {
 compared by."""
 
 
+def _log_axis(axes: Any) -> None:
+    axes.set_yscale('log')
+    axes.yaxis.set_major_formatter('{x:g}')
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter('{x:g}' if high < 100 * low else NullFormatter())
+
+
 def loss_chart(runs: Runs) -> str:
     """The terms of the prior, and in the game what images and student lose."""
     several = len(runs) > 1
@@ -65,6 +75,9 @@ def loss_chart(runs: Runs) -> str:
                     _plot(axes, values, label=name)
             if len(found) > 1:
                 axes.legend(ncols=3)
+            ends = [v for values in found.values() for v in values if v is not None]
+            if min(ends) > 0 and max(ends) > 30 * min(ends):
+                _log_axis(axes)
             axes.xaxis.get_major_locator().set_params(integer=True)
     return drawing.svg
 
@@ -136,8 +149,7 @@ def module_chart(runs: Runs, key: str, label: str, factor: float = 1., log: bool
                 axes.plot(x, y, '.', color=COLORS[number], label=group,
                           markersize=7 if len(entries) < 120 else 5)
         if log:
-            axes.set_yscale('log')
-            axes.yaxis.set_major_formatter('{x:g}')
+            _log_axis(axes)
         axes.set_ylabel(label)
         axes.set_xlabel('modules, from input to output')
         drawing.figure.legend(loc='outside lower center', ncols=3, handletextpad=.1)
