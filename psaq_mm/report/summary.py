@@ -4,6 +4,11 @@ import statistics
 from typing import Any, Dict, List, Mapping, Optional
 
 
+LAST = {'total': 'last loss of the prior', 'student/discrepancy': 'last loss of the student',
+        'round/discrepancy': 'distance after the last round'}
+"""Losses whose last values runs are compared by."""
+
+
 def module_values(report: Mapping[str, Any], key: str) -> List[float]:
     """Values of a key of the modules, where they were measured."""
     return [entry[key] for entry in report['modules'] if entry.get(key) is not None]
@@ -39,8 +44,8 @@ def figures(report: Mapping[str, Any]) -> Dict[str, Optional[float]]:
     errors = module_values(report, 'sensitivity')
     peaks = [peaks['process'] for peaks in (report.get('memory') or {}).values()
              if 'process' in peaks]
-    losses = {f'last {name}': values[-1] for name, values in report['losses'].items()
-              if values and name in ('total', 'student/discrepancy', 'round/discrepancy')}
+    losses = {words: report['losses'][name][-1] for name, words in LAST.items()
+              if report['losses'].get(name)}
     return {
         'quantized modules': len(report['modules']),
         'weights in float, MB': size['float_bytes'] / 1e6,
