@@ -3,7 +3,6 @@
 import statistics
 from typing import Any, Dict, List, Mapping, Optional
 
-
 LAST = {'total': 'last loss of the prior', 'student/discrepancy': 'last loss of the student',
         'round/discrepancy': 'distance after the last round'}
 """Losses whose last values runs are compared by."""

@@ -25,7 +25,8 @@ def test_differences():
     assert numbers['median SQNR of modules, dB'] == ['28.5', '27.5']
     assert numbers['lowest SQNR of a module, dB'] == ['27', '20']
     assert numbers['highest sensitivity of a module, %'] == ['4', '4']
-    assert numbers['peak memory, MB'] == ['900', '900'] and numbers['last loss of the prior'] == ['2', '2']
+    assert numbers['peak memory, MB'] == ['900', '900']
+    assert numbers['last loss of the prior'] == ['2', '2']
     assert changes == [('synthesis.lr', '0.2', '0.1'), ('seed', '3', '4')]
 
 
