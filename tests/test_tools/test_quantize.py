@@ -189,7 +189,7 @@ def test_resume_gives_the_same_bits(stop_at, finished_run, tmp_path, call_tool, 
     arguments = (quantization_config, demo_checkpoint, '--work-dir', tmp_path, '--seed', 7,
                  '--device', 'cpu', '--cfg-options', *FEW)
     monkeypatch.setattr(Synthesizer, 'step', interrupted)
-    status, _, _ = call_tool('quantize', *arguments)
+    status, _, _ = call_tool('quantize', *arguments, page=stop_at == 4)
     assert status == 130 and not (tmp_path / 'quantized.pth').exists()
     monkeypatch.setattr(Synthesizer, 'step', step)
     status, _, err = call_tool('quantize', *arguments, '--resume', page=stop_at == 4)
