@@ -62,7 +62,7 @@ def loss_chart(runs: Runs) -> str:
     panels = [(kind, found) for kind, found in curves.items() if found]
     if not panels:
         return ''
-    with Drawing([2.1] * len(panels)) as (drawing, all_axes):
+    with Drawing([2.2] * len(panels)) as (drawing, all_axes):
         for axes, (kind, found) in zip(all_axes, panels):
             title, unit, _ = _LOSSES[kind]
             axes.set_title(title)
@@ -74,7 +74,7 @@ def loss_chart(runs: Runs) -> str:
                 else:
                     _plot(axes, values, label=name)
             if len(found) > 1:
-                axes.legend(ncols=3)
+                axes.legend(ncols=4, loc='upper center', bbox_to_anchor=(.5, -.28))
             ends = [v for values in found.values() for v in values if v is not None]
             if min(ends) > 0 and max(ends) > 30 * min(ends):
                 _log_axis(axes)
