@@ -67,7 +67,7 @@ class ContactSheetHook(PSAQHook):
         return dict(rows=dict(self._rows), steps=dict(self._steps))
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self._rows, self._steps = dict(state['rows']), dict(state['steps'])
+        self._rows, self._steps = dict(state['rows']), dict(state.get('steps', {}))
 
     def after_synthesis_step(self, runner: 'PSAQRunner', synthesizer: Synthesizer,
                              losses: Dict[str, float]) -> None:
