@@ -141,7 +141,7 @@ def call_tool(monkeypatch, capsys):
         if name == 'quantize' and not page:
             from psaq_mm.engine.hooks import report_hook
             monkeypatch.setattr(report_hook, 'report_page', lambda *args: '')
-            monkeypatch.setattr(report_hook, 'measure_sensitivity', lambda *args: {})
+            monkeypatch.setattr(report_hook, 'measure_each_alone', lambda *args: {})
         module = load_script(ROOT / 'tools' / f'{name}.py')
         monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])
         capsys.readouterr()

@@ -47,7 +47,7 @@ def quantized_alone(student: nn.Module, teacher: nn.Module,
             module._parameters.update(parameters)
 
 
-def measure_sensitivity(student: nn.Module, teacher: nn.Module, images: Tensor,
+def measure_each_alone(student: nn.Module, teacher: nn.Module, images: Tensor,
                         groups: Mapping[str, Collection[str]],
                         forward: Callable[[nn.Module, Tensor, Optional[List[Tensor]]], TapRecord]
                         ) -> Dict[str, float]:

@@ -12,7 +12,7 @@ import psaq_mm
 from psaq_mm.adapters import TapRecord
 from psaq_mm.ops import apply_plan, named_quant_ops
 from psaq_mm.quantization import Quantizer, QuantSpec
-from psaq_mm.student import measure_sensitivity, measure_sqnr, quantized_alone
+from psaq_mm.student import measure_each_alone, measure_sqnr, quantized_alone
 
 
 def quantized(model, *names, bits=4):
@@ -165,7 +165,7 @@ def test_sensitivity_by_hand():
     11.8 and -6.5, and the output is 72.2."""
     student, teacher = two_layers()
     groups = {'first': ['0'], 'second': ['1'], 'both': ['0', '1'], 'none': []}
-    found = measure_sensitivity(student, teacher, torch.tensor([[1., 2.]]), groups, run)
+    found = measure_each_alone(student, teacher, torch.tensor([[1., 2.]]), groups, run)
     output = 7 * 11.8 - 1.6 * 6.5
     expected = dict(first=7 * 0.8 + 1.6 * 0.5, second=0.4 * 6.5, none=0.)
     expected['both'] = output - (7 * 11 - 2 * 7)
@@ -176,21 +176,21 @@ def test_sensitivity_by_hand():
 def test_sensitivity_is_a_mean_over_images():
     student, teacher = two_layers()
     images = torch.tensor([[1., 2.], [3., -1.]])
-    each = [measure_sensitivity(student, teacher, image[None], {'': ['0']}, run)['']
+    each = [measure_each_alone(student, teacher, image[None], {'': ['0']}, run)['']
             for image in images]
-    both = measure_sensitivity(student, teacher, images, {'': ['0']}, run)['']
+    both = measure_each_alone(student, teacher, images, {'': ['0']}, run)['']
     assert both == pytest.approx(math.sqrt((each[0]**2 + each[1]**2) / 2))
 
 
 def test_rounded_weights_are_part_of_sensitivity():
     """GPTQ leaves a weight on its integers: with quantizers off a student is not in float."""
     student, teacher = two_layers()
-    expected = measure_sensitivity(student, teacher, torch.ones(1, 2), {'': ['0']}, run)
+    expected = measure_each_alone(student, teacher, torch.ones(1, 2), {'': ['0']}, run)
     with torch.no_grad():
         for _, op in named_quant_ops(student):
             op.weight.copy_(op.quantized_weight())
     parameters = dict(student.named_parameters())
-    assert measure_sensitivity(student, teacher, torch.ones(1, 2), {'': ['0']}, run) == expected
+    assert measure_each_alone(student, teacher, torch.ones(1, 2), {'': ['0']}, run) == expected
     assert all(parameters[name] is p for name, p in student.named_parameters())
     assert measure_sqnr(student, torch.ones(1, 2), student) == {'0': math.inf, '1': math.inf}
     against_float = measure_sqnr(student, torch.ones(1, 2), student, teacher)

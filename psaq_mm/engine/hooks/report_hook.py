@@ -18,7 +18,7 @@ from psaq_mm.ops import named_quant_ops
 from psaq_mm.peak_memory import forget_peak, peak_bytes
 from psaq_mm.registry import HOOKS
 from psaq_mm.report.page import Picture, report_page
-from psaq_mm.student import Reconstructor, measure_sensitivity, measure_sqnr, scope_of
+from psaq_mm.student import Reconstructor, measure_each_alone, measure_sqnr, scope_of
 from psaq_mm.synthesis import Synthesizer
 from psaq_mm.version import __version__
 
@@ -142,7 +142,7 @@ class ReportHook(PSAQHook):
                     regions: Optional[List[Tensor]]) -> TapRecord:
             return adapter.forward_taps(model, image.to(runner.device), groups, regions)
 
-        return measure_sensitivity(student, runner.teacher, images[:self.sensitivity_images],
+        return measure_each_alone(student, runner.teacher, images[:self.sensitivity_images],
                                    {name: [name] for name, _ in named_quant_ops(student)},
                                    forward)
 
