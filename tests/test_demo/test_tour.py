@@ -31,13 +31,13 @@ def test_cells_run(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(DEMO))
     monkeypatch.setenv('TMPDIR', str(tmp_path))
     monkeypatch.setattr('tempfile.tempdir', None)
-    monkeypatch.setenv('TOUR_STEPS', '2')
-    monkeypatch.setenv('TOUR_SCENES', '2')
+    for name, value in (('IMAGES', '2'), ('STEPS', '1'), ('SCENES', '2')):
+        monkeypatch.setenv(f'TOUR_{name}', value)
     state = {'__name__': '__main__'}
     for number, source in enumerate(cells('code')):
         exec(compile(source, f'cell {number}', 'exec'), state)
     assert tmp_path in state['out'].parents
-    assert isinstance(state['picture'], Image.Image) and len(state['losses']) == 4
+    assert isinstance(state['picture'], Image.Image) and len(state['losses']) == 2
     assert state['accuracy']['float'] > 50 and state['accuracy']['quantized, W8A8'] > 50
     assert state['export']['graphs'][0]['agreement']['share'] > 0.9
     boxes = state['found']['quantized, W8A8']['instances']
