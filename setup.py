@@ -55,7 +55,8 @@ def main() -> None:
         packages=find_packages(include=['psaq_mm', 'psaq_mm.*']),
         package_data={'psaq_mm': [
             '.mim/*.yml', '.mim/configs/*.py', '.mim/configs/*/*.py',
-            '.mim/configs/*/*/*.py', '.mim/tools/*.py', 'py.typed']},
+            '.mim/configs/*/*/*.py', '.mim/tools/*.py', 'py.typed',
+            'report/templates/*.html']},
         entry_points={'console_scripts': ['psaq_mm = psaq_mm.__main__:main']},
         # The host libraries exist under two families of names (onedl-* and
         # upstream) with the same import names. Naming one here would pull it

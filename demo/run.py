@@ -68,7 +68,7 @@ def main() -> None:
     print('backbone MB: weights of the quantized modules, with their scales')
     print('quantization is simulated in float here; tools/export.py brings it to int8 engines')
     print(f'images that it made: {args.work_dir / "synthetic.png"}')
-    print(f'what it did:         {args.work_dir / "report.json"}')
+    print(f'what it did:         {args.work_dir / "report.html"}')
 
 
 if __name__ == '__main__':

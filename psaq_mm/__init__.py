@@ -50,8 +50,8 @@ _MODULES = dict(
 """Name to the module that it is imported from."""
 
 _SUBMODULES = ('adapters', 'checkpoint', 'classification', 'deploy', 'engine', 'evolution', 'ops',
-               'pipeline', 'prior', 'quantization', 'recipe', 'registry', 'runtime', 'student',
-               'synthesis')
+               'pipeline', 'prior', 'quantization', 'recipe', 'registry', 'report', 'runtime',
+               'student', 'synthesis')
 """What is there after ``import psaq_mm`` alone."""
 
 

@@ -17,6 +17,7 @@ COMMANDS = dict(
     test='evaluate a float or quantized checkpoint',
     infer='draw what a checkpoint, or an exported model, predicts on images',
     export='export a quantized checkpoint to ONNX or OpenVINO',
+    compare='put two quantization runs side by side',
     benchmark='time a quantized checkpoint in torch and in engines')
 """Command, and what its tool does."""
 

@@ -26,6 +26,7 @@ from .adapters.tested_size import SizeFound, tested_size
 from .errors import UserError
 from .evolution import Evolver, check_evolution, evolver
 from .ops import named_quant_ops, ops_to_round, plan_quantization
+from .peak_memory import forget_peak, peak_bytes
 from .processes import count_of_this_process, stopping_together
 from .recipe import Recipe
 from .recipe.checks import check_model, check_progress, check_seed, sides
@@ -195,6 +196,9 @@ class Pipeline:
         self._given_images, self._mix = images, mix
         self.seconds: Dict[str, float] = {}
         """dict[str, float]: Wall seconds of each phase."""
+        self.memory: Dict[str, Dict[str, int]] = {}
+        """dict[str, dict[str, int]]: Peaks of each phase, as of
+        :func:`~psaq_mm.peak_memory.peak_bytes`."""
         self._phase_name, self._counted_at = '', 0.
 
     def notify(self, point: str, **arguments: Any) -> None:
@@ -211,10 +215,12 @@ class Pipeline:
 
     def extra_state(self) -> Dict[str, Any]:
         """What is saved beside the state, in plain values and tensors; for subclasses."""
-        return {}
+        return dict(memory={phase: dict(peaks) for phase, peaks in self.memory.items()})
 
     def load_extra_state(self, state: Dict[str, Any]) -> None:
-        """Continue from :meth:`extra_state`."""
+        """Continue from :meth:`extra_state`: as the synthesis begins, and the evolution."""
+        for phase, peaks in state.get('memory', {}).items():
+            self._note_peaks(phase, peaks)
 
     def run(self) -> nn.Module:
         """Take all steps.
@@ -296,6 +302,7 @@ class Pipeline:
                 synthesizer(self.teacher, settings, self.seed, indices) as images:
             if self.saved is not None:
                 self.seconds.update(self.saved.restore_images(images))
+                self.load_extra_state(self.saved.extra_of_images)
             print_log('size of synthetic images: {}x{}'.format(*settings.size), logger='current')
             self._begin('synthesis', images.step_index, images.total_steps, synthesizer=images)
             with stopping_together():
@@ -386,7 +393,7 @@ class Pipeline:
                 with stopping_together():
                     self._report('reconstruction', blocks.step_index, blocks.total_steps, losses)
                     if self.saved is not None and blocks.between_blocks:
-                        self._count_seconds()
+                        self._count()
                         self.saved.save_blocks(blocks, self.seconds)
             self._end('reconstruction', reconstructor=blocks)
 
@@ -399,18 +406,24 @@ class Pipeline:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Add the wall time of a block to ``seconds[name]``."""
+        """Add the wall time of a block to ``seconds[name]``, and note its peaks."""
+        forget_peak()
         self._phase_name, self._counted_at = name, time.perf_counter()
         try:
             yield
         finally:
-            self._count_seconds()
+            self._count()
 
-    def _count_seconds(self) -> None:
-        """Add the time since the last call to that of the phase."""
+    def _count(self) -> None:
+        """Add the time since the last call to that of the phase, and note its peaks."""
         before, self._counted_at = self._counted_at, time.perf_counter()
         self.seconds[self._phase_name] = \
             self.seconds.get(self._phase_name, 0.) + self._counted_at - before
+        self._note_peaks(self._phase_name, peak_bytes())
+
+    def _note_peaks(self, phase: str, peaks: Mapping[str, int]) -> None:
+        noted = self.memory.setdefault(phase, {})
+        noted.update({kind: max(value, noted.get(kind, 0)) for kind, value in peaks.items()})
 
     @contextmanager
     def _batches(self, phase: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -435,8 +448,8 @@ class Pipeline:
 
     def _save_images(self, images: Synthesizer, stopped: bool = False) -> None:
         if self.saved is not None:
-            self._count_seconds()
-            self.saved.save_images(images, self.seconds)
+            self._count()
+            self.saved.save_images(images, self.seconds, self.extra_state())
             if stopped:
                 _log_stop(images)
 
@@ -447,7 +460,7 @@ class Pipeline:
             print_log('stopped within a step; resuming continues from the last saved one, if '
                       f'there is a {self.saved.path}', logger='current')
             return
-        self._count_seconds()
+        self._count()
         self.saved.save_game(game, self.seconds, self.extra_state())
         if stopped:
             _log_stop(game)

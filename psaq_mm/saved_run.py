@@ -46,9 +46,16 @@ class SavedRun:
         self._of_game = {k: v for k, v in sections.items() if k != 'reconstruction'}
         self._state: Dict[str, Any] = {}  # of all phases so far, saved again with the next
 
-    def save_images(self, images: Synthesizer, seconds: Mapping[str, float]) -> None:
-        """Save the images in the making."""
-        self._save(seconds, images=images.state_dict())
+    @property
+    def extra_of_images(self) -> Dict[str, Any]:
+        """dict: What hooks kept when images were saved last; empty if there is nothing."""
+        found: Dict[str, Any] = self._state.get('extra_of_images', {})
+        return found
+
+    def save_images(self, images: Synthesizer, seconds: Mapping[str, float],
+                    extra: Mapping[str, Any]) -> None:
+        """Save the images in the making, and with them what hooks keep."""
+        self._save(seconds, images=images.state_dict(), extra_of_images=dict(extra))
 
     def save_game(self, game: Evolver, seconds: Mapping[str, float],
                   extra: Mapping[str, Any]) -> None:
@@ -86,7 +93,7 @@ class SavedRun:
             print_log(f'nothing to resume: there is no {self.path}; starting from the first step',
                       logger='current', level=logging.WARNING)
             return {}
-        self._state = dict(images=state['images'])
+        self._state = {k: state[k] for k in ('images', 'extra_of_images') if k in state}
         if images is not None:
             images.load_state_dict(state['images'])
             print_log(f'resumed {self.path} at step {images.step_index} of '

@@ -134,9 +134,14 @@ def calibrated_op(op, x):
 
 @pytest.fixture
 def call_tool(monkeypatch, capsys):
-    """Call a tool as the shell would; returns exit status, stdout, stderr."""
+    """Call a tool as the shell would; returns exit status, stdout, stderr. A quantization has
+    no page and no sensitivity, which take time, unless a test looks at them."""
 
-    def call(name: str, *arguments: object):
+    def call(name: str, *arguments: object, page: bool = False):
+        if name == 'quantize' and not page:
+            from psaq_mm.engine.hooks import report_hook
+            monkeypatch.setattr(report_hook, 'report_page', lambda *args: '')
+            monkeypatch.setattr(report_hook, 'measure_each_alone', lambda *args: {})
         module = load_script(ROOT / 'tools' / f'{name}.py')
         monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])
         capsys.readouterr()

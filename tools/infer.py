@@ -16,14 +16,11 @@ from psaq_mm.checkpoint import ensure_writable_dir, save_bytes, save_json
 from psaq_mm.engine import init_model, load_config, resolve_device
 from psaq_mm.engine.command_line import choose_work_dir, run_tool, tool_parser
 from psaq_mm.engine.inference import (
-    build_visualizer,
-    draw,
+    Predictor,
+    compare_predictions,
     find_images,
     input_pipeline,
-    plain_prediction,
-    predict,
     read_rgb,
-    side_by_side,
 )
 from psaq_mm.engine.runner import describe_checkpoint
 from psaq_mm.errors import UserError
@@ -67,22 +64,18 @@ def main() -> None:
         choice = {} if kind != 'float' and args.float_checkpoint else \
             dict(averaged=args.averaged, prefix=args.prefix)
         model = init_model(config, path, device, trust=args.trust_checkpoint, **choice)
-        models[title] = model, build_visualizer(config, model.dataset_meta)
+        models[title] = Predictor(model, model.dataset_meta, config)
     ensure_writable_dir(out_dir)
 
     rows = []
     for image, picture in tqdm(list(zip(images, pictures)), desc='inference', unit='image',
                                disable=len(images) == 1):
-        inputs, pixels = prepare(image), read_rgb(image)
-        panels, row = [], {}
-        for title, (model, visualizer) in models.items():
-            sample = predict(model, inputs, args.score_thr)
-            row[title] = plain_prediction(sample, model.dataset_meta['classes'])
-            panels.append((title, draw(pixels, sample, visualizer)))
+        drawn, found = compare_predictions(models, prepare(image), read_rgb(image),
+                                           args.score_thr)
         file = io.BytesIO()
-        side_by_side(panels).save(file, format='PNG')
+        drawn.save(file, format='PNG')
         save_bytes(file.getbuffer(), picture)
-        rows.append(dict(image=str(image), picture=picture.name, predictions=row))
+        rows.append(dict(image=str(image), picture=picture.name, predictions=found))
     save_json(rows, os.path.join(out_dir, 'predictions.json'))
     print(f'{out_dir}: {len(images)} picture(s) and predictions.json')
 

@@ -23,11 +23,13 @@ from psaq_mm.engine.command_line import (
     keep_local,
     parse_launched,
     processes_of,
+    public_command,
     require_launcher,
     run_tool,
     tool_parser,
     weight_choice,
 )
+from psaq_mm.engine.inference import find_shown_images
 from psaq_mm.engine.own_images import MAX_IMAGES, own_files
 from psaq_mm.errors import UserError
 from psaq_mm.pipeline import check
@@ -37,7 +39,8 @@ from psaq_mm.recipe.checks import check_positive_int
 def parse_args() -> argparse.Namespace:
     parser = tool_parser(
         'Quantize a Swin model without data, from its float checkpoint alone. '
-        'Writes quantized.pth, synthetic.png and report.json to the work directory.',
+        'Writes quantized.pth, synthetic.png, report.html and report.json to the work '
+        'directory.',
         config='config with our bases, e.g. configs/mask_rcnn_swin_s_w8a8.py',
         checkpoint='float checkpoint of the same model')
     parser.add_argument('--seed', type=int, help='seed of all randomness '
@@ -50,6 +53,12 @@ def parse_args() -> argparse.Namespace:
                         f'folder, draw so many by the seed (default: {MAX_IMAGES})')
     parser.add_argument('--mix', action='store_true', help='make synthetic images too, and use '
                         'them beside the photographs')
+    parser.add_argument('--show', nargs='+', default=(), metavar='IMAGE', help='image files, or '
+                        'folders of them: report.html shows what the float and the quantized '
+                        'model predict on them')
+    parser.add_argument('--sensitivity-images', type=int, default=1, metavar='N', help='images '
+                        'that the sensitivity of each module is measured on, a forward pass a '
+                        'module for each; 0 for none (default: 1)')
     return parse_launched(parser)
 
 
@@ -65,6 +74,9 @@ def main() -> None:
     elif args.mix or args.max_images is not None:
         raise UserError(f'{"--mix" if args.mix else "--max-images"} needs --images DIR, the '
                         'folder of your photographs')
+    if args.sensitivity_images < 0:
+        raise UserError(f'--sensitivity-images must be 0 or more, got {args.sensitivity_images}')
+    shown = find_shown_images(args.show, config)
     recipe = read_recipe(config)
     require_launcher(args.launcher, args.device)
     device = resolve_device(args.device)
@@ -84,12 +96,16 @@ def main() -> None:
 
     runner = PSAQRunner.for_quantization(config, model, source=source, meta=meta,
                                          seed=seed, resume=args.resume, device=device,
-                                         launcher=args.launcher, images=images, mix=args.mix)
+                                         launcher=args.launcher, images=images, mix=args.mix,
+                                         shown_images=shown,
+                                         sensitivity_images=args.sensitivity_images,
+                                         command=public_command((args.images, *args.show)))
     runner.quantize()
     if not is_main_process():
         return
     seconds = ', '.join(f'{name} {value:.1f} s' for name, value in runner.pipeline.seconds.items())
     print(f'{config.work_dir}/quantized.pth ({seconds})')
+    print(f'{config.work_dir}/report.html says what was done')
 
 
 if __name__ == '__main__':

@@ -3,21 +3,12 @@
 
     python -m psaq_mm.deploy.peak_memory '{"engine": "openvino", "file": ...}'
 """
-import contextlib
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any, Callable, Dict, Optional
 
-STATUS = Path('/proc/self/status')
-
-
-def _mebibytes(key: str) -> float:
-    found = re.search(rf'{key}:\s+(\d+) kB', STATUS.read_text())
-    assert found is not None
-    return int(found.group(1)) / 1024
+from psaq_mm.peak_memory import forget_peak, resident_bytes
 
 
 def added_peak(work: Callable[[], Any]) -> Optional[float]:
@@ -29,13 +20,12 @@ def added_peak(work: Callable[[], Any]) -> Optional[float]:
     Returns:
         float, optional: MiB; None where the system does not tell.
     """
-    if not STATUS.exists():
+    forget_peak()  # that of the imports
+    before = resident_bytes('VmRSS')
+    if before is None:
         return None
-    with contextlib.suppress(OSError):  # forget the peak of the imports
-        Path('/proc/self/clear_refs').write_text('5')
-    before = _mebibytes('VmRSS')
     work()
-    return max(0., _mebibytes('VmHWM') - before)
+    return max(0, (resident_bytes() or 0) - before) / 2**20
 
 
 def peak_in_process(job: Dict[str, Any]) -> Optional[float]:

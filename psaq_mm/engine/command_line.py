@@ -3,10 +3,11 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from mmengine.config import Config, DictAction
@@ -77,6 +78,26 @@ def parse_launched(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
+
+
+def public_command(private: Iterable[Optional[str]]) -> str:
+    """The command line of this process, but for the names of somebody's images.
+
+    Args:
+        private (Iterable[str]): Arguments that are not repeated; None is passed over.
+    """
+    hidden = {name for name in private if name}
+    program = sys.argv[0]
+    words = ['python', program] if program.endswith('.py') else program.split()
+    for word in sys.argv[1:]:
+        option, _, value = word.partition('=')
+        if word in hidden:
+            word = 'IMAGES'
+        elif value in hidden:
+            word = f'{option}=IMAGES'
+        if word != 'IMAGES' or words[-1:] != ['IMAGES']:
+            words.append(word)
+    return ' '.join(shlex.quote(word) for word in words)
 
 
 def run_tool(main: Callable[[], Any]) -> None:

@@ -24,6 +24,8 @@ from .dataset_meta import inference_config
 CLEAR_SIDE = 640
 """Pictures of smaller images are enlarged by a whole factor, to about this many pixels: the
 hosts write labels of a fixed size."""
+MOST_SHOWN = 16
+"""Images on the page of a report: more would make it too large to send."""
 TOP = 5
 """Classes that are shown of a classifier."""
 
@@ -41,6 +43,23 @@ def find_images(paths: Sequence[str]) -> List[Path]:
     for path in found:
         require_readable(path)
     return found
+
+
+def find_shown_images(paths: Sequence[str], config: Config) -> List[Path]:
+    """The images of ``--show``, and whether the config can prepare them.
+
+    Raises:
+        UserError: If one cannot be read, the config does not say how images are prepared, or
+            there are more than a page can show.
+    """
+    if not paths:
+        return []
+    images = find_images(paths)
+    if len(images) > MOST_SHOWN:
+        raise UserError(f'--show: {len(images)} images are too many for a page, which takes '
+                        f'{MOST_SHOWN}; tools/infer.py draws any number, with --float too')
+    input_pipeline(config)
+    return images
 
 
 def require_readable(path: Path) -> None:
@@ -157,6 +176,54 @@ def build_visualizer(config: Config, meta: Mapping[str, Any]) -> Any:
         visualizer.alpha = 0.6  # of 0.8 objects under masks can hardly be seen
     visualizer.dataset_meta = dict(classes=meta['classes'], palette=meta['palette'])
     return visualizer
+
+
+class Predictor:
+    """A model, and what draws its predictions.
+
+    Args:
+        model (nn.Module): Ready to predict.
+        meta (Mapping): Its ``classes`` and their ``palette``.
+        config (Config): Says how predictions are drawn.
+    """
+
+    def __init__(self, model: nn.Module, meta: Mapping[str, Any], config: Config) -> None:
+        self.model, self.classes = model, meta['classes']
+        self.visualizer = build_visualizer(config, meta)
+
+
+def compare_predictions(models: Mapping[str, Predictor], inputs: Mapping[str, Any],
+                        image: np.ndarray, score_thr: float = 0.3
+                        ) -> Tuple[Image.Image, Dict[str, Dict[str, Any]]]:
+    """What several models predict for one image.
+
+    Args:
+        models (Mapping[str, Predictor]): By the title over their pictures.
+        inputs (Mapping): From :func:`input_pipeline`.
+        image (np.ndarray): RGB of shape (H, W, 3), to draw on.
+        score_thr (float): Instances that score less are left out. Defaults to 0.3.
+
+    Returns:
+        tuple: The pictures side by side, and predictions as of :func:`plain_prediction`, by
+        title.
+    """
+    panels, found = [], {}
+    for title, one in models.items():
+        sample = predict(one.model, inputs, score_thr)
+        found[title] = plain_prediction(sample, one.classes)
+        panels.append((title, draw(image, sample, one.visualizer)))
+    return side_by_side(panels), found
+
+
+def summary(prediction: Mapping[str, Any]) -> str:
+    """A plain prediction in a few words."""
+    if 'top' in prediction:
+        best = prediction['top'][0]
+        return f'{best["class"]} ({100 * best["score"]:.0f} %)'
+    if 'instances' in prediction:
+        count = len(prediction['instances'])
+        return f'{count} object{"" if count == 1 else "s"}'
+    return f'{len(prediction["pixels"])} classes' if 'pixels' in prediction else 'nothing'
 
 
 def draw(image: np.ndarray, sample: Any, visualizer: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The runner of a quantization: mmengine's, around our pipeline."""
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Union, cast
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union, cast
 
 import torch
 from mmengine.config import Config
@@ -10,6 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from PIL import Image
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
@@ -45,10 +46,11 @@ class RunnerPipeline(Pipeline):
         self.runner.call_hook(point, **arguments)
 
     def extra_state(self) -> Dict[str, Any]:
-        return {name: [hook.state_dict() for hook in hooks]
-                for name, hooks in self._hooks().items()}
+        return {**super().extra_state(), **{name: [hook.state_dict() for hook in hooks]
+                                            for name, hooks in self._hooks().items()}}
 
     def load_extra_state(self, state: Dict[str, Any]) -> None:
+        super().load_extra_state(state)
         for name, hooks in self._hooks().items():
             for hook, saved in zip(hooks, state.get(name, [])):
                 hook.load_state_dict(saved)
@@ -86,6 +88,9 @@ class PSAQRunner(Runner):
 
     pipeline: RunnerPipeline
     """The quantization: its models, images, settings and seconds; from :meth:`quantize` on."""
+
+    pictures: List[Tuple[Image.Image, str]]
+    """Pictures of synthetic images for the report, and the sentence under each."""
 
     default_psaq_hooks = ('ProgressHook', 'ContactSheetHook', 'ReportHook')
     """Hooks of :meth:`for_quantization`, besides those of the config."""
@@ -184,7 +189,9 @@ class PSAQRunner(Runner):
     def for_quantization(cls, config: Config, model: nn.Module, *, source: Mapping[str, Any],
                          meta: Mapping[str, Any], seed: int = 0, resume: bool = False,
                          device: Union[str, torch.device] = 'cpu', launcher: str = 'none',
-                         images: Optional[Tensor] = None, mix: bool = False) -> 'PSAQRunner':
+                         images: Optional[Tensor] = None, mix: bool = False,
+                         shown_images: Sequence[Path] = (), sensitivity_images: int = 1,
+                         command: Optional[str] = None) -> 'PSAQRunner':
         """A runner that is ready for :meth:`quantize`.
 
         Args:
@@ -201,8 +208,16 @@ class PSAQRunner(Runner):
             images (Tensor, optional): From :func:`psaq_mm.load_images`; the last ranges are
                 set at their size. Defaults to None: images are made.
             mix (bool): Whether images are made too. Defaults to False.
+            shown_images (Sequence[Path]): Image files; the report shows what the float and the
+                quantized model predict on them. Defaults to none.
+            sensitivity_images (int): As of :class:`~psaq_mm.engine.hooks.ReportHook`. Defaults
+                to 1.
+            command (str, optional): How the run was started, for the report. Defaults to None.
         """
         hooks = cls.hooks_for_quantization(config)
+        for hook in hooks:
+            if hook == dict(type='psaq_mm.ReportHook'):
+                hook['sensitivity_images'] = sensitivity_images
         # mmengine's default hooks count iterations of a data loader; there is
         # none here.
         no_hooks: Dict[str, Optional[Hook]] = dict.fromkeys(
@@ -220,6 +235,8 @@ class PSAQRunner(Runner):
         runner.source = dict(source)
         runner.source_meta = dict(meta)
         runner.own_images, runner.mix = images, mix
+        runner.shown_images, runner.command = list(shown_images), command
+        runner.pictures = []
         return runner
 
     def dump_config(self) -> None:

@@ -8,12 +8,13 @@ from .final_ranges import (
     recalibration_count,
     transfer_learned_ranges,
 )
-from .measurement import measure_sqnr
+from .measurement import measure_each_alone, measure_sqnr, quantized_alone
 from .preparation import prepare
 from .reconstruction import Reconstructor, reconstruct, reconstructor
 from .rounding import round_by_gptq, round_weights
 
 __all__ = ['Reconstructor', 'calibrate', 'calibrate_ranges', 'equalize', 'equalize_channels',
-           'has_learned_ranges', 'measure_sqnr', 'prepare', 'recalibrate', 'recalibration_count',
-           'reconstruct', 'reconstructor', 'round_by_gptq', 'round_weights', 'scope_of',
+           'has_learned_ranges', 'measure_each_alone', 'measure_sqnr', 'prepare',
+           'quantized_alone', 'recalibrate', 'recalibration_count', 'reconstruct',
+           'reconstructor', 'round_by_gptq', 'round_weights', 'scope_of',
            'transfer_learned_ranges']

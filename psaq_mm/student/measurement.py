@@ -1,12 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """How far each quantized module is from its float self."""
 import math
-from contextlib import ExitStack
-from typing import Any, Callable, Dict, List
+from contextlib import ExitStack, contextmanager
+from typing import Any, Callable, Collection, Dict, Iterator, List, Mapping, Optional
 
 import torch
 from torch import Tensor, nn
 
+from psaq_mm.adapters import TapRecord
 from psaq_mm.ops import named_quant_ops, quantization_enabled
 from psaq_mm.quantization.sqnr import decibel
 
@@ -15,8 +16,75 @@ def _first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else _first_tensor(output[0])
 
 
-def measure_sqnr(model: nn.Module, images: Tensor,
-                 forward: Callable[[Tensor], None]) -> Dict[str, float]:
+@contextmanager
+def quantized_alone(student: nn.Module, teacher: nn.Module,
+                    names: Collection[str] = ()) -> Iterator[None]:
+    """Within the block a student computes what its teacher does, but for some of its ops.
+
+    All other quantizers are off, and all other parameters are the teacher's: those of the
+    student may be rounded or learned.
+
+    Args:
+        student (nn.Module): A calibrated model.
+        teacher (nn.Module): The float model that it is a copy of, on the same device.
+        names (Collection[str]): Names of the ops that stay quantized. Defaults to none.
+    """
+    floats = dict(teacher.named_modules())
+    chosen: List[Any] = [student.get_submodule(name) for name in names]
+    kept = [(q, q.enabled) for op in chosen for q in op.quantizers.values()]
+    before = []
+    try:
+        with quantization_enabled(student, False):
+            for quantizer, enabled in kept:
+                quantizer.enabled = enabled
+            for name, module in student.named_modules():
+                if module not in chosen and module._parameters:
+                    before.append((module, dict(module._parameters)))
+                    module._parameters.update(floats[name]._parameters)
+            yield
+    finally:
+        for module, parameters in before:
+            module._parameters.update(parameters)
+
+
+def measure_each_alone(student: nn.Module, teacher: nn.Module, images: Tensor,
+                        groups: Mapping[str, Collection[str]],
+                        forward: Callable[[nn.Module, Tensor, Optional[List[Tensor]]], TapRecord]
+                        ) -> Dict[str, float]:
+    """What the taps of a model lose when one group of its ops alone is quantized.
+
+    Each image runs once for the teacher and once for each group.
+
+    Args:
+        student (nn.Module): A calibrated model; it is as before afterwards.
+        teacher (nn.Module): The float model that it is a copy of.
+        images (Tensor): Normalized images of shape (N, C, H, W).
+        groups (Mapping[str, Collection[str]]): Name of each group to the names of its ops.
+        forward (Callable): Runs one of the models on an image of shape (1, C, H, W), on the
+            regions of the teacher where there are any.
+
+    Returns:
+        dict[str, float]: Name of each group to its relative error: the root of the mean over
+        taps and images of ``sum (T - S)^2 / sum T^2``. 0 where nothing is lost.
+    """
+    powers: Dict[str, List[float]] = {name: [] for name in groups}
+    with torch.no_grad():
+        for image in images.split(1):
+            expected = forward(teacher, image, None)
+            for group, names in groups.items():
+                with quantized_alone(student, teacher, names):
+                    found = forward(student, image, expected.regions).taps
+                for tap, value in expected.taps.items():
+                    signal = float(value.double().pow(2).sum())
+                    if signal:  # a tap may be empty: no regions
+                        noise = float((value.double() - found[tap].double()).pow(2).sum())
+                        powers[group].append(noise / signal)
+    return {group: math.sqrt(sum(values) / max(1, len(values)))
+            for group, values in powers.items()}
+
+
+def measure_sqnr(model: nn.Module, images: Tensor, forward: Callable[[Tensor], None],
+                 teacher: Optional[nn.Module] = None) -> Dict[str, float]:
     """SQNR of the output of each quantized module, in the quantized network.
 
     Each image runs twice, with quantization off and on; a module's error
@@ -26,6 +94,8 @@ def measure_sqnr(model: nn.Module, images: Tensor,
         model (nn.Module): A calibrated model.
         images (Tensor): Normalized images of shape (N, C, H, W).
         forward (Callable): Runs the model on a batch of them.
+        teacher (nn.Module, optional): The float model that it is a copy of. Defaults to None:
+            the model with its quantizers off, whose weights GPTQ may have rounded.
 
     Returns:
         dict[str, float]: Module name to decibel, as of :func:`decibel`. Modules whose output has
@@ -57,7 +127,8 @@ def measure_sqnr(model: nn.Module, images: Tensor,
         for image in images.split(1):
             recording = True
             reference.clear()
-            with quantization_enabled(model, False):
+            with quantization_enabled(model, False) if teacher is None \
+                    else quantized_alone(model, teacher):
                 forward(image)
             recording = False
             forward(image)

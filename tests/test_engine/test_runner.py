@@ -103,7 +103,7 @@ def test_phases_and_hooks(trace, quantization_config, tmp_path):
     with torch.no_grad():
         before = model.backbone(image)
     runner = PSAQRunner.for_quantization(config, model, meta={}, seed=3,
-                                         source=dict(file='x', sha256='y'))
+                                         source=dict(file='x', sha256='y'), sensitivity_images=0)
     student = runner.quantize()
     sample = ['adversarial_factor', 'discrepancy', 'patch_similarity', 'total', 'total_variation']
     assert trace == ['before_synthesis', 'step 1', 'step 2', 'step 3', 'step 4',
@@ -137,7 +137,7 @@ def test_weights_that_learn_nothing_are_rounded(options, rounded, trace, wide_ra
     config.work_dir = str(tmp_path)
     config.custom_hooks = [dict(type=f'psaq_mm.{name}') for name in ('TraceHook', wide_ranges)]
     runner = PSAQRunner.for_quantization(config, build_float_model(config), meta={}, seed=3,
-                                         source=dict(file='x', sha256='y'))
+                                         source=dict(file='x', sha256='y'), sensitivity_images=0)
     student = runner.quantize()
     game = runner.pipeline.recipe.evolution
     learns = bool(game.rounds) and game.learn == 'both'
@@ -163,7 +163,7 @@ def test_losses_reach_the_visualizer(quantization_config, tmp_path):
                                                'visualizer.name': 'of_this_test'})
     config.work_dir = str(tmp_path)
     runner = PSAQRunner.for_quantization(config, build_float_model(config), meta={},
-                                         source=dict(file='x', sha256='y'))
+                                         source=dict(file='x', sha256='y'), sensitivity_images=0)
     runner.quantize()
     files = list(tmp_path.glob('*/vis_data/scalars.json'))
     assert len(files) == 1

@@ -1,4 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+import copy
 import math
 
 import pytest
@@ -8,9 +9,10 @@ from mmdet.models.backbones.swin import SwinTransformer
 from torch import nn
 
 import psaq_mm
+from psaq_mm.adapters import TapRecord
 from psaq_mm.ops import apply_plan, named_quant_ops
 from psaq_mm.quantization import Quantizer, QuantSpec
-from psaq_mm.student import measure_sqnr
+from psaq_mm.student import measure_each_alone, measure_sqnr, quantized_alone
 
 
 def quantized(model, *names, bits=4):
@@ -143,3 +145,66 @@ def test_more_bits_are_better():
     gains = [results[8][name] - results[4][name] for name in results[8]
              if name != 'patch_embed.projection']  # 8 bits in both
     assert all(15 < gain < 35 for gain in gains), gains  # 4 bits are 24 dB
+
+
+def two_layers():
+    """A student of two layers, 4 bits, and the float model that it is a copy of."""
+    teacher = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        teacher[0].weight.copy_(torch.tensor([[7., 2.4], [-7., 0.25]]))
+        teacher[1].weight.copy_(torch.tensor([[7., 1.6]]))
+    return quantized(copy.deepcopy(teacher), '0', '1'), teacher
+
+
+def run(model, image, regions):
+    return TapRecord({'a.0': model(image), 'a.1': 2 * model(image), 'a.2': image[:, :0]})
+
+
+def test_sensitivity_by_hand():
+    """The weights become [[7, 2], [-7, 0]] and [[7, 2]]; for x = (1, 2) the hidden values are
+    11.8 and -6.5, and the output is 72.2."""
+    student, teacher = two_layers()
+    groups = {'first': ['0'], 'second': ['1'], 'both': ['0', '1'], 'none': []}
+    found = measure_each_alone(student, teacher, torch.tensor([[1., 2.]]), groups, run)
+    output = 7 * 11.8 - 1.6 * 6.5
+    expected = dict(first=7 * 0.8 + 1.6 * 0.5, second=0.4 * 6.5, none=0.)
+    expected['both'] = output - (7 * 11 - 2 * 7)
+    assert found == {name: pytest.approx(abs(error) / output, abs=1e-6)
+                     for name, error in expected.items()}
+
+
+def test_sensitivity_is_a_mean_over_images():
+    student, teacher = two_layers()
+    images = torch.tensor([[1., 2.], [3., -1.]])
+    each = [measure_each_alone(student, teacher, image[None], {'': ['0']}, run)['']
+            for image in images]
+    both = measure_each_alone(student, teacher, images, {'': ['0']}, run)['']
+    assert both == pytest.approx(math.sqrt((each[0]**2 + each[1]**2) / 2))
+
+
+def test_rounded_weights_are_part_of_sensitivity():
+    """GPTQ leaves a weight on its integers: with quantizers off a student is not in float."""
+    student, teacher = two_layers()
+    expected = measure_each_alone(student, teacher, torch.ones(1, 2), {'': ['0']}, run)
+    with torch.no_grad():
+        for _, op in named_quant_ops(student):
+            op.weight.copy_(op.quantized_weight())
+    parameters = dict(student.named_parameters())
+    assert measure_each_alone(student, teacher, torch.ones(1, 2), {'': ['0']}, run) == expected
+    assert all(parameters[name] is p for name, p in student.named_parameters())
+    assert measure_sqnr(student, torch.ones(1, 2), student) == {'0': math.inf, '1': math.inf}
+    against_float = measure_sqnr(student, torch.ones(1, 2), student, teacher)
+    assert all(0 < value < 40 for value in against_float.values())
+
+
+def test_alone_is_float_but_for_the_named_ops():
+    student, teacher = two_layers()
+    images, before = torch.randn(3, 2), student(torch.ones(1, 2))
+    with quantized_alone(student, teacher):
+        assert torch.equal(student(images), teacher(images))
+    with pytest.raises(RuntimeError), quantized_alone(student, teacher, ['1']):
+        hidden = student[0](images)
+        assert torch.equal(hidden, teacher[0](images))
+        assert not torch.equal(student[1](hidden), teacher[1](hidden))
+        raise RuntimeError
+    assert torch.equal(student(torch.ones(1, 2)), before)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import statistics
@@ -56,6 +57,18 @@ def test_writes_checkpoint_pictures_and_report(finished_run):
 
 def test_report_says_what_was_done(finished_run, demo_checkpoint):
     report = json.loads((finished_run[0] / 'report.json').read_text())
+    assert all(0 < entry['sensitivity'] < 0.2 for entry in report['modules'])
+    assert {'synthesis', 'calibration', 'evolution', 'report'} <= set(report['memory'])
+    assert all(peaks['process'] > 1e8 for peaks in report['memory'].values())
+    assert report['command'].startswith(f'python {ROOT / "tools" / "quantize.py"} ')
+    assert report['file_bytes']['float'] == demo_checkpoint.stat().st_size
+    page = (finished_run[0] / 'report.html').read_text()
+    assert page.count('data:image/jpeg') == 3 and page.count('<svg') == 5
+    assert 'a row after each of the steps 1, 2, 4.' in page and 'How they evolved' in page
+    assert len(page) < 1_000_000
+    shown = sorted(path.name for path in finished_run[0].glob('*/vis_data/vis_image/*'))
+    assert shown == [*(f'evolution_{i}.png' for i in (3, 6)),
+                     *(f'synthesis_{i}.png' for i in (1, 2, 4, 8))]
     modules = {entry['name']: entry for entry in report['modules']}
     patch = modules['backbone.patch_embed.projection']
     assert patch['tensors']['weight'] == dict(patch['tensors']['weight'], bits=8, ranges=32)
@@ -97,6 +110,23 @@ def test_one_call_gives_the_same_bits(finished_run, tmp_path, quantization_confi
                      for folder in (finished_run[0], tmp_path))
     assert_same_state(first, second)
     assert first['psaq_mm']['modules'] == second['psaq_mm']['modules']
+
+
+@pytest.mark.parametrize('options, message', [
+    (('--show', 'nowhere.png'), 'nowhere.png'), (('--show', 'many'), '17 images are too many'),
+    (('--show', 'file.png'), 'cannot be read'),
+    (('--sensitivity-images', -1), '--sensitivity-images must be 0 or more, got -1')])
+def test_bad_report_options(options, message, tmp_path, call_tool, monkeypatch,
+                            quantization_config, demo_checkpoint):
+    (tmp_path / 'many').mkdir()
+    for i in range(17):
+        Image.new('RGB', (2, 2)).save(tmp_path / 'many' / f'{i}.png')
+    (tmp_path / 'file.png').write_text('')
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
+                               'out', *options)
+    assert status == 2 and err.startswith('error: ') and message in err
+    assert not (tmp_path / 'out').exists()
 
 
 def test_dumped_config_gives_the_same_bits(finished_run, tmp_path, call_tool,
@@ -159,12 +189,16 @@ def test_resume_gives_the_same_bits(stop_at, finished_run, tmp_path, call_tool, 
     arguments = (quantization_config, demo_checkpoint, '--work-dir', tmp_path, '--seed', 7,
                  '--device', 'cpu', '--cfg-options', *FEW)
     monkeypatch.setattr(Synthesizer, 'step', interrupted)
-    status, _, _ = call_tool('quantize', *arguments)
+    status, _, _ = call_tool('quantize', *arguments, page=stop_at == 4)
     assert status == 130 and not (tmp_path / 'quantized.pth').exists()
     monkeypatch.setattr(Synthesizer, 'step', step)
-    status, _, err = call_tool('quantize', *arguments, '--resume')
+    status, _, err = call_tool('quantize', *arguments, '--resume', page=stop_at == 4)
     assert status == 0, err
     assert_same_checkpoint(finished_run[0] / 'quantized.pth', tmp_path / 'quantized.pth')
+    if stop_at == 4:  # with the pictures from before the stop
+        pages = [(folder / 'report.html').read_text() for folder in (finished_run[0], tmp_path)]
+        pictures = [re.findall('data:image/jpeg[^"]+', page) for page in pages]
+        assert len(pictures[0]) == 3 and pictures[0] == pictures[1]
 
 
 @pytest.mark.parametrize('stop_at, how', [
@@ -196,6 +230,7 @@ def test_resumed_evolution_gives_the_same_bits(stop_at, how, finished_run, tmp_p
     report = json.loads((tmp_path / 'report.json').read_text())
     first = json.loads((finished_run[0] / 'report.json').read_text())
     assert report['losses'] == first['losses']
+    assert set(report['memory']) == set(first['memory'])
     picture, expected = (Image.open(path / 'evolution.png')
                          for path in (tmp_path, finished_run[0]))
     assert picture.tobytes() == expected.tobytes()  # rounds from before the stop too
@@ -659,8 +694,13 @@ def test_own_images(tmp_path, call_tool, quantization_config, demo_checkpoint, p
     """Log, report and manifest say how many they are, and nothing else of them."""
     arguments = (quantization_config, demo_checkpoint, '--work-dir', tmp_path, '--device', 'cpu',
                  '--images', photos, '--max-images', 1, '--cfg-options', *OWN)
-    status, _, err = call_tool('quantize', *arguments)
+    status, _, err = call_tool('quantize', *arguments[:-len(OWN) - 1], '--show',
+                               photos / '1.png', '--sensitivity-images', 0,
+                               *arguments[-len(OWN) - 1:], page=True)
     assert status == 0, err
+    page = (tmp_path / 'report.html').read_text()
+    assert 'set on 1 of your own images' in page and page.count('data:image/jpeg') == 1
+    assert 'Image 1: float ' in page and 'Sensitivity was not measured' in page
     used = dict(count=1, shape=[3, 32, 32], own=1, synthetic=0)
     report = json.loads((tmp_path / 'report.json').read_text())
     manifest = load_checkpoint_file(tmp_path / 'quantized.pth')['psaq_mm']
@@ -668,7 +708,9 @@ def test_own_images(tmp_path, call_tool, quantization_config, demo_checkpoint, p
     log = next(tmp_path.glob('*/*.log')).read_text()
     assert 'images: 1 own of 32x32' in log and 'size of test images: 32x32, from the given' in log
     assert not (tmp_path / 'synthetic.png').exists() and 'synthesis' not in report['seconds']
-    for text in (log, json.dumps(report), json.dumps(manifest)):
+    assert '--images IMAGES --max-images 1' in report['command']
+    assert '--show IMAGES --sens' in report['command']
+    for text in (log, json.dumps(report), json.dumps(manifest), page):
         assert str(photos) not in text and '.png' not in text.replace('synthetic.png', '')
 
     status, _, err = call_tool('quantize', *arguments, '--mix')

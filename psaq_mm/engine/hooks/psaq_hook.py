@@ -25,7 +25,8 @@ class PSAQHook(Hook):
         return {}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`, just before :meth:`before_evolution`."""
+        """Continue from :meth:`state_dict`, just before :meth:`before_synthesis` if a run is
+        resumed there or later, and before :meth:`before_evolution` if it is resumed there."""
 
     def before_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
         """Before the first step, or the first one that is not done yet."""
