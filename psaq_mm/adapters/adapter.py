@@ -325,6 +325,11 @@ class Adapter:
         """
         raise NotImplementedError
 
+    def extreme_pixels(self, model: nn.Module) -> Optional[Tensor]:
+        """The darkest and the brightest pixel of each channel, as the model sees them, shape
+        (2, C, 1, 1); None if it is not known how its images are normalized."""
+        return torch.cat(self.valid_range(model))
+
     def check_pixels(self, model: nn.Module) -> None:
         """Raise if it is not known what pixels a model sees, and warn if they are not
         normalized.

@@ -282,6 +282,12 @@ class OpenMMLabSwinAdapter(Adapter):
         mean, std = getattr(preprocessor, 'mean', None), getattr(preprocessor, 'std', None)
         return pixel_range(channels, mean, std)
 
+    def extreme_pixels(self, model: nn.Module) -> Optional[Tensor]:
+        preprocessor = getattr(model, 'data_preprocessor', None)
+        if self._seen(model) is None and getattr(preprocessor, 'mean', None) is None:
+            return None
+        return super().extreme_pixels(model)
+
     def is_rgb(self, model: nn.Module) -> bool:
         seen = self._seen(model)
         if seen is not None:

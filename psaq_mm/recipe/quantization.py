@@ -54,7 +54,8 @@ def _overrides() -> Dict[str, Any]:
     return {
         # Averages over tokens, images, and inputs of layers that keep 8 bits: nothing to clip.
         '*attn*.proj': dict(input=everything),
-        '@patch_embed': dict(input=everything),
+        # Calibration shows the darkest and the brightest pixel: no margin is needed.
+        '@patch_embed': dict(input=dict(everything, margin=0.)),
         # Few regions hold objects, and synthetic images fewer than photographs: the range
         # needs a margin, and a margin needs bits. Weights have as many as the rest.
         '@roi_head': dict(input=dict(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import Adapter, module_device
+from psaq_mm.adapters.hosts import matching_adapter
 from psaq_mm.errors import UserError
 from psaq_mm.modes import evaluating
 from psaq_mm.ops import named_quant_ops, named_quantizers, quantization_enabled
@@ -93,6 +94,7 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
         with restoring_ranges([*observed, *weights]):
             for quantizer in observed:
                 quantizer.start_observing()
+            _show_extreme_pixels(model)
             with quantization_enabled(model, False), _errors_named(observed):
                 run_images(forward, images, batch_size, progress)
             _merge_processes(list(observed))
@@ -106,6 +108,22 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
     finally:
         for quantizer in observed:
             quantizer.observer = None
+
+
+def _show_extreme_pixels(model: nn.Module) -> None:
+    """Let observers of pixels see the darkest and the brightest there are, as far as it is
+    known how a model's images are normalized [choice].
+
+    Synthetic images may have neither, and photographs of dark scenes are little else: a range
+    that cuts them off changes all that follows [measured].
+    """
+    adapter = matching_adapter(model)
+    pixels = adapter.extreme_pixels(model) if adapter is not None else None
+    if adapter is None or pixels is None:
+        return
+    for name, role, quantizer in named_quantizers(model):
+        if role == 'input' and adapter.is_patch_embed(model, name) and quantizer.observer:
+            quantizer.observer.observe(pixels.to(module_device(model)), quantizer.axis)
 
 
 def _merge_processes(quantizers: List[Quantizer]) -> None:

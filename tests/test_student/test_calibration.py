@@ -10,6 +10,7 @@ from conftest import plain_student
 from mmdet.models.backbones.swin import SwinTransformer
 from mmengine.model import ExponentialMovingAverage
 from mmengine.runner.checkpoint import load_state_dict
+from small_models import detector
 from torch import nn
 
 import psaq_mm
@@ -311,3 +312,24 @@ def test_quantizer_alone():
     quantizer.finish_observing()
     assert float(quantizer.scale) == pytest.approx(4 / 255)
     assert float(quantizer.zero_point) == 64.
+
+
+def test_range_of_pixels_holds_black_and_white():
+    """Whatever the images are: photographs of dark scenes are black for the most part."""
+    grey = torch.rand(2, 3, 64, 64) * 0.1
+    student = plain_student(detector(), grey)
+    low, high = student.backbone.patch_embed.projection.quantizers['input'].range()
+    preprocessor = student.data_preprocessor
+    darkest, brightest = ((value - preprocessor.mean) / preprocessor.std
+                          for value in (0, 255))
+    step = (high - low) / 255
+    assert low == pytest.approx(float(darkest.min()), abs=float(step))
+    assert high == pytest.approx(float(brightest.max()), abs=float(step))
+
+
+def test_range_of_pixels_follows_the_images_where_nothing_says_how_they_are_normalized():
+    images = torch.rand(2, 3, 56, 56)
+    student = plain_student(swin())
+    psaq_mm.calibrate(student, images)
+    low, high = student.patch_embed.projection.quantizers['input'].range()
+    assert -0.01 <= low <= 0 and 0.9 < high < 1.1
