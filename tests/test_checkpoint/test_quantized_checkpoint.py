@@ -543,7 +543,7 @@ DAMAGE = {
     'empty state_dict': (top(quantized_state_dict={}), 'weight_integers|scale'),
     'manifest of None': (top(psaq_mm=None), 'not a manifest'),
     'manifest of a list': (top(psaq_mm=[1]), 'not a manifest'),
-    'newer': (manifest(format_version=3), 'update psaq_mm'),
+    'newer': (manifest(format_version=4), 'update psaq_mm'),
     'modules of a list': (manifest(modules=[QKV]), 'names no quantized modules'),
     'unknown op': (modules(lambda m: m[QKV].update(op='QuantGELU')),
                    rf'{QKV} \(is \w+, the checkpoint has QuantGELU\)'),
