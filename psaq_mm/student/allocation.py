@@ -5,8 +5,18 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, \
-    Tuple
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import numpy as np
 from mmengine.logging import print_log
@@ -20,7 +30,7 @@ from psaq_mm.ops import Plan, apply_plan, kinds_in, plan_quantization
 from psaq_mm.quantization.packing import packed_bytes
 from psaq_mm.recipe import QuantizationSettings
 from psaq_mm.recipe.checks import check_progress, check_seed
-from psaq_mm.recipe.quantization import BUDGETS, size_in_bytes
+from psaq_mm.recipe.quantization import size_in_bytes
 from psaq_mm.recipe.widths import is_free, spec_at_width
 
 from .history import require_float, require_images
@@ -161,7 +171,12 @@ class Allocator:
                                    progress=progress)
 
     def choose(self, groups: Sequence[TensorGroup]) -> Allocation:
-        """The bits with the smallest loss within the budget; for ``max_drop`` the smallest size."""
+        """The bits with the smallest loss within the budget, or the smallest size for
+        ``max_drop``.
+
+        Raises:
+            UserError: If none keep to it.
+        """
         settings = self.settings
         losses = [dict(group.losses) for group in groups]
         for group, values in zip(groups, losses):
@@ -238,7 +253,8 @@ class Allocator:
         for name in self.plan:  # the last word, in the order of the model
             if name in changes:
                 overrides[name] = {**settings.overrides.get(name, {}), **changes[name]}
-        return replace(settings, overrides=overrides, **dict.fromkeys(BUDGETS))
+        return replace(settings, overrides=overrides, mean_bits=None, target_size=None,
+                       max_drop=None)
 
 
 class Limit(NamedTuple):

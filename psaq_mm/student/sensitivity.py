@@ -136,7 +136,7 @@ def measure_sensitivity(student: nn.Module, images: Tensor, specs: Specs, seed: 
                 record = adapter.forward_taps(student, image, groups)
                 for probe in range(probes):
                     product = _random_product(record.taps, generator)
-                    product.backward(retain_graph=probe < probes - 1)  # type: ignore
+                    product.backward(retain_graph=probe < probes - 1)
                     meter.finish_probe()
             meter.finish_image()
             if progress is not None:
@@ -189,7 +189,7 @@ class _Meter(ExitStack):
                           for t, by_bits in quantizers.items()}
         self._squares = {t: torch.zeros_like(p, dtype=torch.float64)
                          for t, p in self._products.items()}
-        self._elements = {t: 0 for t in quantizers}
+        self._elements = dict.fromkeys(quantizers, 0)
         self._inputs: List[Tuple[Tensor, TensorName]] = []
         self._readers: Dict[TensorName, TensorName] = {}
 
@@ -223,8 +223,8 @@ class _Meter(ExitStack):
     def finish_probe(self) -> None:
         """Square the products of one random direction."""
         for (name, role), products in self._products.items():
-            if role == 'weight' and self.ops[name].weight.grad is not None:
-                weight = self.ops[name].weight
+            weight = self.ops[name].weight if role == 'weight' else None
+            if weight is not None and weight.grad is not None:
                 self._add((name, role), weight.detach(), weight.grad)
             self._squares[name, role] += products.double().square()
             products.zero_()

@@ -109,8 +109,8 @@ def test_values_that_are_no_integers(dtype):
 
 
 @pytest.mark.parametrize('bits, size, shape', [
-    (8, 3, [2, 2]), (8, 5, [2, 2]), (4, 1, [3]), (4, 3, [3]), (3, 0, [1]), (3, 2, [2]), (6, 2, [3]), (2, 2, [4]),
-    (2, 1, [5]), (4, 1, [0]), (8, 0, [])
+    (8, 3, [2, 2]), (8, 5, [2, 2]), (4, 1, [3]), (4, 3, [3]), (3, 0, [1]), (3, 2, [2]),
+    (6, 2, [3]), (2, 2, [4]), (2, 1, [5]), (4, 1, [0]), (8, 0, [])
 ])
 def test_wrong_number_of_bytes(bits, size, shape):
     dtype = torch.int8 if bits == 8 else torch.uint8

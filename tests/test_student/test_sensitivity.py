@@ -27,9 +27,9 @@ def student_of(model):
 
 def test_losses_are_those_of_the_tensor_alone():
     torch.manual_seed(0)
-    model, images = swin(), torch.randn(3, 3, 56, 56)
+    model, images = swin(), torch.randn(2, 3, 56, 56)
     student, specs = student_of(model)
-    groups = measure_sensitivity(student, images, specs, probes=32)
+    groups = measure_sensitivity(student, images, specs, probes=24)
     quantizers = {(name, role): q for name, role, q in named_quantizers(student)}
     assert [t for group in groups for t in group.tensors] == list(specs)
     ratios = []
@@ -41,7 +41,7 @@ def test_losses_are_those_of_the_tensor_alone():
         assert 2 < group.losses[4] / group.losses[6] < 200, tensor
         ratios.append(group.losses[6] / direct)
     assert len(ratios) > 4
-    assert 0.4 < min(ratios) and max(ratios) < 2.5
+    assert min(ratios) > 0.4 and max(ratios) < 2.5
     assert 0.8 < sum(ratios) / len(ratios) < 1.25
 
 
