@@ -167,7 +167,7 @@ def test_allocate_and_prepare():
     bits = {(name, role): q.spec.bits for name, role, q in named_quantizers(student)}
     for group, width in zip(found.groups, found.bits):
         assert {bits[tensor] for tensor in group.tensors} == {width}
-    assert len(set(found.bits)) > 2
+    assert len(set(found.bits)) > 1
     assert found.describe()[0].keys() == {'tensors', 'bits', 'elements', 'losses'}
     # Used again, as from a config, they are the same bits.
     again = psaq_mm.Recipe(quantization=found.settings)
