@@ -3,8 +3,9 @@
 import itertools
 
 import pytest
+import timm
 import torch
-from small_models import left_as_it_was, swin
+from small_models import detector, left_as_it_was, swin
 
 import psaq_mm
 from psaq_mm import QuantizationSettings, UserError
@@ -172,3 +173,29 @@ def test_allocate_and_prepare():
     # Used again, as from a config, they are the same bits.
     again = psaq_mm.Recipe(quantization=found.settings)
     assert psaq_mm.Recipe.from_dict(again.to_dict()) == again
+
+
+def test_all_of_a_detector():
+    found = psaq_mm.allocate(detector(), torch.randn(1, 3, 64, 64), settings(
+        scope='model', mean_bits=3, activation=dict(bits=4), candidate_bits=[2, 4, 8]))
+    bits = {tensor: width for group, width in zip(found.groups, found.bits)
+            for tensor in group.tensors}
+    pinned = [('roi_head.bbox_head.fc_reg', 'weight'), ('rpn_head.rpn_cls', 'weight'),
+              ('roi_head.bbox_head.shared_fcs.0', 'input'), ('backbone.patch_embed.projection',
+                                                             'weight')]
+    assert [bits[tensor] for tensor in pinned] == [8] * 4
+    assert found.mean_bits(True) <= 3 and found.mean_bits(False) <= 4
+    for group in found.groups:  # what the heads give is compared too
+        assert all(loss > 0 for loss in group.losses.values()), group.tensors
+    # Both predictors of the RPN read one tensor: equal bits, pinned as they are.
+    assert any({('rpn_head.rpn_cls', 'input'), ('rpn_head.rpn_reg', 'input')} == {*group.tensors}
+               for group in found.groups)
+
+
+def test_a_classifier():
+    model = timm.create_model('deit_tiny_patch16_224', img_size=32, embed_dim=32, depth=1,
+                              num_heads=2, num_classes=5).eval()
+    found = psaq_mm.allocate(model, torch.randn(1, 3, 32, 32), settings(
+        mean_bits=4, candidate_bits=[2, 4, 8]))
+    assert 2 <= found.mean_bits(True) <= 4
+    psaq_mm.prepare(model, found.settings)
