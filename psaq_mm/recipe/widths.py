@@ -2,7 +2,7 @@
 """The settings of one tensor at another bit width than the rest."""
 import functools
 from dataclasses import replace
-from typing import Collection, Mapping
+from typing import Any, Collection, Mapping
 
 from psaq_mm.quantization import QuantSpec
 
@@ -17,20 +17,29 @@ OF_WIDTH = ('observer', 'margin')
 """What shipped recipes set by the bits."""
 
 
-def at_width(settings: QuantizationSettings, bits: int) -> QuantizationSettings:
-    """Settings with as many bits for all weights and activations that have the default's."""
-    return replace(settings, weight=replace(settings.weight, bits=bits),
-                   activation=replace(settings.activation, bits=bits))
+def without_budget(settings: QuantizationSettings, **changes: Any) -> QuantizationSettings:
+    """Settings with other values, for whose bits nothing is left to choose."""
+    return replace(settings, **{'mean_bits': None, 'target_size': None, 'max_drop': None,
+                                **changes})
 
 
-def is_free(settings: QuantizationSettings, name: str, role: str,
-            kinds: Collection[str] = ()) -> bool:
-    """Whether the bits of a tensor are those of ``weight`` or ``activation``: nothing pins them.
+class FreeTensors:
+    """Which tensors have the bits of ``weight`` or ``activation``: nothing pins theirs.
 
-    Arguments are those of :meth:`QuantizationSettings.spec_for`.
+    Args:
+        settings (QuantizationSettings): What is quantized, and how.
     """
-    return all(at_width(settings, bits).spec_for(name, role, kinds).bits == bits
-               for bits in (2, 8))
+
+    def __init__(self, settings: QuantizationSettings) -> None:
+        self._settings = {bits: without_budget(
+            settings, weight=replace(settings.weight, bits=bits),
+            activation=replace(settings.activation, bits=bits)) for bits in (2, 8)}
+
+    def has(self, name: str, role: str, kinds: Collection[str] = ()) -> bool:
+        """Whether a tensor is one; arguments are those of
+        :meth:`QuantizationSettings.spec_for`."""
+        return all(settings.spec_for(name, role, kinds).bits == bits
+                   for bits, settings in self._settings.items())
 
 
 def spec_at_width(settings: QuantizationSettings, bits: int, name: str, role: str,

@@ -31,7 +31,7 @@ from psaq_mm.quantization.packing import packed_bytes
 from psaq_mm.recipe import QuantizationSettings
 from psaq_mm.recipe.checks import check_progress, check_seed
 from psaq_mm.recipe.quantization import size_in_bytes
-from psaq_mm.recipe.widths import is_free, spec_at_width
+from psaq_mm.recipe.widths import FreeTensors, spec_at_width, without_budget
 
 from .history import require_float, require_images
 from .sensitivity import Specs, TensorGroup, measure_sensitivity
@@ -130,11 +130,11 @@ class Allocator:
         self.model, self.settings = model, settings
         adapter = find_adapter(model)
         self.plan = plan_quantization(model, settings, adapter)
-        kinds = kinds_in(model, settings, adapter)
+        kinds, free = kinds_in(model, settings, adapter), FreeTensors(settings)
         self.specs: Specs = {
             (name, role): {bits: spec_at_width(settings, bits, name, role, kinds(name))
                            for bits in settings.candidate_bits}
-            if is_free(settings, name, role, kinds(name)) else {spec.bits: spec}
+            if free.has(name, role, kinds(name)) else {spec.bits: spec}
             for name, roles in self.plan.items() for role, spec in roles.items()}
 
     def check_size(self) -> None:
@@ -186,6 +186,7 @@ class Allocator:
                           f'({group.tensors[0][1]}): it keeps {kept} bits', logger='current')
                 values.clear()
                 values[kept] = 0.
+        fewest = sum(self._bytes(group, min(group.losses)) for group in groups)
         groups = tuple(replace(group, losses=values) for group, values in zip(groups, losses))
         limits = [self._mean(groups, False, settings.activation.bits)]
         if settings.mean_bits is not None:
@@ -195,8 +196,7 @@ class Allocator:
         if settings.target_size is not None:
             target = size_in_bytes(settings.target_size)
             assert target is not None
-            fixed = self._file_bytes(min) - sum(min(size.values()) for size in sizes)
-            limits.append(Limit(sizes, target - fixed))
+            limits.append(Limit(sizes, target - self._file_bytes(min) + fewest))
         if settings.max_drop is not None:
             limits.append(Limit(losses, settings.max_drop / 100))
             objective = sizes
@@ -253,8 +253,7 @@ class Allocator:
         for name in self.plan:  # the last word, in the order of the model
             if name in changes:
                 overrides[name] = {**settings.overrides.get(name, {}), **changes[name]}
-        return replace(settings, overrides=overrides, mean_bits=None, target_size=None,
-                       max_drop=None)
+        return without_budget(settings, overrides=overrides)
 
 
 class Limit(NamedTuple):

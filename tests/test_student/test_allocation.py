@@ -152,6 +152,18 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(values, message):
         psaq_mm.allocate(swin(), torch.randn(1, 3, 32, 32), settings(**values))
 
 
+def test_what_no_output_depends_on_keeps_its_bits():
+    allocator = Allocator(swin(), settings(target_size='175kB', weight=dict(bits=6),
+                                           candidate_bits=[4, 6, 8]))
+    groups = groups_of(allocator)
+    at = next(i for i, group in enumerate(groups) if group.is_weight and i > 3)
+    groups[at] = TensorGroup(groups[at].tensors, groups[at].elements, {4: 0., 6: 0., 8: 0.})
+    found = allocator.choose(groups)
+    assert found.bits[at] == 6
+    plan = plan_quantization(allocator.model, found.settings, find_adapter(allocator.model))
+    assert planned_bytes(allocator.model, plan) <= 175_000
+
+
 def test_prepare_wants_bits_to_be_chosen_first():
     with pytest.raises(UserError, match='mean_bits=4.* call psaq_mm.allocate first'):
         psaq_mm.prepare(swin(), settings(mean_bits=4))
