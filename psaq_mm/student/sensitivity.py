@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import module_device
 from psaq_mm.evolution.discrepancy import group_of
+from psaq_mm.evolution.views import random_blend, random_zoom
 from psaq_mm.modes import evaluating
 from psaq_mm.ops import QuantOp, named_quant_ops, quantization_enabled
 from psaq_mm.prior import derived_seed
 from psaq_mm.processes import stopping_together
 from psaq_mm.quantization import Quantizer, QuantSpec, fake_quantize
+from psaq_mm.recipe import EvolutionSettings
 
 from .calibration import calibrate_ranges, forward_of_scope
 
@@ -34,6 +36,10 @@ Specs = Mapping[TensorName, Mapping[int, QuantSpec]]
 PROBES = 4
 """Random directions for each image [choice]: with 8 images losses have a relative standard
 deviation of about a quarter, a tenth of what a bit changes."""
+
+
+VIEWS = EvolutionSettings()
+"""Whose ``zoom`` and ``contrast`` the views of images have."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ def measure_tap_error(student: nn.Module, teacher: nn.Module, images: Tensor) ->
 
 
 def measure_sensitivity(student: nn.Module, images: Tensor, specs: Specs, seed: int = 0,
-                        batch_size: int = 8, probes: int = PROBES,
+                        batch_size: int = 8, probes: int = PROBES, views: bool = True,
                         progress: Optional[Callable[[int], None]] = None) -> List[TensorGroup]:
     """What the taps of a model lose when one tensor alone is quantized, at several widths.
 
@@ -105,11 +111,14 @@ def measure_sensitivity(student: nn.Module, images: Tensor, specs: Specs, seed: 
     Args:
         student (nn.Module): With quantized ops and the float model's weights. Its ranges are
             changed.
-        images (Tensor): Normalized images of shape (N, C, H, W).
+        images (Tensor): Normalized images of shape (N, C, H, W), which ranges are set on.
         specs (Mapping): Every quantized tensor, as module and role, to bits to spec.
         seed (int): Seed of the random directions. Defaults to 0.
         batch_size (int): Images in a forward pass that sets ranges. Defaults to 8.
         probes (int): Random directions for each image. Defaults to 4.
+        views (bool): Whether losses are measured on a view of each image, as the student of a
+            game sees: photographs are plainer than images of the prior, and bits that are chosen
+            by these alone keep less of them [measured]. Defaults to True.
         progress (Callable, optional): Called with 1 after each image. Defaults to None.
 
     Returns:
@@ -124,14 +133,19 @@ def measure_sensitivity(student: nn.Module, images: Tensor, specs: Specs, seed: 
     meter = _Meter(student, quantizers)
     adapter, device = find_adapter(student), module_device(student)
     groups = adapter.tap_groups(student)
+    lower, upper = (end.to(device) for end in adapter.valid_range(student))
     for module in student.modules():  # recomputed activations would be seen twice
         if getattr(module, adapter.recompute_flag, False):
             setattr(module, adapter.recompute_flag, False)
     with evaluating(student, gradients=True), quantization_enabled(student, False), meter, \
             stopping_together():
         for index in range(get_rank(), len(images), get_world_size()):
-            image = images[index:index + 1].to(device).requires_grad_()
             generator = torch.Generator().manual_seed(derived_seed(seed, index))
+            image = images[index:index + 1].to(device)
+            if views:
+                image = random_blend(random_zoom(image, VIEWS.zoom, generator), VIEWS.contrast,
+                                     lower, upper, generator)
+            image = image.detach().requires_grad_()
             with torch.enable_grad():
                 record = adapter.forward_taps(student, image, groups)
                 for probe in range(probes):
