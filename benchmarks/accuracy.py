@@ -7,6 +7,7 @@
     python benchmarks/accuracy.py --settings w4a4 --rows real32 default evolve --scope model
     python benchmarks/accuracy.py --table                      # what is measured so far
     python benchmarks/accuracy.py --table --plot cost.png      # and accuracy against cost
+    python benchmarks/accuracy.py --rows default mixed --settings w3a3 w4a4 w6a6 --sizes sizes.png
 
 All rows but ``minmax`` and ``paper`` have the range rules of the preset ``default`` and differ
 in the images that they are set on, in whether weights that do not learn are rounded by
@@ -36,6 +37,8 @@ the student then learns:
     evolve     the preset ``evolve``: as ``default``, and the student learns from views of these
                images
     blocks     as ``default``, and each block learns in 60 steps (``reconstruction``)
+    mixed      as ``default``, with bits of their own for each module: weights and activations
+               have as many as ``default`` on the average, so the size is the same
 
 SQNR is that of the backbone's feature maps on real test images. "With float" is agreement:
 ground truth are the float model's classes, or its detections of scores above 0.3. Every
@@ -69,6 +72,9 @@ from experiment import (
     metrics_of,
     quiet,
 )
+
+from psaq_mm.checkpoint import planned_bytes
+from psaq_mm.ops import plan_quantization
 
 NAIVE: Changes = dict(quantization=dict(
     activation=dict(margin=0.), overrides=dict(_delete_=True),
@@ -105,12 +111,15 @@ ROWS = {
     'default': row(),
     'double': row(ALL_STEPS),
     'evolve': row(preset='evolve'),
-    'blocks': row(BLOCKS)}
+    'blocks': row(BLOCKS),
+    'mixed': row()}
 
 
 def experiment_of(name: str, setting: str, scope: str) -> Experiment:
     """How the student of a row is made."""
     options = dict(ROWS[name])
+    if name == 'mixed':
+        options['changes'] = (dict(quantization=dict(mean_bits=int(setting[1]))), )
     return experiment(setting, scope, *options.pop('changes'), **options)
 
 
@@ -175,6 +184,40 @@ def plot(title: str, float_model: Dict[str, float], found: Found, settings: List
     pyplot.close(figure)
 
 
+def plot_sizes(title: str, subject: Subject, float_model: Dict[str, float], found: Found,
+               settings: List[str], scope: str, rows: List[str], path: Path) -> None:
+    """Draw accuracy against the size of the checkpoint: mean and lowest to highest seed of each
+    row, one point for each setting, the float model as a line."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    key, (name, factor) = next((k, v) for k, v in METRICS.items() if k in float_model)
+    sizes = {setting: planned_bytes(subject.model, plan_quantization(
+        subject.model, experiment_of('default', setting, scope).recipe.quantization,
+        subject.adapter)) / 1e6 for setting in settings}
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.axhline(factor * float_model[key], color='black', linewidth=1, label='float')
+    for index, row in enumerate(rows):
+        values = {s: [factor * value[key] for value in found(row, s) if key in value]
+                  for s in sorted(settings, key=lambda s: sizes[s])}
+        values = {setting: points for setting, points in values.items() if points}
+        means = [sum(points) / len(points) for points in values.values()]
+        axes.errorbar([sizes[s] for s in values], means,
+                      [[m - min(p) for m, p in zip(means, values.values())],
+                       [max(p) - m for m, p in zip(means, values.values())]],
+                      fmt='o-', capsize=3, color=f'C{index}', label=row)
+    for setting, size in sizes.items():
+        axes.annotate(setting.upper(), (size, 0.01), xycoords=('data', 'axes fraction'),
+                      ha='center', fontsize=8)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel('size of the checkpoint, MB')
+    axes.set_ylabel(name)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     add_options(parser, ['w8a8', 'w6a6', 'w4a8', 'w4a4', 'w3a3'])
@@ -182,6 +225,8 @@ def main() -> None:
     parser.add_argument('--rows', nargs='+', choices=list(ROWS), default=list(ROWS))
     parser.add_argument('--plot', type=Path, metavar='PNG',
                         help='draw accuracy against seconds there')
+    parser.add_argument('--sizes', type=Path, metavar='PNG',
+                        help='draw accuracy against size there')
     args = parser.parse_args()
     quiet()
     if 'unrelated8' in args.rows and not args.table and not BCCD.exists():
@@ -206,6 +251,9 @@ def main() -> None:
     if args.plot:
         plot(f'{args.model}, {args.scope}', float_model, found, args.settings, args.rows,
              args.plot)
+    if args.sizes:
+        plot_sizes(f'{args.model}, {args.scope}', subject, float_model, found, args.settings,
+                   args.scope, args.rows, args.sizes)
 
 
 if __name__ == '__main__':

@@ -46,6 +46,7 @@ from psaq_mm.adapters.tested_size import tested_size
 from psaq_mm.checkpoint import load_float_weights, save_json
 from psaq_mm.engine import build_float_model, load_config
 from psaq_mm.pipeline import Pipeline
+from psaq_mm.recipe.quantization import BUDGETS
 from psaq_mm.synthesis import sized_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,6 +143,9 @@ class Experiment(NamedTuple):
         sections = self.recipe.to_dict()
         for name in ('synthesis', 'evolution'):
             sections[name].pop('save_interval')
+        if not self.recipe.quantization.budget:
+            for name in (*BUDGETS, 'candidate_bits'):
+                del sections['quantization'][name]
         if not self.recipe.evolution.rounds:
             del sections['evolution']
         if not self.recipe.reconstruction.steps:

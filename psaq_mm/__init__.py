@@ -7,8 +7,9 @@
     psaq_mm.load(float_model, 'quantized.pth')
 
 The steps of :func:`quantize`, for those who compose them: :func:`synthesize`,
-:func:`equalize`, :func:`prepare`, :func:`calibrate`, :func:`reconstruct`, :func:`evolve`,
-:func:`recalibrate`, :func:`round_weights`. ``psaq_mm/pipeline.py`` has them in order.
+:func:`equalize`, :func:`allocate` (mixed precision), :func:`prepare`, :func:`calibrate`,
+:func:`reconstruct`, :func:`evolve`, :func:`recalibrate`, :func:`round_weights`.
+``psaq_mm/pipeline.py`` has them in order.
 """
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -30,20 +31,30 @@ if TYPE_CHECKING:
         ReconstructionSettings,
         SynthesisSettings,
     )
-    from .student import calibrate, equalize, prepare, recalibrate, reconstruct, round_weights
+    from .student import (
+        allocate,
+        calibrate,
+        equalize,
+        prepare,
+        recalibrate,
+        reconstruct,
+        round_weights,
+    )
     from .synthesis import synthesize
 
 __all__ = [
     'CalibrationSettings', 'EvolutionSettings', 'Progress', 'QuantizationSettings', 'Recipe',
-    'ReconstructionSettings', 'SynthesisSettings', 'UserError', '__version__', 'calibrate',
-    'equalize', 'evolve', 'inferencer_config', 'init_model', 'load', 'load_images', 'prepare',
-    'quantize', 'recalibrate', 'reconstruct', 'round_weights', 'save', 'synthesize', 'unwrap'
+    'ReconstructionSettings', 'SynthesisSettings', 'UserError', '__version__', 'allocate',
+    'calibrate', 'equalize', 'evolve', 'inferencer_config', 'init_model', 'load', 'load_images',
+    'prepare', 'quantize', 'recalibrate', 'reconstruct', 'round_weights', 'save', 'synthesize',
+    'unwrap'
 ]
 
 _MODULES = dict(
     CalibrationSettings='recipe', EvolutionSettings='recipe', Progress='pipeline',
     QuantizationSettings='recipe', Recipe='recipe', ReconstructionSettings='recipe',
-    SynthesisSettings='recipe', calibrate='student', equalize='student', evolve='evolution',
+    SynthesisSettings='recipe', allocate='student', calibrate='student', equalize='student',
+    evolve='evolution',
     inferencer_config='engine', init_model='engine', load='checkpoint', load_images='engine',
     prepare='student', quantize='pipeline', recalibrate='student', reconstruct='student',
     round_weights='student', save='checkpoint', synthesize='synthesis', unwrap='ops')

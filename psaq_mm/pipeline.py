@@ -1,9 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The order of the steps, and the state between them.
 
-    float model -> images -> equalized teacher -> calibrated student -> game (if there are
-    rounds) -> ranges at the size of test images -> blocks that learn (if there are steps)
-    -> rounded weights
+    float model -> images -> equalized teacher -> bits of each module (if there is a budget)
+    -> calibrated student -> game (if there are rounds) -> ranges at the size of test images
+    -> blocks that learn (if there are steps) -> rounded weights
 
 :func:`quantize` does it from Python; ``PSAQRunner`` does the same with mmengine's work
 directory, logger, hooks and launcher. Nothing else knows the order.
@@ -28,13 +28,17 @@ from .evolution import Evolver, check_evolution, evolver
 from .ops import named_quant_ops, ops_to_round, plan_quantization
 from .peak_memory import forget_peak, peak_bytes
 from .processes import count_of_this_process, stopping_together
-from .recipe import Recipe
+from .recipe import QuantizationSettings, Recipe
 from .recipe.checks import check_model, check_progress, check_seed, sides
 from .saved_run import SavedRun, hash_of
 from .student import (
+    Allocation,
+    Allocator,
     calibrate,
+    check_budget,
     equalize,
     has_learned_ranges,
+    measure_tap_error,
     prepare,
     recalibrate,
     recalibration_count,
@@ -54,14 +58,17 @@ from .synthesis import (
 
 Size = Tuple[int, int]
 
+HELD_OUT = 2
+"""Images that ``quantization.max_drop`` is checked on [choice]."""
+
 
 @dataclass(frozen=True)
 class Progress:
     """How far a quantization is.
 
     Args:
-        phase (str): ``synthesis``, ``calibration``, ``evolution``, ``final_ranges``,
-            ``reconstruction`` or ``rounding``.
+        phase (str): ``synthesis``, ``allocation``, ``calibration``, ``evolution``,
+            ``final_ranges``, ``reconstruction`` or ``rounding``.
         done (int): Steps or images that are done.
         total (int): Of how many.
         losses (dict[str, float]): Those of the last step, by name; empty where there are
@@ -137,6 +144,8 @@ def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
     plan = plan_quantization(model, recipe.quantization, find_adapter(model))
     if recipe.quantization.scope == 'model':
         find_adapter(model).check_forward(model)
+    if recipe.quantization.budget:
+        check_budget(model, recipe.quantization)
     check_evolution(model, recipe.evolution, plan)
     if recipe.calibration.size is not None:
         find_adapter(model).check_image_size(model, recipe.calibration.size,
@@ -193,6 +202,10 @@ class Pipeline:
         """nn.Module: The teacher itself until the student is made of a copy of it."""
         self.images = torch.empty(0)
         """Tensor: The images, normalized, on the CPU; of all processes."""
+        self.allocation: Optional[Allocation] = None
+        """Allocation, optional: Bits of each module, if they were chosen for a budget."""
+        self.measured: Optional[float] = None
+        """float, optional: What :attr:`Allocation.predicted` predicts, measured."""
         self._given_images, self._mix = images, mix
         self.seconds: Dict[str, float] = {}
         """dict[str, float]: Wall seconds of each phase."""
@@ -251,11 +264,12 @@ class Pipeline:
             with stopping_together():  # each process has a file of its own
                 self.saved = SavedRun(path, resume, self.recipe, self.seed, identity)
         self._make_images()
-        self._calibrate()
+        self._calibrate(self._choose_bits())
         self._evolve()
         self._set_final_ranges()
         self._reconstruct()
         self._round_weights()
+        self._check_prediction()
         return self.student
 
     @property
@@ -321,11 +335,63 @@ class Pipeline:
             self.images = torch.cat(all_gather_object(images.images))
             self._end('synthesis', synthesizer=images)
 
-    def _calibrate(self) -> None:
+    def _choose_bits(self) -> QuantizationSettings:
+        """Equalize the teacher; choose bits if there is a budget.
+
+        Returns:
+            QuantizationSettings: What the student is prepared by.
+        """
         quantization, batch_size = self.recipe.quantization, self._batch_size
-        with self._phase('calibration'):
-            if quantization.channel_limit is not None:
+        if quantization.channel_limit is not None:
+            with self._phase('calibration'):
                 equalize(self.teacher, self.images, quantization, batch_size)
+        if not quantization.budget:
+            return quantization
+        allocator = Allocator(self.teacher, quantization)
+        groups = None if self.saved is None else self.saved.restore_sensitivity()
+        total = 0 if groups is not None else count_of_this_process(len(self.images))
+        with self._phase('allocation'), self._batches('allocation', total) as progress:
+            if groups is None:
+                groups = allocator.measure(self.images, self.seed, batch_size, progress)
+            self.allocation = allocator.choose(groups)
+        if self.saved is not None:
+            self.saved.save_sensitivity(groups, self.seconds)
+        print_log(f'{quantization.budget}: weights have '
+                  f'{self.allocation.mean_bits(True):.2f} bits on the average, activations '
+                  f'{self.allocation.mean_bits(False):.2f}; predicted: '
+                  f'{100 * self.allocation.predicted:.3g} % of the power of the outputs becomes '
+                  'error', logger='current')
+        return self.allocation.settings
+
+    def _check_prediction(self) -> None:
+        """Measure what the allocation predicts: for ``max_drop`` on images that nothing else
+        has seen."""
+        if self.allocation is None:
+            return
+        most, images, where = self.recipe.quantization.max_drop, self.images, 'the images'
+        with self._phase('allocation'):
+            if most is not None:
+                images, where = self._held_out(), f'{HELD_OUT} held-out images'
+            self.measured = measure_tap_error(self.student, self.teacher, images)
+        missed = most is not None and 100 * self.measured > most
+        print_log(f'predicted error: {100 * self.allocation.predicted:.3g} %, measured on {where}:'
+                  f' {100 * self.measured:.3g} %' + (
+                      f', which is over max_drop={most:g}: give a smaller one' if missed else ''),
+                  logger='current', level=logging.WARNING if missed else logging.INFO)
+
+    def _held_out(self) -> Tensor:
+        """Synthetic images beyond those that the student is made on."""
+        settings, first = self.recipe.synthesis, self.recipe.synthesis.num_images
+        settings = replace(settings, num_images=first + HELD_OUT)
+        with synthesizer(self.teacher, settings, self.seed,
+                         range(first, first + HELD_OUT)) as images, stopping_together():
+            while not images.done:
+                images.step()
+            return images.images
+
+    def _calibrate(self, quantization: QuantizationSettings) -> None:
+        batch_size = self._batch_size
+        with self._phase('calibration'):
             self.student = prepare(self.teacher, quantization)
             with self._batches('calibration',
                                count_of_this_process(len(self.images))) as progress:

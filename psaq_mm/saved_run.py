@@ -2,8 +2,9 @@
 """The state of a run in a file, and what a resumed run continues from."""
 import hashlib
 import logging
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import torch
 from mmengine.dist import all_gather_object, get_world_size
@@ -15,7 +16,7 @@ from .errors import UserError
 from .evolution import Evolver
 from .processes import stopping_together
 from .recipe import Recipe
-from .student import Reconstructor
+from .student import Reconstructor, TensorGroup
 from .synthesis import Synthesizer
 
 
@@ -42,6 +43,7 @@ class SavedRun:
         sections = {name: _comparable(section) for name, section in recipe.to_dict().items()}
         self._of_images = dict({'number of processes': get_world_size()}, seed=seed, **identity,
                                synthesis=sections.pop('synthesis'))
+        self._of_sensitivity = dict(quantization=sections['quantization'])
         self._of_blocks = sections
         self._of_game = {k: v for k, v in sections.items() if k != 'reconstruction'}
         self._state: Dict[str, Any] = {}  # of all phases so far, saved again with the next
@@ -56,6 +58,12 @@ class SavedRun:
                     extra: Mapping[str, Any]) -> None:
         """Save the images in the making, and with them what hooks keep."""
         self._save(seconds, images=images.state_dict(), extra_of_images=dict(extra))
+
+    def save_sensitivity(self, groups: Sequence[TensorGroup],
+                         seconds: Mapping[str, float]) -> None:
+        """Save what bits are chosen by."""
+        self._save(seconds, sensitivity=[asdict(group) for group in groups],
+                   fingerprint_of_sensitivity=self._of_sensitivity)
 
     def save_game(self, game: Evolver, seconds: Mapping[str, float],
                   extra: Mapping[str, Any]) -> None:
@@ -99,7 +107,8 @@ class SavedRun:
             print_log(f'resumed {self.path} at step {images.step_index} of '
                       f'{images.total_steps}', logger='current')
         seconds = dict(state['seconds'])
-        for key, phase, own in (('game', 'evolution', self._of_game),
+        for key, phase, own in (('sensitivity', 'allocation', self._of_sensitivity),
+                                ('game', 'evolution', self._of_game),
                                 ('blocks', 'reconstruction', self._of_blocks)):
             others = _differing(state[f'fingerprint_of_{key}'], own) if key in state else []
             if others:
@@ -111,6 +120,16 @@ class SavedRun:
                 self._state.update({k: v for k, v in state.items() if k in (
                     key, f'fingerprint_of_{key}', 'extra' if key == 'game' else key)})
         return seconds
+
+    def restore_sensitivity(self) -> Optional[List[TensorGroup]]:
+        """What bits are chosen by, if all processes have it: on a GPU it would not be the same
+        if it was measured again, and what was saved later is of these bits."""
+        saved = self._state.get('sensitivity')
+        if not all(all_gather_object(saved is not None)):
+            self._state.pop('sensitivity', None)
+            return None
+        return [TensorGroup(tuple(map(tuple, group['tensors'])), group['elements'],
+                            group['losses']) for group in saved or ()]
 
     def restore_game(self, game: Evolver) -> Optional[Dict[str, Any]]:
         """Continue the game.

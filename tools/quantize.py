@@ -4,6 +4,7 @@
     python tools/quantize.py configs/mask_rcnn_swin_s_w8a8.py checkpoint.pth
 """
 import argparse
+from typing import Any, Dict
 
 from mmengine.dist import is_main_process
 
@@ -34,6 +35,7 @@ from psaq_mm.engine.own_images import MAX_IMAGES, own_files
 from psaq_mm.errors import UserError
 from psaq_mm.pipeline import check
 from psaq_mm.recipe.checks import check_positive_int
+from psaq_mm.recipe.quantization import BUDGETS
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,13 +61,34 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--sensitivity-images', type=int, default=1, metavar='N', help='images '
                         'that the sensitivity of each module is measured on, a forward pass a '
                         'module for each; 0 for none (default: 1)')
+    budget = parser.add_argument_group('mixed precision', 'bits of their own for each module')
+    budget.add_argument('--target-size', metavar='SIZE', help='the most that quantized.pth may '
+                        'have, e.g. 12MB (quantization.target_size)')
+    budget.add_argument('--mean-bits', type=float, metavar='BITS', help='of weights '
+                        '(quantization.mean_bits)')
+    budget.add_argument('--max-drop', type=float, metavar='PERCENT', help='the most of the power '
+                        'of the outputs that may become error; as small as that allows '
+                        '(quantization.max_drop)')
     return parse_launched(parser)
+
+
+def options_of(args: argparse.Namespace) -> Dict[str, Any]:
+    """``--cfg-options``, with the budgets that have an option of their own."""
+    options = dict(args.cfg_options or {})
+    for key in BUDGETS:
+        value = getattr(args, key)
+        if value is not None:
+            if f'quantization.{key}' in options:
+                raise UserError(f'--{key.replace("_", "-")} and --cfg-options quantization.{key} '
+                                'are the same: give one of them')
+            options[f'quantization.{key}'] = value
+    return options
 
 
 def main() -> None:
     args = parse_args()
     # Everything that can be wrong is checked before anything is written.
-    config = load_config(args.config, args.cfg_options)
+    config = load_config(args.config, options_of(args))
     seed = choose_seed(args.seed, config)
     max_images = MAX_IMAGES if args.max_images is None else args.max_images
     check_positive_int(max_images, '--max-images')

@@ -11,6 +11,7 @@ from .float_checkpoint import (
 from .manifest import MANIFEST_KEY, STATE_KEY, build_manifest, is_quantized, read_manifest
 from .matching import first_differences, require_match
 from .plain import plain
+from .planned_size import planned_bytes
 from .quantized_checkpoint import (
     guarded,
     load_quantized_state,
@@ -32,7 +33,7 @@ __all__ = [
     'ensure_writable_dir', 'extract_state_dict', 'find_weights', 'first_differences',
     'fit_float_state', 'guarded', 'is_quantized', 'load', 'load_checkpoint_file',
     'load_float_state', 'load_float_weights', 'load_quantized_state', 'meta_of', 'plain',
-    'prepare_for_loading', 'quantized_checkpoint', 'read_manifest', 'require_finite',
-    'require_match', 'save', 'save_bytes', 'save_json', 'save_torch', 'sha256_of_file',
-    'size_of_quantized', 'with_own_tables'
+    'planned_bytes', 'prepare_for_loading', 'quantized_checkpoint', 'read_manifest',
+    'require_finite', 'require_match', 'save', 'save_bytes', 'save_json', 'save_torch',
+    'sha256_of_file', 'size_of_quantized', 'with_own_tables'
 ]

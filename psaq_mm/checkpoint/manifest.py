@@ -17,8 +17,9 @@ MANIFEST_KEY = 'psaq_mm'
 STATE_KEY = 'quantized_state_dict'
 """Key of the weights; under ``state_dict`` stands what stops other loaders."""
 
-FORMAT_VERSION = 2
-"""1 had the weights under ``state_dict``, and all of a spec in the manifest."""
+FORMAT_VERSION = 3
+"""1 had the weights under ``state_dict``, and all of a spec in the manifest; up to 2, integers of
+3 bits took 4, and those of 5 to 7 took 8."""
 
 _FORMAT = ('bits', 'symmetric', 'granularity')
 

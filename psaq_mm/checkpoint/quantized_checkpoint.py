@@ -2,8 +2,8 @@
 """A quantized model as a checkpoint, and back.
 
 In the state dict, ``<module>.weight`` of a quantized module is replaced by
-``<module>.weight_integers``: the integers themselves, in int8, or two 4-bit or
-four 2-bit values a byte. Ranges are ``<module>.quantizers.<role>.scale`` and
+``<module>.weight_integers``: the integers themselves, in int8, or fewer bits without
+gaps (:mod:`psaq_mm.quantization.packing`). Ranges are ``<module>.quantizers.<role>.scale`` and
 ``.zero_point``. The key differs on purpose: torch would copy int8 values into
 a float weight without a word.
 
@@ -33,7 +33,7 @@ from psaq_mm.quantization import (
     pack_integers,
     unpack_integers,
 )
-from psaq_mm.quantization.packing import packed_bytes
+from psaq_mm.quantization.packing import old_slot_bits, packed_bytes
 from psaq_mm.quantization.quantizer import restoring_ranges
 from psaq_mm.quantization.ranges import flaw_of_range
 from psaq_mm.quantization.spec import PER_TENSOR
@@ -150,7 +150,7 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
     with _undone_on_failure(model):
         if next(named_quant_ops(model), None) is None:
             apply_plan(model, plan)
-        state = _unpack(model, without_notes(packed), path)
+        state = _unpack(model, without_notes(packed), path, manifest['format_version'] < 3)
         for name, role, quantizer in named_quantizers(model):
             quantizer.reshape_like(state, f'{name}.quantizers.{role}.')
         require_match(model, state, path)
@@ -186,8 +186,10 @@ def _undone_on_failure(model: nn.Module) -> Iterator[None]:
             raise
 
 
-def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str) -> Dict[str, Tensor]:
-    """The state dict with float weights in the place of integers."""
+def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str,
+            with_gaps: bool) -> Dict[str, Tensor]:
+    """The state dict with float weights in the place of integers, which may be stored as in
+    checkpoints up to format version 2."""
     state = dict(packed)
     for name, op in named_quant_ops(model):
         for role in op.quantizers:
@@ -201,7 +203,9 @@ def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str) -> Dict[s
         if key not in state:
             raise _damaged(path, f'{key} is missing')
         try:
-            integers = unpack_integers(state.pop(key), weight.spec.bits, op.weight.shape)
+            bits = weight.spec.bits
+            integers = unpack_integers(state.pop(key), bits, op.weight.shape,
+                                       old_slot_bits(bits) if with_gaps else None)
         except ValueError as error:
             raise _damaged(path, f'{key}: {error}') from error
         scale = state[f'{name}.quantizers.weight.scale']

@@ -92,7 +92,7 @@ class PSAQRunner(Runner):
     pictures: List[Tuple[Image.Image, str]]
     """Pictures of synthetic images for the report, and the sentence under each."""
 
-    default_psaq_hooks = ('ProgressHook', 'ContactSheetHook', 'ReportHook')
+    default_psaq_hooks = ('ProgressHook', 'ContactSheetHook', 'BitsHook', 'ReportHook')
     """Hooks of :meth:`for_quantization`, besides those of the config."""
 
     def __init__(self, *args: Any, device: Union[str, torch.device, None] = None,

@@ -12,11 +12,11 @@ from .convert import (
 )
 from .linear import QuantLinear
 from .op import QuantOp, op_for, register_op, without_notes
-from .plan import plan_quantization, unquantized_weights
+from .plan import Plan, kinds_in, plan_quantization, unquantized_weights
 
 __all__ = [
-    'QuantConv2d', 'QuantConvTranspose2d', 'QuantLinear', 'QuantOp', 'apply_plan',
-    'named_quant_ops', 'named_quantizers', 'op_for', 'ops_to_round', 'plan_quantization',
-    'quantization_enabled', 'register_op', 'set_quantization', 'unquantized_weights', 'unwrap',
-    'without_notes'
+    'Plan', 'QuantConv2d', 'QuantConvTranspose2d', 'QuantLinear', 'QuantOp', 'apply_plan',
+    'kinds_in', 'named_quant_ops', 'named_quantizers', 'op_for', 'ops_to_round',
+    'plan_quantization', 'quantization_enabled', 'register_op', 'set_quantization',
+    'unquantized_weights', 'unwrap', 'without_notes'
 ]

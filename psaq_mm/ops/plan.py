@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which modules of a model are quantized, and how: a plan, before any change."""
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Dict, FrozenSet, List, Sequence
+from typing import TYPE_CHECKING, Callable, Dict, FrozenSet, List, Sequence
 
 from torch import nn
 
@@ -30,6 +30,15 @@ def _require_matches(key: str, patterns: Sequence[str], names: List[str],
             examples = f'; names look like {names[0]}, {names[-1]}' if names else ''
             raise UserError(f'quantization.{key}: {pattern!r} matches no module that can be '
                             f'quantized{where}{examples}')
+
+
+def kinds_in(model: nn.Module, settings: QuantizationSettings,
+             adapter: 'Adapter') -> Callable[[str], Sequence[str]]:
+    """Name of a module to what it is, of ``psaq_mm.recipe.quantization.KINDS``."""
+    predictors: FrozenSet[str] = frozenset()
+    if settings.scope == 'model':
+        predictors = adapter.predictors(model)
+    return lambda name: adapter.kinds(model, name, predictors)
 
 
 def plan_quantization(model: nn.Module, settings: QuantizationSettings,
@@ -61,15 +70,12 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
     _require_matches('overrides', [p for p in settings.overrides
                                    if p not in unasked and not p.startswith('@')], list(roles))
     plan: Plan = {}
-    predictors: FrozenSet[str] = frozenset()
-    idle: FrozenSet[str] = frozenset()
-    if settings.scope == 'model':
-        predictors, idle = adapter.predictors(model), adapter.idle(model)
+    idle = adapter.idle(model) if settings.scope == 'model' else frozenset()
+    kinds = kinds_in(model, settings, adapter)
     for name in candidates:
         if name not in idle and _any_match(name, settings.include) \
                 and not _any_match(name, settings.exclude):
-            kinds = adapter.kinds(model, name, predictors)
-            plan[name] = {r: settings.spec_for(name, r, kinds) for r in roles[name]}
+            plan[name] = {r: settings.spec_for(name, r, kinds(name)) for r in roles[name]}
     if not plan:
         raise UserError('quantization: nothing is left to quantize after include, exclude and '
                         'placement')

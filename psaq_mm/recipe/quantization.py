@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What is quantized, and how: the ``quantization`` section of a recipe."""
+import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Collection, Dict, FrozenSet, Mapping, Optional, Sequence, Union
@@ -13,6 +14,12 @@ from .merging import merged, plain_copy
 
 SCOPES = ('backbone', 'model')
 
+BUDGETS = ('mean_bits', 'target_size', 'max_drop')
+"""Keys that ask for bits to be chosen; one at most."""
+
+UNITS = dict(B=1, kB=10**3, MB=10**6, GB=10**9, KiB=2**10, MiB=2**20, GiB=2**30)
+"""Of ``target_size``, in bytes."""
+
 KINDS = ('patch_embed', 'predictor', 'roi_head', 'segmentor')
 """Layers that ``overrides`` may name as ``@patch_embed`` and so on, whatever they
 are called in a model: the first, the last ones, those that run on proposed
@@ -25,6 +32,33 @@ def _patterns(value: Any, key: str) -> Sequence[str]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
         raise UserError(f'{key} must be a wildcard or a list of wildcards, got {value!r}')
     return tuple(value)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    # Mixed precision names each module: no regular expression for those.
+    return name == pattern or (any(c in pattern for c in '*?[') and fnmatchcase(name, pattern))
+
+
+def size_in_bytes(size: Any) -> Optional[int]:
+    """Bytes of a size such as ``'12MB'``; None if it is none."""
+    if is_integer(size):
+        return size if size > 0 else None
+    found = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*', size) \
+        if isinstance(size, str) else None
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    if found is None or found[2].lower() not in units:
+        return None
+    return int(float(found[1]) * units[found[2].lower()]) or None
+
+
+def _candidates(value: Any) -> Sequence[int]:
+    if not isinstance(value, (list, tuple)) or not value or not all(map(is_integer, value)):
+        raise UserError(f'candidate_bits must be a list of bits, got {value!r}')
+    others = [bits for bits in value if not 2 <= bits <= 8]
+    if others:
+        raise UserError(f'candidate_bits: no format of an engine has {others[0]} bits; they must '
+                        'be from 2 to 8')
+    return tuple(sorted(set(value)))
 
 
 def _not_of_activations(where: str, rounding: str) -> UserError:
@@ -100,6 +134,16 @@ class QuantizationSettings:
             channel a channel after a LayerNorm may have, at least 1; what is
             beyond moves into weights, by :func:`psaq_mm.equalize`. None for no
             limit. Defaults to 1.5.
+        mean_bits (float, optional): Bits of weights on the average, for mixed precision: each
+            module gets bits of its own by :func:`psaq_mm.allocate`. Activations get bits of
+            their own too, on the average those of ``activation``; what the other settings pin
+            stays, and does not count. Defaults to None.
+        target_size (str or int, optional): In its place, the most bytes that the checkpoint
+            may have, such as ``'12MB'``. Defaults to None.
+        max_drop (float, optional): In their place, the most percent of the outputs' power that
+            may become error; the checkpoint gets as small as that allows. Defaults to None.
+        candidate_bits (list[int]): Bits that modules may get in mixed precision. Defaults to
+            2, 3, 4, 5, 6 and 8.
 
     Raises:
         UserError: If a value is outside of what is described here.
@@ -115,6 +159,10 @@ class QuantizationSettings:
     roles: Mapping[str, Any] = field(default_factory=_roles)
     overrides: Mapping[str, Any] = field(default_factory=_overrides)
     channel_limit: Optional[float] = 1.5
+    mean_bits: Optional[float] = None
+    target_size: Union[None, str, int] = None
+    max_drop: Optional[float] = None
+    candidate_bits: Sequence[int] = (2, 3, 4, 5, 6, 8)
 
     def __post_init__(self) -> None:
         def store(key: str, value: Any) -> None:
@@ -154,6 +202,8 @@ class QuantizationSettings:
             for target in changes:
                 self._check_target(target, changes[target], f'overrides[{pattern!r}].{target}',
                                    ('activation', *ROLES))
+        store('candidate_bits', _candidates(self.candidate_bits))
+        self._check_budget()
         # Build every spec once, so that a bad value fails before heavy work.
         for role in sorted(self.placed_roles):
             for kinds in ((), *((kind, ) for kind in KINDS)):
@@ -161,6 +211,38 @@ class QuantizationSettings:
         for pattern in self.overrides:
             for role in sorted(self.placed_roles):
                 self.spec_for(pattern, role)
+
+    def _check_budget(self) -> None:
+        """Raise for a budget that no model could keep to."""
+        given = [key for key in BUDGETS if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise UserError(f'{given[0]}={getattr(self, given[0])!r} contradicts {given[1]}='
+                            f'{getattr(self, given[1])!r}: give one budget, and None for the '
+                            'others')
+        low, high = min(self.candidate_bits), max(self.candidate_bits)
+        if self.mean_bits is not None:
+            if not is_number(self.mean_bits):
+                raise UserError(f'mean_bits must be a number of bits, got {self.mean_bits!r}')
+            if not low <= self.mean_bits <= high:
+                side = f'below the smallest possible, {low}' if self.mean_bits < low \
+                    else f'above the largest possible, {high}'
+                raise UserError(f'mean_bits={self.mean_bits:g} is {side} (candidate_bits)')
+        if self.target_size is not None and size_in_bytes(self.target_size) is None:
+            raise UserError(f"target_size must be bytes or a size such as '12MB' (units: "
+                            f'{", ".join(UNITS)}), got {self.target_size!r}')
+        if self.max_drop is not None and not (is_number(self.max_drop)
+                                              and 0 < self.max_drop <= 100):
+            raise UserError('max_drop must be a percentage above 0, up to 100, got '
+                            f'{self.max_drop!r}')
+        if given and not low <= self.activation.bits <= high:
+            raise UserError(f'candidate_bits go from {low} to {high}, and activations are to have '
+                            f'{self.activation.bits} on the average (activation.bits)')
+
+    @property
+    def budget(self) -> str:
+        """str: The budget that bits are to be chosen for, such as ``mean_bits=3``; or empty."""
+        return next((f'{key}={getattr(self, key)}' for key in BUDGETS
+                     if getattr(self, key) is not None), '')
 
     @property
     def placed_roles(self) -> FrozenSet[str]:
@@ -200,7 +282,7 @@ class QuantizationSettings:
             values.update(self.roles[role])
             where = f'roles.{role}'
         for pattern, changes in self.overrides.items():
-            if fnmatchcase(module_name, pattern) or module_name == pattern \
+            if _matches(module_name, pattern) \
                     or (pattern.startswith('@') and pattern[1:] in kinds):
                 for target in (group, role):
                     if target in changes:

@@ -32,10 +32,15 @@ def prepare(model: nn.Module, settings: Optional[QuantizationSettings] = None) -
 
     Raises:
         UserError: If a weight is not finite or not in float32, the model cannot be quantized
-            so, or ``channel_limit`` is set and :func:`psaq_mm.equalize` was not called.
+            so, ``channel_limit`` is set and :func:`psaq_mm.equalize` was not called, or bits are
+            still to be chosen for a budget.
     """
     settings = settings or QuantizationSettings()
     require_float(model, 'prepare')
+    if settings.budget:
+        raise UserError(f'psaq_mm.prepare: quantization.{settings.budget} asks for bits to be '
+                        'chosen: call psaq_mm.allocate first, and prepare with the settings that '
+                        'it gives')
     adapter = find_adapter(model)
     require_float32(model)
     plan = plan_quantization(model, settings, adapter)

@@ -48,10 +48,14 @@ def test_fingerprint(scripts):
     def changed(experiment, **changes):
         return experiment._replace(recipe=experiment.recipe.changed(changes)).fingerprint
 
-    for same in (dict(synthesis=dict(save_interval=3)), dict(evolution=dict(zoom=2.))):
+    # Kept values are of this recipe: a new key must not change it where it is off.
+    assert made.fingerprint == '9b753877fa86'
+    for same in (dict(synthesis=dict(save_interval=3)), dict(evolution=dict(zoom=2.)),
+                 dict(quantization=dict(candidate_bits=[2, 8]))):
         assert changed(made, **same) == made.fingerprint
     for other in (dict(synthesis=dict(steps=3)), dict(quantization=dict(scope='model')),
-                  dict(evolution=dict(rounds=1)), dict(calibration=dict(image_size=None))):
+                  dict(evolution=dict(rounds=1)), dict(calibration=dict(image_size=None)),
+                  dict(quantization=dict(mean_bits=4))):
         assert changed(made, **other) != made.fingerprint
     assert changed(real, synthesis=dict(steps=3)) == real.fingerprint != made.fingerprint
     assert replace(real.recipe, calibration=made.recipe.calibration) == made.recipe

@@ -130,7 +130,7 @@ def test_damaged_version(checkpoint, version):
 
 def test_newer_version(checkpoint):
     checkpoint[MANIFEST_KEY] = dict(format_version=FORMAT_VERSION + 1)  # whatever else it holds
-    with pytest.raises(UserError, match='format version 3, this psaq_mm reads up to 2: update'):
+    with pytest.raises(UserError, match='format version 4, this psaq_mm reads up to 3: update'):
         read_manifest(checkpoint)
 
 

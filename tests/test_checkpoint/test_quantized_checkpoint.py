@@ -24,7 +24,7 @@ from psaq_mm.checkpoint import (
 from psaq_mm.checkpoint.quantized_checkpoint import plain, prepare_for_loading
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, quantization_enabled
-from psaq_mm.quantization import Quantizer
+from psaq_mm.quantization import Quantizer, pack_integers, unpack_integers
 from psaq_mm.quantization.observers import MinMaxObserver
 from psaq_mm.registry import OBSERVERS
 
@@ -214,8 +214,8 @@ def test_plain():
 
 
 @pytest.mark.parametrize('weight_bits, dtype, bytes_of_768', [
-    (8, torch.int8, 768), (7, torch.int8, 768), (6, torch.int8, 768), (5, torch.int8, 768),
-    (4, torch.uint8, 384), (3, torch.uint8, 384), (2, torch.uint8, 192),
+    (8, torch.int8, 768), (7, torch.uint8, 672), (6, torch.uint8, 576), (5, torch.uint8, 480),
+    (4, torch.uint8, 384), (3, torch.uint8, 288), (2, torch.uint8, 192),
 ])
 @pytest.mark.parametrize('symmetric', [True, False])
 def test_integers(weight_bits, dtype, bytes_of_768, symmetric):
@@ -225,11 +225,11 @@ def test_integers(weight_bits, dtype, bytes_of_768, symmetric):
     assert integers.dtype == dtype
     assert integers.numel() * integers.element_size() == bytes_of_768
     assert state['patch_embed.projection.weight_integers'].numel() == bytes_of_768  # 16x3x4x4
-    if dtype == torch.int8:
-        assert integers.shape == (48, 16)
-        top = 2**(weight_bits - 1)
-        assert int(integers.max()) == top - 1
-        assert int(integers.min()) == (1 - top if symmetric else -top)
+    assert integers.shape == ((48, 16) if weight_bits == 8 else (bytes_of_768, ))
+    values = unpack_integers(integers, weight_bits, (48, 16))
+    top = 2**(weight_bits - 1)
+    assert int(values.max()) == top - 1
+    assert int(values.min()) == (1 - top if symmetric else -top)
 
 
 def test_no_float_copy_in_the_file(tmp_path):
@@ -255,7 +255,7 @@ def test_no_float_copy_in_the_file(tmp_path):
 
 @pytest.mark.parametrize('settings, weights, ranges', [
     (dict(), 33536, 912 + 2 * 34),
-    (bits(6, 6), 33536, 912 + 2 * 34),
+    (bits(6, 6), 768 + 32768 * 6 // 8, 912 + 2 * 34),
     (bits(4, 8), 768 + 32768 // 2, 912 + 2 * 34),
     (bits(2, 8), 768 + 32768 // 4, 912 + 2 * 34),
     (dict(bits(4, 4), patch_embed_bits=None), 33536 // 2, 912 + 2 * 34),
@@ -543,7 +543,7 @@ DAMAGE = {
     'empty state_dict': (top(quantized_state_dict={}), 'weight_integers|scale'),
     'manifest of None': (top(psaq_mm=None), 'not a manifest'),
     'manifest of a list': (top(psaq_mm=[1]), 'not a manifest'),
-    'newer': (manifest(format_version=3), 'update psaq_mm'),
+    'newer': (manifest(format_version=4), 'update psaq_mm'),
     'modules of a list': (manifest(modules=[QKV]), 'names no quantized modules'),
     'unknown op': (modules(lambda m: m[QKV].update(op='QuantGELU')),
                    rf'{QKV} \(is \w+, the checkpoint has QuantGELU\)'),
@@ -596,8 +596,8 @@ def test_damaged(damage, match, present, checkpoint, models):
     (4, lambda v: torch.cat([v, v]), '768 values of 4 bits take 384 bytes, got 768'),
     (4, lambda v: v.to(torch.int8), '4-bit values are stored as torch.uint8, got torch.int8'),
     (2, lambda v: v[:-1], '768 values of 2 bits take 192 bytes, got 191'),
-    (3, lambda v: v | 0x77, '3-bit values lie in'),
-    (6, lambda v: v * 0 + 100, '6-bit values lie in'),
+    (3, lambda v: v[1:], '768 values of 3 bits take 288 bytes, got 287'),
+    (6, lambda v: v.to(torch.int8), '6-bit values are stored as torch.uint8, got torch.int8'),
 ])
 def test_damaged_packing(weight_bits, damage, match):
     damaged = quantized_checkpoint(quantized(**bits(weight_bits, 8)))
@@ -626,6 +626,25 @@ def test_format_1():
     old = dict(meta=checkpoint['meta'], state_dict=checkpoint[STATE_KEY], psaq_mm=manifest)
     fresh = swin(seed=1)
     load_quantized_state(fresh, old, 'old.pth')
+    assert_same_outputs(outputs(fresh), outputs(model))
+
+
+@pytest.mark.parametrize('weight_bits', [3, 6])
+def test_format_2(weight_bits):
+    """With 4 bits for each integer of 3, and a byte for each of 5 to 7."""
+    model = quantized(**bits(weight_bits, 8))
+    checkpoint = quantized_checkpoint(model)
+    state, manifest = checkpoint[STATE_KEY], checkpoint[MANIFEST_KEY]
+    for name, entry in manifest['modules'].items():
+        key, shape = f'{name}.weight_integers', entry.get('weight_shape')
+        if shape is not None and entry['roles']['weight']['bits'] == weight_bits:
+            state[key] = pack_integers(unpack_integers(state[key], weight_bits, shape),
+                                       4 if weight_bits == 3 else 8)
+    fresh = swin(seed=1)
+    with pytest.raises(UserError, match='damaged: .*weight_integers'):
+        load_quantized_state(fresh, checkpoint, 'old.pth')
+    manifest['format_version'] = 2
+    load_quantized_state(fresh, checkpoint, 'old.pth')
     assert_same_outputs(outputs(fresh), outputs(model))
 
 

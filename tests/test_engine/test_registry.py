@@ -32,6 +32,7 @@ def test_every_kind_of_part_is_registered():
             importlib.import_module(f'psaq_mm.adapters.{file}')
     expected = dict(
         HOOKS={'QuantizedCheckpointHook', 'ProgressHook', 'ReportHook', 'ContactSheetHook',
+              'BitsHook',
                'BackendHook'},
         RUNNERS={'PSAQRunner'},
         OBSERVERS={'MinMaxObserver', 'MSEObserver', 'MAEObserver', 'PercentileObserver'},

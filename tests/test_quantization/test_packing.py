@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psaq_mm.quantization.packing import pack_integers, unpack_integers
+from psaq_mm.quantization.packing import old_slot_bits, pack_integers, unpack_integers
 
 
 @st.composite
@@ -25,10 +25,9 @@ def bits_and_values(draw):
 def test_round_trip(case):
     bits, values = case
     packed = pack_integers(values, bits)
-    assert packed.dtype == (torch.int8 if bits >= 5 else torch.uint8)
-    per_byte = {2: 4, 3: 2, 4: 2}.get(bits, 1)
-    assert packed.numel() == math.ceil(values.numel() / per_byte)
-    assert packed.shape == (values.shape if bits >= 5 else (packed.numel(), ))
+    assert packed.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    assert packed.numel() == math.ceil(values.numel() * bits / 8)
+    assert packed.shape == (values.shape if bits == 8 else (packed.numel(), ))
     unpacked = unpack_integers(packed, bits, values.shape)
     assert unpacked.dtype == torch.int8
     assert unpacked.shape == values.shape
@@ -46,8 +45,9 @@ def test_every_value_round_trips(bits):
     # -1 is 0xF, -8 is 0x8; the odd fifth value fills the low half of its byte.
     (4, [1, -1, 7, -8, 3], [0xF1, 0x87, 0x03]),
     (4, [-3], [0x0D]),
-    # 3-bit values live in 4-bit slots: -4 is 0xC.
-    (3, [-4, 3, -1], [0x3C, 0x0F]),
+    # -4 is 0b100, 3 is 0b011, -1 is 0b111: the third value begins in the first byte.
+    (3, [-4, 3, -1], [0b11_011_100, 0b1]),
+    (6, [-32, 1, -1], [0b01_100000, 0b1111_0000, 0b11]),
     # -2 is 0b10, -1 is 0b11.
     (2, [0, 1, -2, -1, 1], [0b11_10_01_00, 0b01]),
     (2, [-1, -1, -1, -1], [0xFF]),
@@ -59,11 +59,21 @@ def test_bytes_by_hand(bits, values, expected):
     assert unpack_integers(packed, bits, [len(values)]).tolist() == values
 
 
-def test_five_bits_and_more_stay_int8():
-    values = torch.tensor([[-16, 15], [0, -1]])
-    packed = pack_integers(values, 5)
+def test_eight_bits_stay_int8():
+    values = torch.tensor([[-128, 127], [0, -1]])
+    packed = pack_integers(values, 8)
     assert packed.dtype == torch.int8
     assert packed.tolist() == values.tolist()
+
+
+@pytest.mark.parametrize('bits, stored, values', [
+    # Two values a byte: -4 is 0xC.
+    (3, torch.tensor([0x3C, 0x0F], dtype=torch.uint8), [-4, 3, -1]),
+    (4, torch.tensor([0xF1], dtype=torch.uint8), [1, -1]),
+    (6, torch.tensor([-32, 31], dtype=torch.int8), [-32, 31]),
+])
+def test_values_of_older_checkpoints(bits, stored, values):
+    assert unpack_integers(stored, bits, [len(values)], old_slot_bits(bits)).tolist() == values
 
 
 @pytest.mark.parametrize('bits', [2, 4, 8])
@@ -99,8 +109,8 @@ def test_values_that_are_no_integers(dtype):
 
 
 @pytest.mark.parametrize('bits, size, shape', [
-    (8, 3, [2, 2]), (8, 5, [2, 2]), (4, 1, [3]), (4, 3, [3]), (3, 0, [1]), (2, 2, [4]),
-    (2, 1, [5]), (4, 1, [0]), (8, 0, [])
+    (8, 3, [2, 2]), (8, 5, [2, 2]), (4, 1, [3]), (4, 3, [3]), (3, 0, [1]), (3, 2, [2]),
+    (6, 2, [3]), (2, 2, [4]), (2, 1, [5]), (4, 1, [0]), (8, 0, [])
 ])
 def test_wrong_number_of_bytes(bits, size, shape):
     dtype = torch.int8 if bits == 8 else torch.uint8
@@ -117,6 +127,6 @@ def test_wrong_dtype_of_bytes():
 
 def test_stored_values_out_of_range():
     with pytest.raises(ValueError, match='3-bit values lie in'):
-        unpack_integers(torch.tensor([0x04], dtype=torch.uint8), 3, [2])
+        unpack_integers(torch.tensor([0x04], dtype=torch.uint8), 3, [2], 4)
     with pytest.raises(ValueError, match='6-bit values lie in'):
-        unpack_integers(torch.tensor([32], dtype=torch.int8), 6, [1])
+        unpack_integers(torch.tensor([32], dtype=torch.int8), 6, [1], 8)

@@ -6,7 +6,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.quantization import QuantSpec
 from psaq_mm.quantization.placement import PLACEMENTS, ROLES, resolve_placement
 from psaq_mm.recipe.merging import merged
-from psaq_mm.recipe.quantization import QuantizationSettings
+from psaq_mm.recipe.quantization import QuantizationSettings, size_in_bytes
 
 PLAIN = dict(weight=dict(rounding='nearest'), activation=dict(margin=0.), roles={}, overrides={})
 
@@ -293,3 +293,47 @@ def test_scope_notes_of_mmengine_are_ignored():
     for role in ROLES:
         for name in ('a', 'b'):
             assert chosen.spec_for(name, role) == expected.spec_for(name, role)
+
+
+# Budgets
+
+
+def test_no_budget_by_default():
+    assert QuantizationSettings().budget == ''
+    assert of_section(mean_bits=3.5).budget == 'mean_bits=3.5'
+    assert of_section(candidate_bits=[8, 4, 4]).candidate_bits == (4, 8)
+
+
+@pytest.mark.parametrize('size, expected', [
+    ('12MB', 12_000_000), ('1.5 MiB', 1_572_864), ('300kb', 300_000), (4096, 4096), ('5B', 5)])
+def test_sizes(size, expected):
+    assert size_in_bytes(size) == expected
+    assert of_section(target_size=size).budget == f'target_size={size}'
+
+
+@pytest.mark.parametrize('size', ['12', 'MB', '-1MB', '12 XB', 0, -5, 1.5, True, '0MB', [1]])
+def test_no_sizes(size):
+    assert 'target_size must be bytes or a size such as' in message_of(target_size=size)
+
+
+@pytest.mark.parametrize('values, message', [
+    (dict(mean_bits=1.9), 'mean_bits=1.9 is below the smallest possible, 2'),
+    (dict(mean_bits=9), 'mean_bits=9 is above the largest possible, 8'),
+    (dict(mean_bits='4'), 'mean_bits must be a number'),
+    (dict(max_drop=0), 'max_drop must be a percentage above 0'),
+    (dict(mean_bits=4, max_drop=1), 'mean_bits=4 contradicts max_drop=1: give one'),
+    (dict(mean_bits=4, target_size='1MB'), "contradicts target_size='1MB'"),
+    (dict(candidate_bits=[4, 16]), 'no format of an engine has 16 bits'),
+    (dict(candidate_bits=[]), 'candidate_bits must be a list of bits'),
+    (dict(candidate_bits=8), 'candidate_bits must be a list of bits'),
+    (dict(mean_bits=4, candidate_bits=[2, 4, 6]), 'activations are to have 8 on the average'),
+])
+def test_budgets_that_cannot_be(values, message):
+    assert message in message_of(**values)
+
+
+def test_exact_names_are_no_wildcards():
+    chosen = settings(overrides={'a.b': dict(weight=dict(bits=3)), 'a*': dict(input=dict(bits=2))})
+    assert chosen.spec_for('a.b', 'weight').bits == 3
+    assert chosen.spec_for('aXb', 'weight').bits == 8
+    assert chosen.spec_for('aXb', 'input').bits == 2

@@ -743,3 +743,19 @@ def test_bad_own_images(options, message, tmp_path, call_tool, monkeypatch, quan
     last = err.splitlines()[-1]  # the log of the weights may come before it
     assert status == 2 and last.startswith('error: ') and message in last
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--target-size', '1MB'], 'target_size=1MB is below the smallest possible, '),
+    (['--target-size', '1GB'], 'target_size=1GB is above the largest possible, '),
+    (['--target-size', 'small'], "such as '12MB'"),
+    (['--mean-bits', '1'], 'mean_bits=1 is below the smallest possible, 2'),
+    (['--mean-bits', '4', '--max-drop', '1'], 'contradicts'),
+    (['--mean-bits', '4', '--cfg-options', 'quantization.mean_bits=4'], 'give one of them'),
+])
+def test_budgets_that_cannot_be(options, message, tmp_path, call_tool, quantization_config,
+                                demo_checkpoint):
+    status, _, err = call_tool('quantize', quantization_config, demo_checkpoint, '--work-dir',
+                               tmp_path / 'run', '--device', 'cpu', *options)
+    assert status == 2 and message in err
+    assert not (tmp_path / 'run').exists()

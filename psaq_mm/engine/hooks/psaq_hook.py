@@ -41,6 +41,12 @@ class PSAQHook(Hook):
     def after_synthesis(self, runner: 'PSAQRunner', synthesizer: Synthesizer) -> None:
         """After the last step; ``runner.images`` holds the images."""
 
+    def before_allocation(self, runner: 'PSAQRunner', total: int) -> None:
+        """Before bits are chosen for a budget, by what ``total`` images show."""
+
+    def after_allocation(self, runner: 'PSAQRunner') -> None:
+        """When bits are chosen: ``runner.pipeline.allocation``."""
+
     def before_calibration(self, runner: 'PSAQRunner', total: int) -> None:
         """Before the first batch of ``total`` images."""
 

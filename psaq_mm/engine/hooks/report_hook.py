@@ -59,6 +59,19 @@ def describe_modules(model: torch.nn.Module, sqnr: Dict[str, float],
     return entries
 
 
+def describe_allocation(runner: 'PSAQRunner') -> Dict[str, Any]:
+    """``allocation`` if bits were chosen for a budget: the ``budget``, mean bits of ``weights``
+    and ``activations`` that could have others, the error of the outputs, ``predicted`` and
+    ``measured`` as a fraction of their power, and ``groups`` as of :meth:`Allocation.describe`."""
+    found = runner.pipeline.allocation
+    if found is None:
+        return {}
+    return dict(allocation=dict(
+        budget=runner.pipeline.recipe.quantization.budget, predicted=found.predicted,
+        measured=runner.pipeline.measured, weights=round(found.mean_bits(True), 4),
+        activations=round(found.mean_bits(False), 4), groups=found.describe()))
+
+
 def loaded_versions() -> Dict[str, str]:
     """Versions of Python, psaq_mm and the host libraries that are in use."""
     hosts = ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'timm')
@@ -115,6 +128,7 @@ class ReportHook(PSAQHook):
                         if os.path.isfile(path)},
             images=runner.images_used,
             images_of_sensitivity=min(self.sensitivity_images, len(runner.images)),
+            **describe_allocation(runner),
             seed=runner.run_seed,
             config=runner.cfg.filename,
             command=runner.command,
