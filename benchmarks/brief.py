@@ -6,7 +6,7 @@
     python benchmarks/brief.py --against unrelated8   # another row less the default, in words
 
 Rows are those of accuracy.py, or variants of ablation.py. ``-`` is not measured, ``†`` before
-version 0.2. Nothing is measured here.
+version 0.3. Nothing is measured here.
 """
 import argparse
 import statistics

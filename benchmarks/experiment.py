@@ -122,8 +122,9 @@ TRAINING = DEMO / 'data' / 'families'
 
 SYNTHETIC = 'synthetic'
 
-OLD = 'before 0.2'
-"""In the place of a fingerprint: measured when images were made otherwise."""
+OLD = 'before 0.3', 'before 0.2'
+"""In the place of a fingerprint: measured when the first layer's range was that of the images,
+and when these were made otherwise."""
 
 
 class Experiment(NamedTuple):
@@ -423,10 +424,10 @@ class Results:
 
     def get(self, made: Optional[Experiment], *key: Any, old: bool = False) \
             -> Optional[Dict[str, float]]:
-        """What is there for a key and its experiment, or from before 0.2; None if nothing is."""
+        """What is there for a key and its experiment, or from an earlier version; None if nothing is."""
         value = self.values.get('/'.join(map(str, key)))
-        expected = OLD if old else made and made.fingerprint
-        if value is None or value.get('recipe') != expected:
+        expected = OLD if old else (made and made.fingerprint, )
+        if value is None or value.get('recipe') not in expected:
             return None
         return {k: v for k, v in value.items() if k != 'recipe'}
 
@@ -472,7 +473,7 @@ class Results:
 
     def over_seeds(self, seeds: Iterable[int], made: Experiment, *key: Any) \
             -> List[Dict[str, Any]]:
-        """Values of all seeds that are there; if none is, those from before 0.2, marked by
+        """Values of all seeds that are there; if none is, those from earlier versions, marked by
         a key ``old``."""
         found = [value for value in (self.get(made, *key, seed) for seed in seeds) if value]
         if found:
@@ -485,7 +486,8 @@ class Results:
     def print_note(self) -> None:
         """Say what † means, if :meth:`over_seeds` gave such values."""
         if self.has_old:
-            print('\n† measured before version 0.2, whose images are made otherwise')
+            print('\n† measured before version 0.3, which gives the first layer the whole range of '
+                  'pixels; parts before 0.2, whose images are made otherwise')
 
 
 def metrics_of(float_model: Mapping[str, float]) -> List[str]:
@@ -498,7 +500,7 @@ def metrics_of(float_model: Mapping[str, float]) -> List[str]:
 
 
 def mark_of(rows: List[Dict[str, Any]]) -> str:
-    """Follows what is from before 0.2."""
+    """Follows what is from earlier versions."""
     return ' †' if any('old' in row for row in rows) else ''
 
 

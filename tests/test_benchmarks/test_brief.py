@@ -26,7 +26,7 @@ def test_cells_say_what_is_missing_and_what_is_old(scripts, tmp_path, capsys):
             results.add({'coco/bbox_mAP': .6 + .01 * seed, 'coco/segm_mAP': .5, 'sqnr': 9.},
                         made[row], row, 'w4a4', 'backbone', seed)
     for seed in range(3):
-        results.values[f'game/w4a4/backbone/{seed}']['recipe'] = experiment.OLD
+        results.values[f'game/w4a4/backbone/{seed}']['recipe'] = experiment.OLD[0]
     experiment.save_json(results.values, results.file)
     model = brief.Model('demo', 0)
     brief.print_table([model], ['w4a4'], ['default', 'game', 'real32', 'noise'], 'backbone', True)
