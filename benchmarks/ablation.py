@@ -145,7 +145,11 @@ WITH_GAME: Dict[str, List[Changes]] = dict(
 """Such changes with the game; what learns nothing in it is rounded to nearest."""
 
 AS_SHIPPED: Dict[str, Changes] = dict(
-    default_but_roi_inputs_as_rest=ROI_INPUTS_AS_REST, default={})
+    default_but_roi_inputs_as_rest=ROI_INPUTS_AS_REST,
+    # Pixels that the images do not show, black and white, are cut off.
+    default_but_pixels_of_images=overrides('@patch_embed', input=dict(
+        observer=dict(_delete_=True, type='PercentileObserver', percentile=0.9999))),
+    default={})
 """Variants that differ from the preset ``default`` in what their names say alone."""
 
 

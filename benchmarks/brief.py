@@ -25,7 +25,8 @@ from experiment import (
     quiet,
 )
 
-TITLES = dict(demo='Demo detector', upernet='Demo segmentor', bccd='BCCD detector')
+TITLES = dict(demo='Demo detector', upernet='Demo segmentor', bccd='BCCD detector',
+              nuclei='Nuclei detector')
 NAMES = {'default': 'data-free (default)', 'noise-gptq': 'Gaussian noise',
          'tv-gptq': 'total variation', 'unrelated8': '8 unrelated photographs',
          'real32-gptq': '32 real images'}
@@ -75,13 +76,16 @@ class Model:
 
 def print_table(models: List[Model], settings: List[str], rows: List[str], scope: str,
                 sqnr: bool) -> None:
-    """A line for each model at each setting, a column for each row."""
+    """A line for each model at each setting, a column for each row; none where nothing is
+    measured."""
     print(f'| | bits | float | {" | ".join(NAMES.get(row, f"`{row}`") for row in rows)} |')
     print('|---' * (len(rows) + 3) + '|')
     for model in models:
         whole = ' / '.join(f'{METRICS[k][1] * model.float[k]:.1f}' for k in model.keys)
         for setting in settings:
             cells = [model.cell(row, setting, scope, sqnr) for row in rows]
+            if set(cells) == {'-'}:
+                continue
             print(f'| {model.title}, {model.metric} | {setting.upper()} | {whole} | '
                   f'{" | ".join(cells)} |')
 
@@ -93,9 +97,11 @@ def print_differences(models: List[Model], settings: List[str], other: str, scop
         at = []
         for setting in settings:
             ours, theirs = (model.mean(row, setting, scope) for row in ('default', other))
-            points = ' / '.join(f'{b - a:+.1f}' for a, b in zip(ours, theirs)) \
-                if ours and theirs else '-'
-            at.append(f'{points} at {setting.upper()}')
+            if ours and theirs:
+                points = ' / '.join(f'{b - a:+.1f}' for a, b in zip(ours, theirs))
+                at.append(f'{points} at {setting.upper()}')
+        if not at:
+            continue
         parts.append(f'{model.title} ({model.metric}) {", ".join(at)}')
     print(f'Points gained or lost with {NAMES.get(other, other)} in the place of data-free '
           f'images: {"; ".join(parts)}.')

@@ -424,7 +424,8 @@ class Results:
 
     def get(self, made: Optional[Experiment], *key: Any, old: bool = False) \
             -> Optional[Dict[str, float]]:
-        """What is there for a key and its experiment, or from an earlier version; None if nothing is."""
+        """What is there for a key and its experiment, or from an earlier version; None if
+        nothing is."""
         value = self.values.get('/'.join(map(str, key)))
         expected = OLD if old else (made and made.fingerprint, )
         if value is None or value.get('recipe') not in expected:
@@ -486,8 +487,8 @@ class Results:
     def print_note(self) -> None:
         """Say what † means, if :meth:`over_seeds` gave such values."""
         if self.has_old:
-            print('\n† measured before version 0.3, which gives the first layer the whole range of '
-                  'pixels; parts before 0.2, whose images are made otherwise')
+            print('\n† measured before version 0.3, which gives the first layer the whole range '
+                  'of pixels; parts before 0.2, whose images are made otherwise')
 
 
 def metrics_of(float_model: Mapping[str, float]) -> List[str]:

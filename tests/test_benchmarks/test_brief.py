@@ -34,7 +34,7 @@ def test_cells_say_what_is_missing_and_what_is_old(scripts, tmp_path, capsys):
         '| Demo detector, box / mask AP | W4A4 | 65.0 / 62.0 | 61.0 / 50.0, 9.0 dB '
         '| 61.0 / 50.0, 9.0 dB † | 60.0 / 50.0, 9.0 dB (1 of 3 seeds) | - |')
     brief.print_differences([model], ['w4a4'], 'real32', 'backbone')
-    assert 'Demo detector (box / mask AP) - at W4A4.' in capsys.readouterr().out
+    assert 'Demo detector' not in capsys.readouterr().out  # not all seeds are there
 
 
 def test_a_block_is_filled_without_the_first_line(scripts, tmp_path, monkeypatch):
