@@ -24,7 +24,7 @@ def forget_peak() -> None:
     """Let peaks begin anew with what is in use now."""
     with contextlib.suppress(OSError):
         Path('/proc/self/clear_refs').write_text('5')
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking would take memory of a GPU that is not used
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -33,6 +33,6 @@ def peak_bytes() -> Dict[str, int]:
     bytes; what the system does not tell is left out."""
     process = resident_bytes()
     peaks = {} if process is None else dict(process=process)
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         peaks['gpu'] = torch.cuda.max_memory_allocated()
     return peaks
