@@ -245,7 +245,9 @@ class Allocator:
             for name, role in group.tensors:
                 old, new = (spec.to_dict() for spec in (self.plan[name][role],
                                                         self.specs[name, role][bits]))
-                changed = {key: value for key, value in new.items() if value != old[key]}
+                # What was set under this very name is replaced: then all is written down.
+                changed = {key: value for key, value in new.items()
+                           if value != old[key] or name in settings.overrides}
                 if len(self.specs[name, role]) > 1:
                     changes.setdefault(name, {})[role] = {**changed, 'bits': bits}
         overrides = {pattern: value for pattern, value in settings.overrides.items()
@@ -286,8 +288,8 @@ def choose_bits(objective: Sequence[Mapping[int, float]],
     """
     at = [(group, bits) for group, values in enumerate(objective) for bits in values]
 
-    def vector(values: Sequence[Mapping[int, float]]) -> Any:
-        """What each variable adds, relative to the largest."""
+    def vector(values: Sequence[Mapping[int, float]]) -> Tuple[Any, float]:
+        """What each variable adds, and the largest of it."""
         found = np.array([values[group][bits] for group, bits in at], dtype=float)
         return found, max(found.max(initial=0.), 1e-300)
 

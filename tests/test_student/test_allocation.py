@@ -104,6 +104,19 @@ def test_margins_and_range_rules_are_those_of_the_bits():
         (0.25, True)}
 
 
+def test_what_is_set_for_one_module_stays():
+    name = 'stages.0.blocks.0.attn.w_msa.qkv'
+    allocator = Allocator(swin(), settings(mean_bits=4, activation=dict(bits=4), overrides={
+        name: dict(weight=dict(margin=0.5), activation=dict(margin=0.25)),
+        '*.w_msa.*': dict(activation=dict(margin=0.75))}))
+    assert allocator.plan[name]['input'].margin == 0.75  # the later one wins
+    found = allocator.choose(groups_of(allocator))
+    plan = plan_quantization(allocator.model, found.settings, find_adapter(allocator.model))
+    for group, bits in zip(found.groups, found.bits):
+        for module, role in group.tensors:
+            assert plan[module][role] == allocator.specs[module, role][bits]
+
+
 def test_target_size(tmp_path):
     model = swin(embed_dims=64)
     allocator = Allocator(model, settings(target_size='330kB'))
