@@ -4,6 +4,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Tuple
 
+from matplotlib.figure import Figure
+
 from psaq_mm.checkpoint import save_bytes
 from psaq_mm.recipe.quantization import BUDGETS
 from psaq_mm.registry import HOOKS
@@ -48,25 +50,21 @@ def _shown(values: Any) -> str:
 def bits_picture(allocation: Allocation, title: str) -> bytes:
     """A PNG: bits of each group of weights and activations, in the order of the model, and what
     the outputs lose if it alone has the fewest bits."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-    kinds = dict(weights=True, activations=False)
-    rows: Dict[str, List[Tuple[str, int, float]]] = {kind: [] for kind in kinds}
+    rows: Dict[str, List[Tuple[str, int, float]]] = dict(weights=[], activations=[])
     for group, bits in zip(allocation.groups, allocation.bits):
         name, role = group.tensors[0]
         kind = 'weights' if group.is_weight else 'activations'
         shown = name if role in ('weight', 'input') else f'{name}, {role}'
         rows[kind].append((shown, bits, 100 * group.losses[min(group.losses)]))
     longest = max(map(len, rows.values()))
-    figure, panels = pyplot.subplots(1, 2, figsize=(16, 1.5 + 0.15 * longest), squeeze=False)
-    for axes, (kind, entries) in zip(panels[0], rows.items()):
+    figure = Figure(figsize=(16, 1.5 + 0.15 * longest))  # pyplot's are the user's
+    for axes, (kind, entries) in zip(figure.subplots(1, 2), rows.items()):
         axes.barh(range(len(entries)), [bits for _, bits, _ in entries], color='C0', alpha=0.6)
         axes.set_yticks(range(len(entries)))
         axes.set_yticklabels([name for name, _, _ in entries], fontsize=6)
         axes.set_ylim(len(entries) - 0.5, -0.5)
         axes.set_xlim(0, 8.2)
-        mean = allocation.mean_bits(kinds[kind])
+        mean = allocation.mean_bits(kind == 'weights')
         axes.set_xlabel(f'bits of {kind} (bars; {mean:.2f} on the average)')
         above = axes.twiny()
         seen = [(i, loss) for i, (_, _, loss) in enumerate(entries) if loss > 0]
@@ -79,7 +77,6 @@ def bits_picture(allocation: Allocation, title: str) -> bytes:
     figure.tight_layout()
     file = io.BytesIO()
     figure.savefig(file, format='png', dpi=100)
-    pyplot.close(figure)
     return file.getvalue()
 
 
