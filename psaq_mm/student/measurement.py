@@ -11,6 +11,8 @@ from psaq_mm.adapters import TapRecord
 from psaq_mm.ops import named_quant_ops, quantization_enabled
 from psaq_mm.quantization.sqnr import decibel
 
+from .sensitivity import tap_error
+
 
 def _first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else _first_tensor(output[0])
@@ -48,9 +50,9 @@ def quantized_alone(student: nn.Module, teacher: nn.Module,
 
 
 def measure_each_alone(student: nn.Module, teacher: nn.Module, images: Tensor,
-                        groups: Mapping[str, Collection[str]],
-                        forward: Callable[[nn.Module, Tensor, Optional[List[Tensor]]], TapRecord]
-                        ) -> Dict[str, float]:
+                       groups: Mapping[str, Collection[str]],
+                       forward: Callable[[nn.Module, Tensor, Optional[List[Tensor]]], TapRecord]
+                       ) -> Dict[str, float]:
     """What the taps of a model lose when one group of its ops alone is quantized.
 
     Each image runs once for the teacher and once for each group.
@@ -64,23 +66,18 @@ def measure_each_alone(student: nn.Module, teacher: nn.Module, images: Tensor,
             regions of the teacher where there are any.
 
     Returns:
-        dict[str, float]: Name of each group to its relative error: the root of the mean over
-        taps and images of ``sum (T - S)^2 / sum T^2``. 0 where nothing is lost.
+        dict[str, float]: Name of each group to its relative error: the root of the mean of
+        :func:`tap_error` over the images. 0 where nothing is lost.
     """
-    powers: Dict[str, List[float]] = {name: [] for name in groups}
+    powers = dict.fromkeys(groups, 0.)
     with torch.no_grad():
         for image in images.split(1):
             expected = forward(teacher, image, None)
             for group, names in groups.items():
                 with quantized_alone(student, teacher, names):
-                    found = forward(student, image, expected.regions).taps
-                for tap, value in expected.taps.items():
-                    signal = float(value.double().pow(2).sum())
-                    if signal:  # a tap may be empty: no regions
-                        noise = float((value.double() - found[tap].double()).pow(2).sum())
-                        powers[group].append(noise / signal)
-    return {group: math.sqrt(sum(values) / max(1, len(values)))
-            for group, values in powers.items()}
+                    found = forward(student, image, expected.regions)
+                powers[group] += float(tap_error(expected.taps, found.taps).sum())
+    return {group: math.sqrt(power / len(images)) for group, power in powers.items()}
 
 
 def measure_sqnr(model: nn.Module, images: Tensor, forward: Callable[[Tensor], None],

@@ -157,8 +157,8 @@ class ReportHook(PSAQHook):
             return adapter.forward_taps(model, image.to(runner.device), groups, regions)
 
         return measure_each_alone(student, runner.teacher, images[:self.sensitivity_images],
-                                   {name: [name] for name, _ in named_quant_ops(student)},
-                                   forward)
+                                  {name: [name] for name, _ in named_quant_ops(student)},
+                                  forward)
 
     def _shown(self, runner: 'PSAQRunner') -> List[Picture]:
         """Predictions on the images that were given for it."""
