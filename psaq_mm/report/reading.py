@@ -51,7 +51,7 @@ def read_run(path: Union[str, Path]) -> Run:
                         + (f': it has no {", ".join(missing)}' if missing else ''))
     sheet = file.parent / 'synthetic.png'
     made = (report.get('images') or {}).get('synthetic')
-    name = file.parent.name if file.name == REPORT else file.stem
+    name = file.resolve().parent.name if file.name == REPORT else file.stem
     return Run(name or str(file), report, sheet if made and sheet.is_file() else None)
 
 

@@ -14,7 +14,10 @@ def module_values(report: Mapping[str, Any], key: str) -> List[float]:
 
 
 def bits_of(report: Mapping[str, Any]) -> str:
-    """Such as ``W4A8``: what most of the modules have."""
+    """Such as ``W4A8``: what most of the modules have; means if they were chosen for a budget."""
+    chosen = report.get('allocation')
+    if chosen:
+        return f'W{chosen["weights"]:.1f}A{chosen["activations"]:.1f}'
     weights = [tensor['bits'] for entry in report['modules']
                for role, tensor in entry['tensors'].items() if role == 'weight']
     others = [tensor['bits'] for entry in report['modules']

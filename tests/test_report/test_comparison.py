@@ -50,6 +50,8 @@ def test_tool(tmp_path, call_tool, monkeypatch):
     assert page.count('data:image/jpeg') == 1 and page.count('<svg') == 4
     assert '<code>synthesis.lr</code>' in page
     assert names_of(read_run(a), read_run(a)) == ('a (A)', 'a (B)')
+    monkeypatch.chdir(a)
+    assert read_run('.').name == 'a'
 
 
 @pytest.mark.parametrize('name, content, message', [

@@ -65,5 +65,6 @@ def test_kinds_and_parts(name, op, kind, part):
 
 def test_words_of_numbers():
     assert bits_of(small_report()) == 'W4A8'
+    assert bits_of(small_report(allocation=dict(weights=3.97, activations=8))) == 'W4.0A8.0'
     assert [duration(s) for s in (0.04, 99.9, 125, 3700)] == [
         '0.0 s', '99.9 s', '2 min 5 s', '1 h 1 min']
