@@ -8,8 +8,7 @@
 
 The steps of :func:`quantize`, for those who compose them: :func:`synthesize`,
 :func:`equalize`, :func:`allocate` (mixed precision), :func:`prepare`, :func:`calibrate`,
-:func:`reconstruct`, :func:`evolve`, :func:`recalibrate`, :func:`round_weights`.
-``psaq_mm/pipeline.py`` has them in order.
+:func:`evolve`, :func:`recalibrate`, :func:`reconstruct`, :func:`round_weights`, in this order.
 """
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -382,6 +382,7 @@ class Pipeline:
     def _held_out(self) -> Tensor:
         """Synthetic images beyond those that the student is made on."""
         settings, first = self.recipe.synthesis, self.recipe.synthesis.num_images
+        print_log(f'making {HELD_OUT} images more, to check max_drop', logger='current')
         settings = replace(settings, num_images=first + HELD_OUT)
         with synthesizer(self.teacher, settings, self.seed,
                          range(first, first + HELD_OUT)) as images, stopping_together():
