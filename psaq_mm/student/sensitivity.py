@@ -37,7 +37,6 @@ PROBES = 4
 """Random directions for each image [choice]: with 8 images losses have a relative standard
 deviation of about a quarter, a tenth of what a bit changes."""
 
-
 VIEWS = EvolutionSettings()
 """Whose ``zoom`` and ``contrast`` the views of images have."""
 
@@ -92,7 +91,7 @@ def measure_tap_error(student: nn.Module, teacher: nn.Module, images: Tensor) ->
     adapter, device = find_adapter(student), module_device(student)
     groups = adapter.tap_groups(teacher)
     total = torch.zeros(2, device=device)
-    with torch.no_grad(), evaluating(student, teacher):
+    with torch.no_grad(), evaluating(student, teacher), stopping_together():
         for image in images.split(1)[get_rank()::get_world_size()]:
             expected = adapter.forward_taps(teacher, image.to(device), groups)
             given = adapter.forward_taps(student, image.to(device), groups, expected.regions)
