@@ -24,6 +24,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.adapter import require_float32
 from psaq_mm.checkpoint import planned_bytes
 from psaq_mm.errors import UserError
 from psaq_mm.ops import Plan, apply_plan, kinds_in, plan_quantization
@@ -33,7 +34,7 @@ from psaq_mm.recipe.checks import check_progress, check_seed
 from psaq_mm.recipe.quantization import size_in_bytes
 from psaq_mm.recipe.widths import FreeTensors, spec_at_width, without_budget
 
-from .history import require_float, require_images
+from .history import require_equalized, require_float, require_images
 from .sensitivity import Specs, TensorGroup, measure_sensitivity
 
 Choice = List[int]
@@ -94,13 +95,16 @@ def allocate(model: nn.Module, images: Tensor, settings: QuantizationSettings, s
         Allocation: The bits, and what they were chosen by.
 
     Raises:
-        UserError: If there is no budget, or no choice of bits keeps to it.
+        UserError: If there is no budget, no choice of bits keeps to it, or ``channel_limit`` is
+            set and :func:`psaq_mm.equalize` was not called.
     """
     check_progress(progress)
     check_seed(seed, 'seed')
     require_float(model, 'allocate')
+    require_float32(model)
     require_images(model, images, 'allocate', batch_size)
     check_budget(model, settings)
+    require_equalized(model, settings.channel_limit, 'allocate')
     allocator = Allocator(model, settings)
     return allocator.choose(allocator.measure(images, seed, batch_size, progress))
 

@@ -55,6 +55,18 @@ def require_float(model: nn.Module, step: str) -> None:
                         f'(module {name!r}): pass the float model, or psaq_mm.unwrap it first')
 
 
+def require_equalized(model: nn.Module, limit: Optional[float], step: str) -> None:
+    """Raise a :class:`UserError` if a float model was not equalized for this limit."""
+    done = history_of(model).channel_limit
+    if limit == done:
+        return
+    if limit is None:
+        raise UserError(f'the model was equalized for channel_limit={done:g}; set '
+                        'quantization.channel_limit to that')
+    raise UserError(f'psaq_mm.{step}: call psaq_mm.equalize first, with the same '
+                    f'quantization.channel_limit={limit:g}, or set it to None for none')
+
+
 def require_student(model: nn.Module, step: str) -> None:
     """Raise a :class:`UserError` if a model has no quantized ops."""
     check_model(model)

@@ -13,7 +13,7 @@ from psaq_mm.errors import UserError
 from psaq_mm.ops import apply_plan, plan_quantization, unquantized_weights
 from psaq_mm.recipe import QuantizationSettings
 
-from .history import history_of, require_float
+from .history import require_equalized, require_float
 
 
 def prepare(model: nn.Module, settings: Optional[QuantizationSettings] = None) -> nn.Module:
@@ -44,14 +44,7 @@ def prepare(model: nn.Module, settings: Optional[QuantizationSettings] = None) -
     adapter = find_adapter(model)
     require_float32(model)
     plan = plan_quantization(model, settings, adapter)
-    done = history_of(model).channel_limit
-    if settings.channel_limit != done:
-        if settings.channel_limit is None:
-            raise UserError(f'the model was equalized for channel_limit={done:g}; set '
-                            'quantization.channel_limit to that')
-        raise UserError('psaq_mm.prepare: call psaq_mm.equalize first, with the same '
-                        f'quantization.channel_limit={settings.channel_limit:g}, or set it to '
-                        'None for none')
+    require_equalized(model, settings.channel_limit, 'prepare')
     remaining = unquantized_weights(model, plan, adapter, settings.scope)
     if settings.scope == 'model':
         last = [name for name in plan if name in adapter.predictors(model)]

@@ -177,6 +177,11 @@ def test_what_no_output_depends_on_keeps_its_bits():
     assert planned_bytes(allocator.model, plan) <= 175_000
 
 
+def test_allocate_wants_an_equalized_model():
+    with pytest.raises(UserError, match='psaq_mm.allocate: call psaq_mm.equalize first'):
+        psaq_mm.allocate(swin(), torch.randn(1, 3, 32, 32), QuantizationSettings(mean_bits=4))
+
+
 def test_prepare_wants_bits_to_be_chosen_first():
     with pytest.raises(UserError, match='mean_bits=4.* call psaq_mm.allocate first'):
         psaq_mm.prepare(swin(), settings(mean_bits=4))
