@@ -315,8 +315,9 @@ the levels of its neck, to stride 64, must fit each other.
   one of onedl-mmdetection 3.5.1: checkpoints of one do not fit the other,
   and the tools say so.
 - Where 0 others are quantized, no image alone runs the heads; the last column says why.
-- Deformable convolutions and embeddings stay float. No engine has an operator for the former, so
-  a neck or head with one (DyHead, TOOD, VFNet, RepPoints) stays in torch, and what is behind it.
+- Deformable convolutions and embeddings stay float. mmcv exports the former as operators of
+  its own, which no engine knows, so a neck or head with one (DyHead, TOOD, VFNet, RepPoints)
+  stays in torch, and what is behind it.
 - A parity of about 130 dB is float32's rounding alone; where it is lower, some values fell on
   the other side of a rounding step.
 """
