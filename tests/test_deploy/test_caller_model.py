@@ -106,7 +106,7 @@ def test_device(tmp_path, monkeypatch, name):
         monkeypatch.setattr(export, 'trace', trace)
         # So does the range of pixels.
         monkeypatch.setattr(export, 'find_adapter', lambda model: SimpleNamespace(
-            valid_range=lambda model: (None, None)))
+            valid_range=lambda model: (None, None), taken_size=lambda model, size: size))
         with pytest.raises(Traced):
             export_graphs(model, tmp_path, 'onnx')
         assert {p.device.type for p in model.parameters()} == {'cuda'}

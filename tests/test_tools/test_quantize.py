@@ -328,8 +328,8 @@ def test_two_processes(finished_run, tmp_path, quantization_config, demo_checkpo
     run = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--standalone',
          str(script), str(quantization_config), str(demo_checkpoint), '--seed', '7',
-         '--launcher', 'pytorch', '--cfg-options', *FEW, 'quantization.scope=model',
-         'quantization.weight.rounding=gptq'], cwd=tmp_path,
+         '--launcher', 'pytorch', '--sensitivity-images', '0', '--cfg-options', *FEW,
+         'quantization.scope=model', 'quantization.weight.rounding=gptq'], cwd=tmp_path,
         env=dict(os.environ, CUDA_VISIBLE_DEVICES=''), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     for folder in ('first', 'second'):
