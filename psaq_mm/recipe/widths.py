@@ -6,7 +6,7 @@ from typing import Any, Collection, Mapping
 
 from psaq_mm.quantization import QuantSpec
 
-from .quantization import QuantizationSettings
+from .quantization import BUDGETS, QuantizationSettings
 from .recipe import Recipe
 
 BASE_OF_WIDTH: Mapping[int, str] = {2: 'w3a3', 3: 'w3a3', 4: 'w4a4', 5: 'w6a6', 6: 'w6a6',
@@ -19,8 +19,7 @@ OF_WIDTH = ('observer', 'margin')
 
 def without_budget(settings: QuantizationSettings, **changes: Any) -> QuantizationSettings:
     """Settings with other values, for whose bits nothing is left to choose."""
-    return replace(settings, **{'mean_bits': None, 'target_size': None, 'max_drop': None,
-                                **changes})
+    return replace(settings, **{**dict.fromkeys(BUDGETS), **changes})
 
 
 class FreeTensors:
