@@ -49,7 +49,7 @@ import argparse
 import functools
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from experiment import (
     ALL_STEPS,
@@ -153,6 +153,12 @@ def print_table(float_model: Dict[str, float], found: Found, scope: str, setting
             print(f'| {row} | {mean:.0f}{mark_of(values)} |')
 
 
+def mean_and_spread(points: Sequence[float]) -> Tuple[float, float, float]:
+    """Mean, and how far the lowest and the highest are from it."""
+    mean = sum(points) / len(points)
+    return mean, mean - min(points), max(points) - mean
+
+
 def plot(title: str, float_model: Dict[str, float], found: Found, settings: List[str],
          rows: List[str], path: Path) -> None:
     """Draw accuracy against seconds: a panel for each setting, mean and lowest
@@ -169,11 +175,10 @@ def plot(title: str, float_model: Dict[str, float], found: Found, settings: List
             values = [v for v in found(row, setting) if 'seconds' in v]
             if not values:
                 continue
-            points = [factor * value[key] for value in values]
-            mean = sum(points) / len(points)
+            mean, below, above = mean_and_spread([factor * value[key] for value in values])
             axes.errorbar(sum(v['seconds'] for v in values) / len(values), mean,
-                          [[mean - min(points)], [max(points) - mean]], fmt='o', capsize=3,
-                          color=f'C{index}', label=row + mark_of(values))
+                          [[below], [above]], fmt='o', capsize=3, color=f'C{index}',
+                          label=row + mark_of(values))
         axes.set_xscale('log')
         axes.set_title(f'{title}, {setting.upper()}', fontsize=10)
         axes.set_xlabel('seconds to quantize')
@@ -198,14 +203,13 @@ def plot_sizes(title: str, subject: Subject, float_model: Dict[str, float], foun
     figure, axes = pyplot.subplots(figsize=(6, 4))
     axes.axhline(factor * float_model[key], color='black', linewidth=1, label='float')
     for index, row in enumerate(rows):
-        values = {s: [factor * value[key] for value in found(row, s) if key in value]
-                  for s in sorted(settings, key=lambda s: sizes[s])}
-        values = {setting: points for setting, points in values.items() if points}
-        means = [sum(points) / len(points) for points in values.values()]
-        axes.errorbar([sizes[s] for s in values], means,
-                      [[m - min(p) for m, p in zip(means, values.values())],
-                       [max(p) - m for m, p in zip(means, values.values())]],
-                      fmt='o-', capsize=3, color=f'C{index}', label=row)
+        points = [(size, [factor * value[key] for value in found(row, setting) if key in value])
+                  for setting, size in sorted(sizes.items(), key=lambda item: item[1])]
+        shown = [(size, *mean_and_spread(values)) for size, values in points if values]
+        if shown:
+            at, means, below, above = zip(*shown)
+            axes.errorbar(at, means, [below, above], fmt='o-', capsize=3, color=f'C{index}',
+                          label=row)
     for setting, size in sizes.items():
         axes.annotate(setting.upper(), (size, 0.01), xycoords=('data', 'axes fraction'),
                       ha='center', fontsize=8)
