@@ -22,6 +22,7 @@ from experiment import (
     mark_of,
     measured_file,
     metrics_of,
+    print_note_once,
     quiet,
 )
 
@@ -124,10 +125,7 @@ def main() -> None:
         print_differences(models, args.settings, args.against, args.scope)
     else:
         print_table(models, args.settings, args.rows, args.scope, args.sqnr)
-    for model in models:
-        if model.results.has_old:
-            model.results.print_note()
-            break
+    print_note_once(model.results for model in models)
 
 
 if __name__ == '__main__':

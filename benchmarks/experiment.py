@@ -491,6 +491,14 @@ class Results:
                   'of pixels; parts before 0.2, whose images are made otherwise')
 
 
+def print_note_once(tables: Iterable[Results]) -> None:
+    """Say what † means, if any of several tables has such values."""
+    for results in tables:
+        if results.has_old:
+            results.print_note()
+            return
+
+
 def metrics_of(float_model: Mapping[str, float]) -> List[str]:
     """Keys of what a table shows: the float model's metrics, and those of a student
     beside it."""

@@ -3,7 +3,7 @@
 
     python benchmarks/query_detectors.py                     # both; goes on where it stopped
     python benchmarks/query_detectors.py --models dino --seeds 0
-    python benchmarks/query_detectors.py --table --docs      # what is measured so far
+    python benchmarks/query_detectors.py --table             # what is measured so far
 
 Models are mmdet's own, made small, for the scenes of the demo; their Swin is that of the demo
 detector, and stays it. One that has no checkpoint is trained first; a training that was cut off
@@ -25,6 +25,7 @@ from experiment import (
     Results,
     Subject,
     cell,
+    print_note_once,
     quiet,
 )
 from mmengine.config import Config
@@ -74,7 +75,6 @@ HOSTS = dict(
 """Name to mmdet's config, and what is changed in its model."""
 
 ITERATIONS = dict(mask2former=6000, dino=1500)
-DOCS = ROOT / 'docs' / 'every_swin.md'
 SETTINGS = (('w8a8', 'backbone'), ('w8a8', 'model'), ('w4a8', 'backbone'))
 
 
@@ -117,20 +117,6 @@ def prepare(name: str) -> None:
             resume=(folder / 'last_checkpoint').exists()))
 
 
-TEXT = """{heading}
-
-Made by `benchmarks/query_detectors.py`, which trains both if they are not there: mmdet's
-Mask2Former and DINO, small ({width} wide, one encoder and three decoder layers), with the Swin
-of the demo detector, frozen, for {mask2former} and {dino} iterations of two of the 3000 training scenes,
-about 0.2 seconds of one core each. That is short for heads with queries, so the float AP is below the
-demo detector's. Quantized with the preset `default`, tested on the 120 validation scenes, seeds
-{seeds}: mean (lowest to highest). SQNR is of the backbone's feature maps, in decibels; "with
-float" takes the float model's detections of scores above 0.3 as ground truth.
-
-"""
-HEADING = '## Mask2Former and DINO, trained'
-
-
 def rows_of(name: str, results: Results, seeds: Sequence[int]) -> Iterator[str]:
     """Rows of the table of a model."""
     yield row_of(name, 'float', '', [results.get(None, 'float') or {}])
@@ -154,11 +140,10 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, nargs='*', default=[0, 1, 2])
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
     parser.add_argument('--table', action='store_true', help='measure nothing, print')
-    parser.add_argument('--docs', action='store_true', help='write the table to the docs too')
     args = parser.parse_args()
     lines = ['| model | bits | scope | metrics |', '|---|---|---|---|']
-    for name in args.models:
-        results = Results(MEASURED / f'{name}.json')
+    tables = {name: Results(MEASURED / f'{name}.json') for name in args.models}
+    for name, results in tables.items():
         if not args.table:
             prepare(name)
             quiet()
@@ -168,12 +153,9 @@ def main() -> None:
                 results.fill(['default'], [setting], scope, args.seeds, experiment_of,
                              subject.measure)
         lines += rows_of(name, results, args.seeds)
+    print(f'seeds {args.seeds}: mean (lowest to highest seed)\n')
     print('\n'.join(lines))
-    if args.docs:
-        text = TEXT.format(heading=HEADING, width=WIDTH, **ITERATIONS,
-                           seeds=', '.join(map(str, args.seeds)))
-        before = DOCS.read_text().partition(HEADING)[0].rstrip()
-        DOCS.write_text(f'{before}\n\n{text}' + '\n'.join(lines) + '\n')
+    print_note_once(tables.values())
 
 
 if __name__ == '__main__':
