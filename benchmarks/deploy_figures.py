@@ -3,14 +3,13 @@
 
     python benchmarks/deploy_figures.py > docs/deploy_figures.md
     python benchmarks/deploy_figures.py --brief --plot docs/images/deploy.png
-    python benchmarks/deploy_figures.py --summary          # the table of README
-
-The summary has whole detectors too, of what ``deploy_whole.py`` kept.
+    python benchmarks/deploy_figures.py --whole --summary  # the table of README
+    python benchmarks/deploy_figures.py --whole            # all that deploy_whole.py kept
 """
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Collection, Dict, List, Optional, Tuple
 
 from psaq_mm.checkpoint import save_json
 
@@ -32,9 +31,16 @@ TITLES = {'swin-t 448': 'Swin-T, 448x448', 'swin-s 448': 'Swin-S, 448x448',
 ENGINES = dict(openvino='OpenVINO (peer: NNCF)',
                onnxruntime='onnxruntime (peer: quantize_static)')
 
-WHOLE = {'demo': 'Whole demo detector, 224x224',
-         'mask-rcnn': 'Whole Mask R-CNN Swin-T, 800x1344'}
+WHOLE = {'demo': 'Demo detector, 224x224', 'cascade': 'Demo cascade, 224x224',
+         'bccd': 'BCCD detector, 240x320', 'nuclei': 'Nuclei detector, 256x256',
+         'segmentor': 'Demo segmentor, 224x224',
+         'mask-rcnn-t': 'Mask R-CNN Swin-T, 800x1344',
+         'mask-rcnn-s': 'Mask R-CNN Swin-S, 800x1344',
+         'cascade-t': 'Cascade Mask R-CNN Swin-T, 800x1344',
+         'upernet-t': 'UperNet Swin-T, 512x512'}
 """Cases of deploy_whole.py."""
+
+MEASURED_WHOLE = MEASURED.with_name('deploy_whole.json')
 
 
 def read(file: Path) -> List[Row]:
@@ -42,7 +48,7 @@ def read(file: Path) -> List[Row]:
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def keep(file: Path, rows: List[Row]) -> None:
+def keep(file: Path, rows: List[Row], cases: Collection[str] = TITLES) -> None:
     """Add the rows of one run; older ones of the same case, threads and engine go.
 
     Torch, which runs beside both engines, is kept once.
@@ -53,7 +59,7 @@ def keep(file: Path, rows: List[Row]) -> None:
 
     new = {engine_of(row) for row in rows}
     kept = [row for row in read(file) if engine_of(row) not in new] + rows
-    kept.sort(key=lambda row: (list(TITLES).index(row['case']), row['threads']))
+    kept.sort(key=lambda row: (list(cases).index(row['case']), row['threads']))
     file.parent.mkdir(parents=True, exist_ok=True)
     save_json(kept, file)
 
@@ -121,45 +127,46 @@ def brief_table(rows: List[Row]) -> str:
     return '\n'.join(lines)
 
 
-def whole_rows(file: Path, engine: str) -> Dict[str, Row]:
-    """Float, peer and ours of a whole detector in an engine, as deploy_whole.py kept them."""
-    sides = {row['side']: row for row in read(file)}
-    names = dict(float=f'{engine} fp32', peer=PEERS[engine], ours=f'{engine} ours, model')
-    return {key: sides[name] for key, name in names.items() if name in sides}
-
-
-def summary_table(rows: List[Row]) -> str:
-    """Milliseconds on one thread: the engine's fp32, the peer's int8 from data, ours without."""
-    lines = ['| graph, one thread | engine | fp32 | int8 by a peer, from images | '
-             '**int8 by ours, without** | times as fast as the peer |',
-             '|---' * 6 + '|']
-    for case, title in WHOLE.items():
-        for engine, peer in PEERS.items():
-            found = whole_rows(MEASURED.with_name(f'deploy_whole_{case}.json'), engine)
-            cells = [_whole_cell(found.get(key)) for key in ('float', 'peer', 'ours')]
-            faster = _number(found.get('ours', {}).get(f'speed_to_{peer}'), 2) or '-'
-            lines.append(f'| {title} | {ENGINES[engine]} | {" | ".join(cells)} | {faster} |')
+def whole_table(rows: List[Row]) -> str:
+    """All sides of whole models, a case after the other."""
+    lines = ['| | threads | | median ms | times as fast as the peer | as fp32 | MB | peak MiB '
+             '| on the test set |', '|---' * 9 + '|']
     for (case, threads), group in by_case(rows).items():
-        sides = {row['side']: row for row in group}
-        if threads > 1 or '448' in case:
-            continue
-        for engine, peer in PEERS.items():
-            ours = sides.get(f'{engine} ours, heads too', sides.get(f'{engine} ours'))
-            if ours is None or peer not in sides:
-                continue
-            cells = [f'{1000 * row["median"]:.0f} ms' for row in
-                     (sides[f'{engine} fp32'], sides[peer], ours)]
-            lines.append(f'| {TITLES[case]} | {ENGINES[engine]} | {" | ".join(cells)} | '
-                         f'{1 / ours["to_peer"]:.2f} |')
+        for row in group:
+            cells = [_number(1000 * row['median'], 0), _inverse(row.get('to_peer')),
+                     _inverse(row.get('to_fp32')), _number(row.get('megabytes'), 1),
+                     _number(row.get('peak_mib'), 0), _points(row)]
+            lines.append(f'| {WHOLE[case]} | {threads} | {row["side"]} | {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
-def _whole_cell(row: Optional[Row]) -> str:
-    """Milliseconds, and box and mask AP where the detector is trained."""
-    if row is None:
-        return '-'
-    points = f', AP {row["bbox"]:.1f} / {row["segm"]:.1f}' if 'bbox' in row else ''
-    return f'{row["median_ms"]:.0f} ms{points}'
+def _inverse(ratio: Optional[float]) -> str:
+    return _number(None if ratio is None else 1 / ratio, 2)
+
+
+def _points(row: Row) -> str:
+    """Such as box and mask AP, where the model is trained."""
+    return ' / '.join(f'{value:.1f}' for value in row.get('points', ()))
+
+
+def summary_table(rows: List[Row]) -> str:
+    """Whole models on one thread: the engine's fp32, the peer's int8 from data, ours without."""
+    lines = ['| image to results, one thread | engine | fp32 | int8 by a peer, from images | '
+             '**int8 by ours, without** | times as fast as the peer |',
+             '|---' * 6 + '|']
+    for (case, threads), group in by_case(rows).items():
+        sides = {row['side']: row for row in group}
+        for engine, peer in PEERS.items():
+            whole = sides.get(f'{engine} ours, model')
+            if threads > 1 or whole is None:
+                continue
+            cells = []
+            for row in (sides[f'{engine} fp32'], sides.get(peer), whole):
+                points = f', {_points(row)}' if row and 'points' in row else ''
+                cells.append(f'{1000 * row["median"]:.0f} ms{points}' if row else 'fails')
+            lines.append(f'| {WHOLE[case]} | {ENGINES[engine]} | {" | ".join(cells)} | '
+                         f'{_inverse(whole.get("to_peer"))} |')
+    return '\n'.join(lines)
 
 
 def plot(rows: List[Row], path: Path) -> None:
@@ -193,14 +200,15 @@ def plot(rows: List[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--measured', type=Path, default=MEASURED, metavar='FILE')
+    parser.add_argument('--measured', type=Path, metavar='FILE')
+    parser.add_argument('--whole', action='store_true', help='what deploy_whole.py measured')
     parser.add_argument('--brief', action='store_true', help='one line for each case')
-    parser.add_argument('--summary', action='store_true', help='milliseconds on one thread')
+    parser.add_argument('--summary', action='store_true', help='of whole models, one thread')
     parser.add_argument('--plot', type=Path, metavar='PNG')
     args = parser.parse_args()
-    rows = read(args.measured)
-    if args.summary:
-        print(f'one thread\n\n{summary_table(rows)}')
+    rows = read(args.measured or (MEASURED_WHOLE if args.whole else MEASURED))
+    if args.whole:
+        print(f'whole models\n\n{summary_table(rows) if args.summary else whole_table(rows)}')
     elif args.brief:
         print(f'times as fast\n\n{brief_table(rows)}')
     else:

@@ -1,51 +1,73 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Whole detectors, from the pixels of an image to boxes and masks: ours without data beside the
-engines' own precisions and peers that saw data.
+r"""Whole models, from the pixels of an image to results: ours without data beside the engines'
+own precisions and peers that saw data.
 
-    OMP_NUM_THREADS=1 python benchmarks/deploy_whole.py                      # the demo detector
-    OMP_NUM_THREADS=1 python benchmarks/deploy_whole.py --case mask-rcnn     # Swin-T, 800x1344
+    OMP_NUM_THREADS=1 python benchmarks/deploy_whole.py                        # the demo detector
+    OMP_NUM_THREADS=1 python benchmarks/deploy_whole.py --cases bccd segmentor
+    OMP_NUM_THREADS=1 python benchmarks/deploy_whole.py --cases mask-rcnn-t \
+        --engines openvino      # then onnxruntime: memory. Rows of all runs add up
 
-The peers, NNCF (`model_type=TRANSFORMER`) in OpenVINO and onnxruntime's quantize_static (QDQ),
-get the same detector in float: the host's own backbone, neck and heads, and our NMS and RoIAlign
-around them; and real scenes of the demo's training set to calibrate on. Ours gets no image. AP is
-that of the demo detector on 120 scenes; the other case has random weights, to be timed. Needs
-`pip install '.[deploy]' nncf`.
+The peers, NNCF (`model_type=TRANSFORMER`) in OpenVINO and onnxruntime's quantize_static (QDQ, 32
+images), get the same model in float: the host's own backbone, neck and heads, with our NMS and
+RoIAlign around them; and real training images to calibrate on. Ours gets no image. Trained models
+are evaluated on the test set of their config by its own evaluator, every graph in the same way;
+the others have random weights, to be timed. Rows are kept in `measured/deploy_whole.json`, and
+printed by `deploy_figures.py`. Needs `pip install '.[deploy]' nncf`.
 """
 import argparse
 import json
 import logging
-import os
 import statistics
 import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
+from deploy_figures import MEASURED_WHOLE, PEERS, WHOLE, keep
+from experiment import METRICS, Subject, experiment
 from timing import interleave
 from torch import nn
 
 import psaq_mm
-from psaq_mm.checkpoint import save_json
 from psaq_mm.deploy import Graphs, export_graphs
 from psaq_mm.deploy.file_info import file_info
 from psaq_mm.deploy.hosts import find_subgraph
 from psaq_mm.deploy.hosts.detection import ExportableDetections
 from psaq_mm.deploy.hosts.whole import WholeGraph
 from psaq_mm.deploy.onnx_export import save_onnx, trace
-from psaq_mm.engine import build_float_model, init_model, load_config
-from psaq_mm.runtime.images import prepare
-from psaq_mm.runtime.model import interpret
+from psaq_mm.deploy.peak_memory import peak_in_process
+from psaq_mm.engine import build_float_model, load_config
+from psaq_mm.engine.graph_model import GraphModel
+from psaq_mm.runtime.images import pad
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / 'demo'
 Run = Callable[[np.ndarray], List[np.ndarray]]
+Size = Tuple[int, int]
+
+TRAINED = dict(demo='demo', cascade='cascade', bccd='bccd', segmentor='upernet')
+"""Case to its name in experiment.py."""
+
+RANDOM: Dict[str, Tuple[str, Size]] = {
+    'mask-rcnn-t': ('mask_rcnn_swin_t_w8a8.py', (800, 1344)),
+    'mask-rcnn-s': ('mask_rcnn_swin_s_w8a8.py', (800, 1344)),
+    'cascade-t': ('cascade_mask_rcnn_swin_t_w8a8.py', (800, 1344)),
+    'upernet-t': ('upernet_swin_t_w8a8.py', (512, 512))}
+"""Case to its config, and the size of its images."""
 
 
-class HostTrunk(nn.Module):
-    """The host's own backbone and neck."""
+class Case(NamedTuple):
+    """A float model, raw images of it, and what tests it."""
+    model: Any
+    size: Size
+    samples: List[np.ndarray]
+    subject: Optional[Subject]
+
+
+class HostDetector(nn.Module):
+    """Backbone and neck of a detector as the host has them."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -55,69 +77,62 @@ class HostTrunk(nn.Module):
         return tuple(self.model.neck(self.model.backbone(images)))
 
 
-def plain_onnx(model: nn.Module, size: Tuple[int, int], path: Path) -> None:
-    """The float detector, whose backbone is written as the host has it."""
+class HostSegmentor(HostDetector):
+    """A segmentor to its logits, as the host has it."""
+
+    def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        return (self.model.decode_head(self.model.backbone(images)), )
+
+
+class OneGraph:
+    """A graph in the place of :class:`Graphs`, for images of any size that it can pad."""
+
+    def __init__(self, run: Run, info: Dict[str, Any]) -> None:
+        self.run, self.info = run, info
+
+    def whole(self, size: Size) -> Tuple['OneGraph', Dict[str, Any]]:
+        return self, self.info
+
+
+def plain_onnx(model: Any, size: Size, path: Path) -> None:
+    """The float model, whose backbone is written as the host has it."""
     subgraph: Any = find_subgraph(model, 'model')
-    subgraph.exportable = lambda size, batch=1: WholeGraph(
-        subgraph._pixels(size), HostTrunk(model), ExportableDetections(model)).eval()
+    pixels = subgraph._pixels(size)
+    graph = WholeGraph(pixels, HostSegmentor(model)) if hasattr(model, 'decode_head') else \
+        WholeGraph(pixels, HostDetector(model), ExportableDetections(model))
+    subgraph.exportable = lambda size, batch=1: graph.eval()
     save_onnx(trace(subgraph, size, 'onnx'), path, {})
 
 
-def demo() -> Tuple[nn.Module, Tuple[int, int]]:
-    """The trained demo detector."""
-    return init_model(str(DEMO / 'mask_rcnn_swin_demo_w8a8.py'),
-                      str(DEMO / 'mask_rcnn_swin_demo.pth')), (224, 224)
+def trained(name: str, samples: int, work_dir: Path) -> Case:
+    """A model with trained weights, and real training images."""
+    subject = Subject(name, work_dir)
+    model: Any = subject.model.eval()
+    model.cfg = subject.config
+    model.dataset_meta = dict(classes=subject.classes)
+    size = subject.test_size.size
+    images = [np.ascontiguousarray(image.numpy()[None].astype(np.float32))
+              for image in subject.raw_images(samples, 0)]
+    info = file_info(find_subgraph(model, 'model'), size, ['object'], model.cfg)
+    return Case(model, size, [pad(image, info) for image in images], subject)
 
 
-def mask_rcnn() -> Tuple[nn.Module, Tuple[int, int]]:
-    """A Mask R-CNN Swin-T with random weights, whose classes differ enough to find objects."""
-    config = load_config(ROOT / 'configs' / 'mask_rcnn_swin_t_w8a8.py')
+def random(config: str, size: Size, samples: int) -> Case:
+    """Random weights, and classes that differ enough to find objects."""
+    loaded = load_config(ROOT / 'configs' / config)
     torch.manual_seed(0)
-    model: Any = build_float_model(config)
+    model: Any = build_float_model(loaded)
     model.backbone.init_cfg = None
     model.init_weights()
+    heads = getattr(getattr(model, 'roi_head', None), 'bbox_head', [])
     with torch.no_grad():
-        model.roi_head.bbox_head.fc_cls.weight.mul_(20)
-    model.cfg = config
+        for head in heads if isinstance(heads, nn.ModuleList) else [heads] if heads else []:
+            head.fc_cls.weight.mul_(20)
+    model.cfg = loaded
     model.dataset_meta = dict(classes=[f'class {i}' for i in range(80)])
-    return model.eval(), (800, 1344)
-
-
-CASES = {'demo': demo, 'mask-rcnn': mask_rcnn}
-
-
-def scenes() -> Any:
-    import sys
-    sys.path.insert(0, str(DEMO))
-    import scenes as module
-    return module
-
-
-def ap(run: Run, info: Dict[str, Any], folder: Path) -> Dict[str, float]:
-    """Box and mask AP on the demo's validation scenes, by pycocotools."""
-    import cv2
-    from pycocotools import mask as coding
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-    truth = COCO(str(folder / 'val.json'))
-    rows = []
-    for image in truth.loadImgs(truth.getImgIds()):
-        pixels = cv2.imread(str(folder / 'val' / image['file_name']))
-        prepared = prepare(pixels, info)
-        found = interpret(run(prepared.array), prepared, info, pixels)
-        for box, score, label, mask in zip(found.boxes, found.scores, found.labels, found.masks):
-            rows.append(dict(
-                image_id=image['id'], category_id=truth.getCatIds()[label], score=float(score),
-                bbox=[*map(float, box[:2]), *map(float, box[2:] - box[:2])],
-                segmentation=coding.encode(np.asfortranarray(mask.astype(np.uint8)))))
-    found = {}
-    for kind in ('bbox', 'segm'):
-        evaluation = COCOeval(truth, truth.loadRes(rows), kind)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-        found[kind] = round(100 * float(evaluation.stats[0]), 1)
-    return found
+    draw = np.random.default_rng(0)
+    return Case(model.eval(), size, [draw.integers(0, 256, (1, 3, *size)).astype(np.float32)
+                                     for _ in range(samples)], None)
 
 
 def openvino_run(graph: Any, threads: int, precision: str) -> Run:
@@ -128,7 +143,7 @@ def openvino_run(graph: Any, threads: int, precision: str) -> Run:
 
     def run(array: np.ndarray) -> List[np.ndarray]:
         request.infer({0: array})
-        return [request.get_output_tensor(i).data.copy() for i in range(3)]
+        return [output.data.copy() for output in request.output_tensors]
 
     return run
 
@@ -175,7 +190,8 @@ def peers(plain: Path, samples: List[np.ndarray], threads: int, folder: Path,
         try:
             quant_pre_process(str(plain), str(folder / 'prepared.onnx'), skip_symbolic_shape=True)
             quantize_static(str(folder / 'prepared.onnx'), str(folder / 'static.onnx'), Samples(),
-                            quant_format=QuantFormat.QDQ, per_channel=True)
+                            quant_format=QuantFormat.QDQ, per_channel=True,
+                            extra_options=dict(CalibMaxIntermediateOutputs=1))  # else 20 GB
             runs['onnxruntime quantize_static'] = onnxruntime_run(folder / 'static.onnx', threads)
             runs['onnxruntime quantize_static'](samples[0])
             files['onnxruntime quantize_static'] = folder / 'static.onnx'
@@ -186,126 +202,110 @@ def peers(plain: Path, samples: List[np.ndarray], threads: int, folder: Path,
 
 
 def size_of(path: Path) -> float:
+    """Megabytes of a graph with its weights."""
     weights = path.with_suffix('.bin')
     return (path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)) / 1e6
 
 
-def measure(args: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
-    """All sides of a case."""
-    model, size = CASES[args.case]()
+def ours(case: Case, args: argparse.Namespace, folder: Path) \
+        -> Tuple[Dict[str, Run], Dict[str, Path]]:
+    """Our graphs, of each scope and for each engine, and the simulation."""
     runs: Dict[str, Run] = {}
     files: Dict[str, Path] = {}
-    plain = folder / 'plain.onnx'
-    plain_onnx(model, size, plain)
-    info = file_info(find_subgraph(model, 'model'), size, model.dataset_meta['classes'],
-                     model.cfg)
-    if args.case == 'demo':
-        scenes().write_split('val', folder, args.images)
-        samples = [scenes().render(i)[0].transpose(2, 0, 1)[None].astype(np.float32)
-                   for i in range(args.samples)]
-    else:
-        draw = np.random.default_rng(0)
-        samples = [draw.integers(0, 256, (1, 3, *size)).astype(np.float32)
-                   for _ in range(args.samples)]
-    recipe = psaq_mm.Recipe.shipped('w8a8')
     for scope in args.scopes:
-        student = quantized(model, recipe, scope, samples, args) if args.checkpoint is None else \
-            init_model(str(DEMO / 'mask_rcnn_swin_demo_w8a8.py'), args.checkpoint)
+        student = quantized(case, scope)
         for engine, target in (('openvino', 'openvino'), ('onnxruntime', 'onnx')):
             if engine not in args.engines:
                 continue
             out = folder / f'{engine}_{scope}'
-            export_graphs(student, out, target, [size], part='model', config=model.cfg,
-                          classes=model.dataset_meta['classes'], least_share=0.)
-            name = f'{engine} ours, {scope}'
-            loaded = Graphs(out, engine, args.threads).engine(size)
-            runs[name], files[name] = loaded.run, loaded.path
-            print(f'{name}: exported', flush=True)
+            export_graphs(student, out, target, [case.size], part='model', config=case.model.cfg,
+                          classes=case.model.dataset_meta['classes'], least_share=0.)
+            side = f'{engine} ours, {scope}'
+            loaded = Graphs(out, engine, args.threads).engine(case.size)
+            runs[side], files[side] = loaded.run, loaded.path
+            print(f'{side}: exported', flush=True)
             if engine == 'openvino':
-                runs[f'{name} + bf16'] = Graphs(out, engine, args.threads, 'bf16').engine(size).run
-        if args.case == 'demo' and args.simulation:
-            runs[f'torch simulated, {scope}'] = torch_run(student)
-    more, named = peers(plain, samples, args.threads, folder, args.engines)
+                runs[f'{side} + bf16'] = Graphs(out, engine, args.threads, 'bf16') \
+                    .engine(case.size).run
+        if case.subject is not None:
+            print(json.dumps(dict(side=f'simulation, {scope}',
+                                  points=points(case.subject, student))), flush=True)
+    return runs, files
+
+
+def points(subject: Subject, model: nn.Module) -> List[float]:
+    """The metrics of a test set, in points."""
+    found = subject.test(model)
+    return [round(METRICS[key][1] * found[key], 1) for key in METRICS if key in found]
+
+
+def quantized(case: Case, scope: str) -> nn.Module:
+    """Our W8A8: of a trained model by the shipped recipe, without data; else by ranges of noise,
+    which cost the same time."""
+    if case.subject is not None:
+        return case.subject.student(experiment('w8a8', scope), 0)[0]
+    settings = psaq_mm.Recipe.shipped('w8a8').changed(dict(quantization=dict(
+        scope=scope, channel_limit=None, weight=dict(rounding='nearest')))).quantization
+    return psaq_mm.calibrate(psaq_mm.prepare(case.model, settings),
+                             torch.from_numpy(case.samples[0]) / 64 - 2)
+
+
+def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
+    """All sides of a case."""
+    case = trained(TRAINED[name], args.samples, args.work_dir) if name in TRAINED else \
+        random(*RANDOM[name], min(args.samples, 4))
+    print(f'{name}: {len(case.samples)} images of {case.size} for the peers', flush=True)
+    runs, files = ours(case, args, folder)
+    plain_onnx(case.model, case.size, folder / 'plain.onnx')
+    more, named = peers(folder / 'plain.onnx', case.samples, args.threads, folder, args.engines)
     runs.update(more)
     files.update(named)
-    if args.simulation:
-        runs['torch fp32'] = torch_run(model)
-    seconds = interleave({name: (lambda run=run: run(samples[0])) for name, run in runs.items()},
-                         args.rounds)
+    seconds = interleave({side: (lambda run=run: run(case.samples[0]))
+                          for side, run in runs.items()}, args.rounds)
+    info = file_info(find_subgraph(case.model, 'model'), case.size,
+                     case.model.dataset_meta['classes'], case.model.cfg)
     rows = []
-    for name, run in runs.items():
-        row: Dict[str, Any] = dict(side=name, median_ms=1e3 * statistics.median(seconds[name]))
-        for other in ('openvino nncf', 'openvino fp32', 'onnxruntime fp32',
-                      'onnxruntime quantize_static'):
-            if other in runs and name.split()[0] == other.split()[0]:
-                row[f'speed_to_{other}'] = statistics.median(
-                    b / a for a, b in zip(seconds[name], seconds[other]))
-        if name in files:
-            row['megabytes'] = size_of(files[name])
-        if args.case == 'demo' and 'bf16' not in name:
-            row.update(ap(run, info, folder))
-        row['objects'] = len(run(samples[0])[0])
+    for side, run in runs.items():
+        engine = side.split()[0]
+        row: Dict[str, Any] = dict(case=name, threads=args.threads, side=side,
+                                   median=statistics.median(seconds[side]))
+        for key, other in (('to_peer', PEERS[engine]), ('to_fp32', f'{engine} fp32')):
+            if other in runs:
+                row[key] = statistics.median(
+                    a / b for a, b in zip(seconds[side], seconds[other]))
+        if side in files:
+            row['megabytes'] = size_of(files[side])
+            row['size_to_fp32'] = row['megabytes'] / size_of(files[f'{engine} fp32'])
+            row['peak_mib'] = peak_in_process(dict(
+                engine=engine, file=str(files[side]), threads=args.threads, precision='fp32',
+                size=case.size, channels=3))
+        if case.subject is not None and 'bf16' not in side:
+            row['points'] = points(case.subject, GraphModel(OneGraph(run, info)))  # type: ignore
+        row['objects'] = len(run(case.samples[0])[0])
         print(json.dumps(row), flush=True)
         rows.append(row)
     return rows
 
 
-def torch_run(model: nn.Module) -> Run:
-    """The host's own code. It gives masks of the image, and boxes of it as they are here."""
-    subgraph: Any = find_subgraph(model, 'model')
-    exportable = subgraph.exportable(None)
-
-    def run(array: np.ndarray) -> List[np.ndarray]:
-        with torch.no_grad():
-            return [output.numpy() for output in exportable(torch.from_numpy(array))]
-
-    return run
-
-
-def quantized(model: nn.Module, recipe: Any, scope: str, samples: List[np.ndarray],
-              args: argparse.Namespace) -> nn.Module:
-    """Our W8A8: of the demo by the shipped recipe, without data; else by ranges of noise, which
-    cost the same time."""
-    settings = recipe.to_dict()
-    settings['quantization']['scope'] = scope
-    if args.fast:
-        settings['synthesis'].update(num_images=4, steps=20)
-    recipe = psaq_mm.Recipe.from_dict(settings)
-    if args.case == 'demo':
-        return psaq_mm.quantize(model, recipe, seed=0)
-    settings['quantization']['weight']['rounding'] = 'nearest'
-    recipe = psaq_mm.Recipe.from_dict(settings)
-    images = torch.cat([torch.from_numpy(s) for s in samples[:1]]) / 64 - 2
-    return psaq_mm.calibrate(psaq_mm.prepare(model, recipe.quantization), images)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--case', choices=list(CASES), default='demo')
-    parser.add_argument('--engines', nargs='+', choices=['openvino', 'onnxruntime'],
-                        default=['openvino', 'onnxruntime'])
+    parser.add_argument('--cases', nargs='+', choices=[*TRAINED, *RANDOM], default=['demo'])
+    parser.add_argument('--engines', nargs='+', choices=list(PEERS), default=list(PEERS))
     parser.add_argument('--scopes', nargs='+', choices=['backbone', 'model'],
                         default=['backbone', 'model'])
     parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--rounds', type=int, default=9)
-    parser.add_argument('--images', type=int, default=120, help='scenes that are evaluated')
-    parser.add_argument('--samples', type=int, default=300, help='of the peers')
-    parser.add_argument('--fast', action='store_true', help='ours by 4 images of few steps, to '
-                        'compare engines and not to be accurate')
-    parser.add_argument('--checkpoint', help='ours of the demo, instead of quantizing now; its '
-                        'scope is what --scopes names')
-    parser.add_argument('--simulation', action='store_true', help='torch too')
-    parser.add_argument('--out', type=Path,
-                        help='default: benchmarks/measured/deploy_whole_CASE.json')
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--samples', type=int, default=300, help='of the peers, if there are '
+                        'as many; with random weights 4')
+    parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
+    parser.add_argument('--measured', type=Path, default=MEASURED_WHOLE, metavar='FILE')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
     logging.disable(logging.INFO)
     torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(args, Path(folder))
-    out = args.out or ROOT / 'benchmarks' / 'measured' / f'deploy_whole_{args.case}.json'
-    os.makedirs(out.parent, exist_ok=True)
-    save_json(rows, out)
+    for name in args.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            keep(args.measured, measure(name, args, Path(folder)), WHOLE)
 
 
 if __name__ == '__main__':

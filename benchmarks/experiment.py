@@ -299,6 +299,16 @@ class Subject:
             values = evaluator.evaluate(len(loader.dataset))
         return {k: float(v) for k, v in values.items()}, detections
 
+    @functools.cached_property
+    def classes(self) -> List[str]:
+        """list[str]: Names of the classes of the test set."""
+        loader = Runner.build_dataloader(copy.deepcopy(self.config.test_dataloader))
+        return list(loader.dataset.metainfo['classes'])
+
+    def test(self, model: nn.Module) -> Dict[str, float]:
+        """Metrics of the config's own evaluator on its test set."""
+        return self._test(model)[0]
+
     def evaluate(self, student: nn.Module, metrics: bool = True) -> Dict[str, float]:
         """SQNR, and the metrics of the config's own evaluator on its test set; of
         detectors and segmentors the agreement with the float model too."""
@@ -316,10 +326,8 @@ class Subject:
                 found[f'agreement/{kind}'] = agreement_ap(self._float_detections, detections, kind)
         return {**found, **values}
 
-    def real_images(self, count: int, seed: int) -> Tensor:
-        """Training images as the test pipeline prepares them, shape
-        (count, C, H, W); another choice for each seed."""
-        preprocess: Any = self.model.data_preprocessor  # the model registers its host's datasets
+    def _training_images(self, count: int, seed: int) -> List[Dict[str, Any]]:
+        """Some of the training set, as the test pipeline packs them."""
         loader: Any = copy.deepcopy(self.config.test_dataloader)
         dataset: ConfigDict = loader.dataset
         if self.name in PHOTOGRAPHS:
@@ -334,7 +342,17 @@ class Subject:
                 dataset.ann_file = 'train.json'
         data = Runner.build_dataloader(loader).dataset
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        chosen = [data[i] for i in order[:count].tolist()]
+        return [data[i] for i in order[:count].tolist()]
+
+    def raw_images(self, count: int, seed: int) -> List[Tensor]:
+        """Training images as the test pipeline resizes them, BGR of shape (3, H, W)."""
+        return [chosen['inputs'] for chosen in self._training_images(count, seed)]
+
+    def real_images(self, count: int, seed: int) -> Tensor:
+        """Training images as the test pipeline prepares them, shape
+        (count, C, H, W); another choice for each seed."""
+        preprocess: Any = self.model.data_preprocessor  # the model registers its host's datasets
+        chosen = self._training_images(count, seed)
         batch = dict(inputs=[c['inputs'] for c in chosen],
                      data_samples=[c['data_samples'] for c in chosen])
         with torch.no_grad():

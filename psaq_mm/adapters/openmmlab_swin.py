@@ -332,7 +332,7 @@ class OpenMMLabSwinAdapter(Adapter):
 
     def forward_model(self, model: Any, images: Tensor) -> Any:
         if isinstance(model, self.backbone_class):
-            raise UserError("quantization.scope='model' needs a whole model, got a backbone")
+            return self.forward_backbone(model, images)  # it is the whole of it
         size = (images.shape[2], images.shape[3])
         if self.is_segmentor(model):
             meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,

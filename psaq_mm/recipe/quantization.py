@@ -109,8 +109,8 @@ class QuantizationSettings:
         placement (str or list[str]): ``operands`` (inputs of Linear, Conv2d
             and both attention matmuls), ``v1`` (as PSAQ-ViT V1), or a list
             of roles. Defaults to ``operands``.
-        scope (str): ``backbone`` or ``model`` (neck and heads too).
-            Defaults to ``backbone``.
+        scope (str): ``model``, or ``backbone``: neck and heads stay float, as all shipped
+            recipes with fewer than 8 bits have it. Defaults to ``model``.
         include (str or list[str]): Shell wildcards of module names, such as
             ``backbone.stages.*``. Defaults to ``*``.
         exclude (str or list[str]): Wildcards of modules to leave float; it
@@ -151,7 +151,7 @@ class QuantizationSettings:
     weight: QuantSpec = field(default_factory=_weight)
     activation: QuantSpec = field(default_factory=_activation)
     placement: Union[str, Sequence[str]] = 'operands'
-    scope: str = 'backbone'
+    scope: str = 'model'
     include: Union[str, Sequence[str]] = ('*', )
     exclude: Union[str, Sequence[str]] = ()
     patch_embed_bits: Optional[int] = 8

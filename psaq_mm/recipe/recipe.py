@@ -19,7 +19,7 @@ from .synthesis import SynthesisSettings
 class Recipe:
     """What is done to a float model. The defaults are the preset ``default`` at W8A8.
 
-        recipe = Recipe.shipped('w4a4')
+        recipe = Recipe.shipped('w4a4')  # of the backbone
         recipe = recipe.changed(dict(quantization=dict(scope='model')))
 
     Args:

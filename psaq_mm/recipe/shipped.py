@@ -22,8 +22,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = dict(
     # (docs/method.md). Naive ranges.
     paper=dict(
         quantization=dict(
-            placement='v1', channel_limit=None, patch_embed_bits=None, predictor_bits=None,
-            weight=dict(rounding='nearest'), activation=dict(margin=0.),
+            scope='backbone', placement='v1', channel_limit=None, patch_embed_bits=None,
+            predictor_bits=None, weight=dict(rounding='nearest'), activation=dict(margin=0.),
             roles=dict(_delete_=True), overrides=dict(_delete_=True)),
         synthesis=dict(
             num_images=32, batch_size=32, steps=500,
@@ -34,21 +34,23 @@ PRESETS: Mapping[str, Mapping[str, Any]] = dict(
 
 
 def _width(weight: int, activation: int) -> Dict[str, Any]:
-    return dict(weight=dict(bits=weight), activation=dict(bits=activation))
+    # Of the backbone, as in the paper: engines have no use for fewer than 8 bits.
+    return dict(scope='backbone', weight=dict(bits=weight), activation=dict(bits=activation))
 
 
 BASES: Mapping[str, Mapping[str, Any]] = dict(
     w3a3=dict(quantization=dict(
-        weight=dict(bits=3), activation=dict(bits=3, margin=0.),
+        scope='backbone', weight=dict(bits=3), activation=dict(bits=3, margin=0.),
         # With 8 integers a range that holds all but 0.1 % of the inputs is still too wide.
         roles=dict(attention=dict(margin=0., observer=_EVEN_ATTENTION),
                    input=dict(observer=dict(type='PercentileObserver', percentile=0.99))))),
     # Steps of 4 bits are too coarse to give some away: no margin. Of segmentors softmax
     # outputs are to show even attention too; detectors lose a little by that (docs/results.md).
     w4a4=dict(quantization=dict(
-        weight=dict(bits=4), activation=dict(bits=4, margin=0.),
+        scope='backbone', weight=dict(bits=4), activation=dict(bits=4, margin=0.),
         roles=dict(attention=dict(margin=0.)),
         overrides={'@segmentor': dict(attention=dict(observer=_EVEN_ATTENTION))})),
     w4a8=dict(quantization=_width(4, 8)),
     w6a6=dict(quantization=_width(6, 6)),
-    w8a8=dict(quantization=_width(8, 8)))
+    # The whole model: it loses 0.2 points at most, and whole graphs are fast (docs/deploy.md).
+    w8a8={})
