@@ -117,7 +117,7 @@ def trained(name: str, samples: int, work_dir: Path) -> Case:
     return Case(model, size, [pad(image, info) for image in images], subject)
 
 
-def random(config: str, size: Size, samples: int) -> Case:
+def random(config: str, size: Size) -> Case:
     """Random weights, and classes that differ enough to find objects."""
     loaded = load_config(ROOT / 'configs' / config)
     torch.manual_seed(0)
@@ -130,9 +130,8 @@ def random(config: str, size: Size, samples: int) -> Case:
             head.fc_cls.weight.mul_(20)
     model.cfg = loaded
     model.dataset_meta = dict(classes=[f'class {i}' for i in range(80)])
-    draw = np.random.default_rng(0)
-    return Case(model.eval(), size, [draw.integers(0, 256, (1, 3, *size)).astype(np.float32)
-                                     for _ in range(samples)], None)
+    image = np.random.default_rng(0).integers(0, 256, (1, 3, *size)).astype(np.float32)
+    return Case(model.eval(), size, [image], None)
 
 
 def openvino_run(graph: Any, threads: int, precision: str) -> Run:
@@ -190,8 +189,7 @@ def peers(plain: Path, samples: List[np.ndarray], threads: int, folder: Path,
         try:
             quant_pre_process(str(plain), str(folder / 'prepared.onnx'), skip_symbolic_shape=True)
             quantize_static(str(folder / 'prepared.onnx'), str(folder / 'static.onnx'), Samples(),
-                            quant_format=QuantFormat.QDQ, per_channel=True,
-                            extra_options=dict(CalibMaxIntermediateOutputs=1))  # else 20 GB
+                            quant_format=QuantFormat.QDQ, per_channel=True)
             runs['onnxruntime quantize_static'] = onnxruntime_run(folder / 'static.onnx', threads)
             runs['onnxruntime quantize_static'](samples[0])
             files['onnxruntime quantize_static'] = folder / 'static.onnx'
@@ -253,7 +251,7 @@ def quantized(case: Case, scope: str) -> nn.Module:
 def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
     """All sides of a case."""
     case = trained(TRAINED[name], args.samples, args.work_dir) if name in TRAINED else \
-        random(*RANDOM[name], min(args.samples, 4))
+        random(*RANDOM[name])
     print(f'{name}: {len(case.samples)} images of {case.size} for the peers', flush=True)
     runs, files = ours(case, args, folder)
     plain_onnx(case.model, case.size, folder / 'plain.onnx')
@@ -296,7 +294,7 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--samples', type=int, default=300, help='of the peers, if there are '
-                        'as many; with random weights 4')
+                        'as many; with random weights 1')
     parser.add_argument('--work-dir', type=Path, default=ROOT / 'work_dirs' / 'accuracy')
     parser.add_argument('--measured', type=Path, default=MEASURED_WHOLE, metavar='FILE')
     args = parser.parse_args()
