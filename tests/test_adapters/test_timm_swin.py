@@ -279,7 +279,8 @@ def test_fewer_bits_are_worse():
         model = swin()
         with torch.no_grad():
             expected = model(x)
-            model = plain_student(model, weight=dict(bits=bits), activation=dict(bits=bits))
+            model = plain_student(model, scope='backbone', weight=dict(bits=bits),
+                                  activation=dict(bits=bits))
             noise.append(sqnr_db(expected, psaq_mm.calibrate(model, x)(x)))
     assert noise[0] > noise[1] + 6 > noise[2] + 12  # a bit is worth 6 dB
 

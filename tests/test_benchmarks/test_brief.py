@@ -54,15 +54,21 @@ def test_a_block_is_filled_without_the_first_line(scripts, tmp_path, monkeypatch
         '<!-- python benchmarks/b.py -->\nkept\n<!-- end -->\n')
 
 
-def test_the_table_of_speed_has_whole_detectors_where_they_are_measured(monkeypatch, tmp_path):
+def test_tables_of_whole_models(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
     import deploy_figures
-    monkeypatch.setattr(deploy_figures, 'MEASURED', tmp_path / 'deploy.json')
-    deploy_figures.save_json([
-        dict(side='openvino fp32', median_ms=30.4, bbox=64.8, segm=62.7),
-        dict(side='openvino nncf', median_ms=20.),
-        {'side': 'openvino ours, model', 'median_ms': 10., 'speed_to_openvino nncf': 2.}],
-        tmp_path / 'deploy_whole_demo.json')
-    lines = deploy_figures.summary_table([]).splitlines()
-    assert lines[2].endswith('| 30 ms, AP 64.8 / 62.7 | 20 ms | 10 ms | 2.00 |')
-    assert lines[3].endswith('| - | - | - | - |')
+    sides = dict(fp32=dict(median=0.0304, points=[64.8, 62.7]), nncf=dict(median=0.02))
+    sides['ours, model'] = dict(median=0.01, to_peer=0.5, to_fp32=0.33)
+    file = tmp_path / 'deploy_whole.json'
+    deploy_figures.keep(file, [dict(row, case='bccd', threads=1, side=f'openvino {side}')
+                               for side, row in sides.items()], deploy_figures.WHOLE)
+    deploy_figures.keep(file, [
+        dict(case='demo', threads=1, side='onnxruntime fp32', median=0.04),
+        dict(case='demo', threads=1, side='onnxruntime ours, model', median=0.02)],
+        deploy_figures.WHOLE)
+    lines = deploy_figures.summary_table(deploy_figures.read(file)).splitlines()
+    assert lines[2].endswith('quantize_static) | 40 ms | fails | 20 ms |  |')
+    assert lines[3].endswith('| 30 ms, 64.8 / 62.7 | 20 ms | 10 ms | 2.00 |')
+    everything = deploy_figures.whole_table(deploy_figures.read(file)).splitlines()
+    assert len(everything) == 2 + 5
+    assert '| openvino ours, model | 10 | 2.00 | 3.03 |' in everything[-1]

@@ -30,7 +30,7 @@ def message_of(**values):
 def test_defaults():
     chosen = QuantizationSettings.from_dict(None)
     assert chosen == QuantizationSettings()
-    assert chosen.scope == 'backbone'
+    assert chosen.scope == 'model'
     assert (tuple(chosen.include), tuple(chosen.exclude)) == (('*', ), ())
     assert chosen.placed_roles == {'weight', 'input', 'query', 'key', 'attention', 'value'}
     assert chosen.channel_limit == 1.5

@@ -30,7 +30,7 @@ def test_one_set_of_defaults():
 def test_default():
     recipe = Recipe.shipped()
     quantization = recipe.quantization
-    assert quantization.placement == 'operands' and quantization.scope == 'backbone'
+    assert quantization.placement == 'operands' and quantization.scope == 'model'
     assert quantization.patch_embed_bits == quantization.predictor_bits == 8
     assert quantization.channel_limit == 1.5
     for name, kinds, rule in (
