@@ -213,8 +213,8 @@ def main() -> None:
         print(f'times as fast\n\n{brief_table(rows)}')
     else:
         print('# Latency in engines, all sides\n\n'
-              'Printed by `python benchmarks/deploy_figures.py`; [deploy.md](deploy.md) says '
-              'what they are.')
+              'Printed by `python benchmarks/deploy_figures.py`; [deploy](deploy.md) says '
+              f'what they are.\n\n## Whole models\n\n{whole_table(read(MEASURED_WHOLE))}')
         for key, group in by_case(rows).items():
             print(f'\n## {name_of(key)}\n\n{full_table(group)}')
     if args.plot:

@@ -39,7 +39,7 @@ def run_both(model, graphs, size, batch=1):
 @pytest.mark.parametrize('target, backend', TARGETS)
 def test_detector(tmp_path, target, backend):
     """Two fixed sizes, one of them padded; images go in one by one."""
-    model = demo_model('mask_rcnn_swin')
+    model = demo_model('mask_rcnn_swin', scope='backbone')
     manifest = export_graphs(model, tmp_path, target, [SIZE, (112, 112)], about=dict(sha256='ab'))
     assert read_export(tmp_path) == {**manifest, 'sha256': read_export(tmp_path)['sha256']}
     assert manifest['output_names'] == [f'{kind}_{i}' for kind in ('feature', 'scores', 'deltas')
@@ -104,7 +104,7 @@ def test_settings(tmp_path, target, backend, name, settings):
 
 def test_numbers_are_the_checkpoints(tmp_path):
     """Every scale, zero point and integer, and nothing beside them."""
-    model = demo_model('mask_rcnn_swin')
+    model = demo_model('mask_rcnn_swin', scope='backbone')
     export_graphs(model, tmp_path, 'onnx', [SIZE])
     graph = onnx.load(str(tmp_path / 'model_96x128.onnx')).graph
     values = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
@@ -184,7 +184,7 @@ def test_four_bits_are_stored_in_four(tmp_path):
 
 def test_float_roles(tmp_path):
     """Left out on demand, and recorded."""
-    model = demo_model('mask_rcnn_swin')
+    model = demo_model('mask_rcnn_swin', scope='backbone')
     roles = ['query', 'key', 'attention', 'value']
     manifest = export_graphs(model, tmp_path, 'onnx', [SIZE], roles)
     graph = onnx.load(str(tmp_path / 'model_96x128.onnx')).graph

@@ -12,6 +12,7 @@ from psaq_mm.registry import HOOKS
 OPTIONS = {'synthesis.num_images': 2, 'synthesis.steps': 2, 'synthesis.image_size': 64,
            'log_level': 'WARNING', 'evolution.rounds': 2, 'evolution.sample_steps': 1,
            'evolution.student_steps': 1, 'evolution.batch_size': 2}
+BACKBONE = {'quantization.scope': 'backbone'}
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def wide_ranges():
 
 
 def test_phases_and_hooks(trace, quantization_config, tmp_path):
-    config = load_config(quantization_config, {**OPTIONS,
+    config = load_config(quantization_config, {**OPTIONS, **BACKBONE,
                                                'quantization.weight.rounding': 'nearest'})
     config.work_dir = str(tmp_path)
     config.custom_hooks = [dict(type='psaq_mm.QuantizedCheckpointHook'),
@@ -126,10 +127,9 @@ def test_phases_and_hooks(trace, quantization_config, tmp_path):
 
 
 @pytest.mark.parametrize('options, rounded', [
-    ({'evolution.rounds': 0}, 'backbone'), ({'evolution.rounds': 0, 'quantization.scope': 'model'},
-                                            ''),
-    ({'evolution.learn': 'ranges'}, 'backbone'), ({'quantization.scope': 'model'}, 'roi_head'),
-    ({'quantization.weight.rounding': 'nearest', 'evolution.rounds': 0}, None), ({}, None)])
+    ({'evolution.rounds': 0, **BACKBONE}, 'backbone'), ({'evolution.rounds': 0}, ''),
+    ({'evolution.learn': 'ranges', **BACKBONE}, 'backbone'), ({}, 'roi_head'),
+    ({'quantization.weight.rounding': 'nearest', 'evolution.rounds': 0}, None), (BACKBONE, None)])
 def test_weights_that_learn_nothing_are_rounded(options, rounded, trace, wide_ranges,
                                                 quantization_config, tmp_path):
     # From doubled ranges two such steps surely lead nearer, so that what was learned is kept.

@@ -101,7 +101,7 @@ def test_one_role():
 def test_scope():
     detector = Detector()
     inside = prefixed(LAYERS + ATTENTION)
-    assert set(plan(detector)) == inside
+    assert set(plan(detector, scope='backbone')) == inside
     # Neither 'backbone_like', of the same prefix, nor the normed layer, ever.
     assert set(plan(detector, scope='model')) == inside | {
         'backbone_like', 'neck.conv', 'roi_head.fc_cls'}
@@ -178,7 +178,7 @@ def test_include_that_matches_nothing(pattern):
 
 def test_include_outside_of_the_scope():
     with pytest.raises(UserError, match="'neck.*' matches no module .* scope 'backbone'"):
-        plan(Detector(), include='neck.*')
+        plan(Detector(), include='neck.*', scope='backbone')
     assert set(plan(Detector(), include='neck.*', scope='model')) == {'neck.conv'}
 
 
@@ -232,7 +232,7 @@ def test_predictors_stay_at_8_bits():
         chosen = plan(Detector(), scope='model', **given)
         assert {s.bits for s in chosen['roi_head.fc_cls'].values()} == {bits or 4}
         assert {s.bits for s in chosen['neck.conv'].values()} == {4}
-        assert 'roi_head.fc_cls' not in plan(Detector(), **given)
+        assert 'roi_head.fc_cls' not in plan(Detector(), scope='backbone', **given)
 
 
 def test_overrides_by_kind():

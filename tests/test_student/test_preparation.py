@@ -120,7 +120,7 @@ def test_failure_on_the_way(monkeypatch):
 
 
 @pytest.mark.parametrize('values, expected', [
-    (dict(), 'backbone'), (dict(scope='model'), 'model'),
+    (dict(scope='backbone'), 'backbone'), (dict(), 'model'),
     (dict(scope='model', include='backbone.*'), 'backbone'),
     (dict(scope='model', include='neck.*'), 'model'),
 ])
