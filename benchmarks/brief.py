@@ -61,11 +61,14 @@ class Model:
             return None
         return [statistics.mean(METRICS[k][1] * value[k] for value in found) for k in self.keys]
 
-    def cell(self, row: str, setting: str, scope: str, sqnr: bool) -> str:
-        """Means of a row, such as ``62.3 / 59.8, 14.1 dB``."""
+    def cell(self, row: str, setting: str, scope: str, more: str) -> str:
+        """Means of a row, such as ``62.3 / 59.8, 14.1 dB``, or ``62.3 / 59.8; 68 / 71``."""
         found = self.found(row, setting, scope)
         parts = []
-        for keys, unit in ((self.keys, ''), (['sqnr'] if sqnr else [], ' dB')):
+        agreement = [key for key in METRICS if key.startswith('agreement')
+                     and any(key in value for value in found)]
+        for keys, unit in ((self.keys, ''), (['sqnr'] if more == 'sqnr' else [], ' dB'),
+                           (agreement if more == 'agreement' else [], ' alike')):
             values = [[METRICS[k][1] * v[k] for v in found if k in v] for k in keys]
             if values and all(values):
                 parts.append(' / '.join(f'{statistics.mean(v):.1f}' for v in values) + unit)
@@ -76,7 +79,7 @@ class Model:
 
 
 def print_table(models: List[Model], settings: List[str], rows: List[str], scope: str,
-                sqnr: bool) -> None:
+                more: str) -> None:
     """A line for each model at each setting, a column for each row; none where nothing is
     measured."""
     print(f'| | bits | float | {" | ".join(NAMES.get(row, f"`{row}`") for row in rows)} |')
@@ -84,7 +87,7 @@ def print_table(models: List[Model], settings: List[str], rows: List[str], scope
     for model in models:
         whole = ' / '.join(f'{METRICS[k][1] * model.float[k]:.1f}' for k in model.keys)
         for setting in settings:
-            cells = [model.cell(row, setting, scope, sqnr) for row in rows]
+            cells = [model.cell(row, setting, scope, more) for row in rows]
             if set(cells) == {'-'}:
                 continue
             print(f'| {model.title}, {model.metric} | {setting.upper()} | {whole} | '
@@ -115,7 +118,11 @@ def main() -> None:
     parser.add_argument('--rows', nargs='+', default=list(NAMES))
     parser.add_argument('--scope', choices=['backbone', 'model'], default='backbone')
     parser.add_argument('--scenes', type=int, default=0)
-    parser.add_argument('--sqnr', action='store_true', help='of feature maps, beside')
+    beside = parser.add_mutually_exclusive_group()
+    beside.add_argument('--sqnr', dest='more', action='store_const', const='sqnr', default='',
+                        help='of feature maps, beside')
+    beside.add_argument('--agreement', dest='more', action='store_const', const='agreement',
+                        help='with what the float model decides, beside')
     parser.add_argument('--against', metavar='ROW', help='print how it differs from the default')
     args = parser.parse_args()
     quiet()
@@ -124,7 +131,7 @@ def main() -> None:
     if args.against:
         print_differences(models, args.settings, args.against, args.scope)
     else:
-        print_table(models, args.settings, args.rows, args.scope, args.sqnr)
+        print_table(models, args.settings, args.rows, args.scope, args.more)
     print_note_once(model.results for model in models)
 
 
