@@ -57,15 +57,15 @@ def main() -> None:
         rows[name] = (evaluate(args.config, checkpoint, args.work_dir), checkpoint)
 
     size = json.loads((args.work_dir / 'report.json').read_text())['size']
-    print(f'\n{"":10} {"box AP":>7} {"mask AP":>8} {"backbone MB":>12} {"file MB":>8} '
+    print(f'\n{"":10} {"box AP":>7} {"mask AP":>8} {"weights MB":>11} {"file MB":>8} '
           f'{"test s":>7}')
     for name, (metrics, checkpoint) in rows.items():
-        backbone = size['float_bytes' if name == 'float' else 'stored_bytes'] / 1e6
+        weights = size['float_bytes' if name == 'float' else 'stored_bytes'] / 1e6
         print(f'{name:10} {100 * metrics["coco/bbox_mAP"]:7.1f} '
-              f'{100 * metrics["coco/segm_mAP"]:8.1f} {backbone:12.2f} '
+              f'{100 * metrics["coco/segm_mAP"]:8.1f} {weights:11.2f} '
               f'{checkpoint.stat().st_size / 1e6:8.2f} {metrics["seconds"]:7.0f}')
     print(f'\nquantized in {seconds:.0f} s from the checkpoint alone')
-    print('backbone MB: weights of the quantized modules, with their scales')
+    print('weights MB: those of the quantized modules, with their scales')
     print('quantization is simulated in float here; tools/export.py brings it to int8 engines')
     print(f'images that it made: {args.work_dir / "synthetic.png"}')
     print(f'what it did:         {args.work_dir / "report.html"}')
