@@ -29,7 +29,8 @@ def test_cells_say_what_is_missing_and_what_is_old(scripts, tmp_path, capsys):
         results.values[f'game/w4a4/backbone/{seed}']['recipe'] = experiment.OLD[0]
     experiment.save_json(results.values, results.file)
     model = brief.Model('demo', 0)
-    brief.print_table([model], ['w4a4'], ['default', 'game', 'real32', 'noise'], 'backbone', 'sqnr')
+    brief.print_table([model], ['w4a4'], ['default', 'game', 'real32', 'noise'], 'backbone',
+                      'sqnr')
     assert capsys.readouterr().out.splitlines()[2] == (
         '| Demo detector, box / mask AP | W4A4 | 65.0 / 62.0 | 61.0 / 50.0, 9.0 dB '
         '| 61.0 / 50.0, 9.0 dB † | 60.0 / 50.0, 9.0 dB (1 of 3 seeds) | - |')
