@@ -62,7 +62,7 @@ class Model:
         return [statistics.mean(METRICS[k][1] * value[k] for value in found) for k in self.keys]
 
     def cell(self, row: str, setting: str, scope: str, more: str) -> str:
-        """Means of a row, such as ``62.3 / 59.8, 14.1 dB``, or ``62.3 / 59.8; 68 / 71``."""
+        """Means of a row: ``62.3 / 59.8, 14.1 dB`` or ``62.3 / 59.8, 68.3 / 70.7 alike``."""
         found = self.found(row, setting, scope)
         parts = []
         agreement = [key for key in METRICS if key.startswith('agreement')

@@ -32,7 +32,7 @@ ENGINES = dict(openvino='OpenVINO (peer: NNCF)',
                onnxruntime='onnxruntime (peer: quantize_static)')
 
 WHOLE = {'demo': 'Demo detector, 224x224', 'cascade': 'Demo cascade, 224x224',
-         'bccd': 'BCCD detector, 240x320', 'nuclei': 'Nuclei detector, 256x256',
+         'bccd': 'BCCD detector, 240x320',
          'segmentor': 'Demo segmentor, 224x224',
          'mask-rcnn-t': 'Mask R-CNN Swin-T, 800x1344',
          'mask-rcnn-s': 'Mask R-CNN Swin-S, 800x1344',

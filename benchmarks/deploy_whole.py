@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from deploy_figures import MEASURED_WHOLE, PEERS, WHOLE, keep
 from experiment import METRICS, Subject, experiment
-from timing import interleave
+from timing import interleave, median_ratio
 from torch import nn
 
 import psaq_mm
@@ -43,6 +43,7 @@ from psaq_mm.deploy.onnx_export import save_onnx, trace
 from psaq_mm.deploy.peak_memory import peak_in_process
 from psaq_mm.engine import build_float_model, load_config
 from psaq_mm.engine.graph_model import GraphModel
+from psaq_mm.runtime.engines import ENGINES
 from psaq_mm.runtime.images import pad
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +53,7 @@ Size = Tuple[int, int]
 TRAINED = dict(demo='demo', cascade='cascade', bccd='bccd', segmentor='upernet')
 """Case to its name in experiment.py."""
 
-RANDOM: Dict[str, Tuple[str, Size]] = {
+UNTRAINED: Dict[str, Tuple[str, Size]] = {
     'mask-rcnn-t': ('mask_rcnn_swin_t_w8a8.py', (800, 1344)),
     'mask-rcnn-s': ('mask_rcnn_swin_s_w8a8.py', (800, 1344)),
     'cascade-t': ('cascade_mask_rcnn_swin_t_w8a8.py', (800, 1344)),
@@ -121,7 +122,7 @@ def trained(name: str, samples: int, work_dir: Path) -> Case:
     return Case(model, size, [pad(image, info) for image in images], subject)
 
 
-def random(config: str, size: Size) -> Case:
+def untrained(config: str, size: Size) -> Case:
     """Random weights, and classes that differ enough to find objects."""
     loaded = load_config(ROOT / 'configs' / config)
     torch.manual_seed(0)
@@ -138,24 +139,6 @@ def random(config: str, size: Size) -> Case:
     return Case(model.eval(), size, [image], None)
 
 
-def openvino_run(graph: Any, threads: int, precision: str) -> Run:
-    import openvino
-    request = openvino.Core().compile_model(graph, 'CPU', {
-        'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': precision,
-        'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': 1}).create_infer_request()
-
-    def run(array: np.ndarray) -> List[np.ndarray]:
-        request.infer({0: array})
-        return [output.data.copy() for output in request.output_tensors]
-
-    return run
-
-
-def onnxruntime_run(path: Path, threads: int) -> Run:
-    from psaq_mm.runtime.engines import ENGINES
-    return ENGINES['onnxruntime'](path, threads).run
-
-
 def peers(plain: Path, samples: List[np.ndarray], threads: int, folder: Path,
           engines: List[str]) -> Tuple[Dict[str, Run], Dict[str, Path]]:
     """The engines' own precisions, and the peers' int8."""
@@ -166,8 +149,6 @@ def peers(plain: Path, samples: List[np.ndarray], threads: int, folder: Path,
         import openvino
         source = openvino.Core().read_model(str(plain))
         openvino.save_model(source, str(folder / 'plain.xml'), compress_to_fp16=False)
-        runs['openvino fp32'] = openvino_run(source, threads, 'f32')
-        runs['openvino bf16'] = openvino_run(source, threads, 'bf16')
         files['openvino fp32'] = folder / 'plain.xml'
         start = time.time()
         options: Dict[str, Any] = dict(subset_size=len(samples),
@@ -180,9 +161,11 @@ def peers(plain: Path, samples: List[np.ndarray], threads: int, folder: Path,
             peer = nncf.quantize(source, nncf.Dataset(samples), ignored_scope=scope, **options)
         print(f'nncf: {time.time() - start:.0f} s on {len(samples)} images', flush=True)
         openvino.save_model(peer, str(folder / 'nncf.xml'), compress_to_fp16=False)
-        runs['openvino nncf'] = openvino_run(peer, threads, 'f32')
-        runs['openvino nncf + bf16'] = openvino_run(peer, threads, 'bf16')
         files['openvino nncf'] = folder / 'nncf.xml'
+        for side, bf16 in (('openvino fp32', 'openvino bf16'),
+                           ('openvino nncf', 'openvino nncf + bf16')):
+            runs[side] = ENGINES['openvino'](files[side], threads).run
+            runs[bf16] = ENGINES['openvino'](files[side], threads, 'bf16').run
     if 'onnxruntime' in engines:
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -194,13 +177,14 @@ def peers(plain: Path, samples: List[np.ndarray], threads: int, folder: Path,
             def get_next(self) -> Any:
                 return {'image': self.left.pop()} if self.left else None
 
-        runs['onnxruntime fp32'] = onnxruntime_run(plain, threads)
+        runs['onnxruntime fp32'] = ENGINES['onnxruntime'](plain, threads).run
         files['onnxruntime fp32'] = plain
         try:
             quant_pre_process(str(plain), str(folder / 'prepared.onnx'), skip_symbolic_shape=True)
             quantize_static(str(folder / 'prepared.onnx'), str(folder / 'static.onnx'), Samples(),
                             quant_format=QuantFormat.QDQ, per_channel=True)
-            runs['onnxruntime quantize_static'] = onnxruntime_run(folder / 'static.onnx', threads)
+            runs['onnxruntime quantize_static'] = ENGINES['onnxruntime'](
+                folder / 'static.onnx', threads).run
             runs['onnxruntime quantize_static'](samples[0])
             files['onnxruntime quantize_static'] = folder / 'static.onnx'
         except Exception as error:  # what it writes may not run
@@ -261,7 +245,7 @@ def quantized(case: Case, scope: str) -> nn.Module:
 def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
     """All sides of a case."""
     case = trained(TRAINED[name], args.samples, args.work_dir) if name in TRAINED else \
-        random(*RANDOM[name])
+        untrained(*UNTRAINED[name])
     print(f'{name}: {len(case.samples)} images of {case.size} for the peers', flush=True)
     runs, files = ours(case, args, folder)
     plain_onnx(case.model, case.size, folder / 'plain.onnx')
@@ -279,8 +263,7 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str,
                                    median=statistics.median(seconds[side]))
         for key, other in (('to_peer', PEERS[engine]), ('to_fp32', f'{engine} fp32')):
             if other in runs:
-                row[key] = statistics.median(
-                    a / b for a, b in zip(seconds[side], seconds[other]))
+                row[key] = median_ratio(seconds, side, other)
         if side in files:
             row['megabytes'] = size_of(files[side])
             row['size_to_fp32'] = row['megabytes'] / size_of(files[f'{engine} fp32'])
@@ -297,7 +280,7 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--cases', nargs='+', choices=[*TRAINED, *RANDOM], default=['demo'])
+    parser.add_argument('--cases', nargs='+', choices=[*TRAINED, *UNTRAINED], default=['demo'])
     parser.add_argument('--engines', nargs='+', choices=list(PEERS), default=list(PEERS))
     parser.add_argument('--scopes', nargs='+', choices=['backbone', 'model'],
                         default=['backbone', 'model'])

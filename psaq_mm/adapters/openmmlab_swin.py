@@ -371,9 +371,7 @@ class OpenMMLabSwinAdapter(Adapter):
         return (dataset.get('metainfo') or {}).get('classes') or ('object', )
 
     def forward_norms(self, model: Any, images: Tensor) -> None:
-        if isinstance(model, self.backbone_class):
-            self.forward_backbone(model, images)
-        elif self.is_segmentor(model):
+        if self.is_segmentor(model):
             features: List[Any] = []
             source = model.neck if model.with_neck else model.backbone
             with source.register_forward_hook(lambda m, args, out: features.append(out)):

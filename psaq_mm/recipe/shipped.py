@@ -52,5 +52,5 @@ BASES: Mapping[str, Mapping[str, Any]] = dict(
         overrides={'@segmentor': dict(attention=dict(observer=_EVEN_ATTENTION))})),
     w4a8=dict(quantization=_width(4, 8)),
     w6a6=dict(quantization=_width(6, 6)),
-    # The whole model: it loses 0.2 points at most, and whole graphs are fast (docs/deploy.md).
+    # The whole model: it loses 0.3 points at most, and whole graphs are fast (docs/deploy.md).
     w8a8={})
