@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Which rules of the game earn their cost: the preset ``evolve``, one change at a time.
+"""Which rules of the game earn their cost: five rounds of the student, one change at a time.
 
 ``game`` is that preset, without ``channel_limit`` and by twice the prior's steps, as all that
 is here but ``default`` and ``default_but_roi_inputs_as_rest``.
@@ -31,6 +31,7 @@ from experiment import (
     NO_PATCH_SIMILARITY,
     PLAIN,
     ROI_INPUTS_AS_REST,
+    ROUNDS,
     UNLIMITED,
     V1_FORM,
     Changes,
@@ -104,7 +105,7 @@ GAME: Dict[str, Changes] = dict(
     prior_double_steps=images(steps=200),
     images_4=images(num_images=4),
     images_16=images(num_images=16))
-"""Changes of the preset ``evolve``."""
+"""Changes of a game of five rounds of the student."""
 
 EIGHT = dict(weight=dict(bits=8), activation=dict(bits=8))
 SQUARED = dict(type='MSEObserver', min_factor=0.02, candidates=100)
@@ -160,7 +161,7 @@ def experiment_of(variant: str, setting: str, scope: str) -> Experiment:
     if variant in QUANTIZER:
         return experiment(setting, scope, PLAIN, ALL_STEPS, QUANTIZER[variant])
     changes = WITH_GAME[variant] if variant in WITH_GAME else [GAME[variant]]
-    return experiment(setting, scope, UNLIMITED, ALL_STEPS, *changes, preset='evolve')
+    return experiment(setting, scope, UNLIMITED, ALL_STEPS, ROUNDS, *changes)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ the student then learns:
     fast, default, double
                8 images by the prior, GPTQ: the presets ``fast`` and ``default``, in a quarter
                and a half of these steps, and as ``default`` on the images of ``prior``
-    evolve     the preset ``evolve``: as ``default``, and the student learns from views of these
+    evolve     as ``default``, and the student learns from views of these
                images
     blocks     as ``default``, and each block learns in 60 steps (``reconstruction``)
     mixed      as ``default``, with bits of their own for each module: weights and activations
@@ -58,6 +58,7 @@ from experiment import (
     MIN_MAX,
     NO_PATCH_SIMILARITY,
     PLAIN,
+    ROUNDS,
     V1_FORM,
     Changes,
     Experiment,
@@ -104,13 +105,13 @@ ROWS = {
     'tv-gptq': row(ALL_STEPS, NO_PATCH_SIMILARITY),
     'real32-gptq': row(images='real32'),
     'unrelated8': row(images='unrelated8'),
-    'real32+': row(images='real32', preset='evolve'),
+    'real32+': row(ROUNDS, images='real32'),
     'real32-blocks': row(BLOCKS, images='real32'),
     'paper': row(PLAIN, SMALLER_PAPER, NAIVE, preset='paper'),
     'fast': row(preset='fast'),
     'default': row(),
     'double': row(ALL_STEPS),
-    'evolve': row(preset='evolve'),
+    'evolve': row(ROUNDS),
     'blocks': row(BLOCKS),
     'mixed': row()}
 

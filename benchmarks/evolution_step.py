@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable, Dict
 
 import torch
-from experiment import ROOT, UNLIMITED, Subject, experiment, quiet
+from experiment import ROOT, ROUNDS, UNLIMITED, Subject, experiment, quiet
 from timing import interleave, median_ratio, pin, timing_parser
 
 import psaq_mm
@@ -50,7 +50,7 @@ def main() -> None:
     quiet()
     pin(args.core)
     subject = Subject('demo', args.work_dir)
-    recipe = experiment('w4a4', 'backbone', UNLIMITED, preset='evolve').recipe
+    recipe = experiment('w4a4', 'backbone', UNLIMITED, ROUNDS).recipe
     images = subject.noise(8, 0, (224, 224))
     student = psaq_mm.calibrate(psaq_mm.prepare(subject.model, recipe.quantization), images)
     total = 4 * (args.rounds + 2)

@@ -111,6 +111,9 @@ V1_FORM: Changes = dict(synthesis=dict(priors=dict(patch_similarity=dict(
     _delete_=True, type='PatchSimilarityPrior', weight=1.0, form='v1', points=10))))
 """V1's form of the prior."""
 
+ROUNDS: Changes = dict(evolution=dict(rounds=5))
+"""The student learns from views of the images."""
+
 ALL_STEPS: Changes = dict(synthesis=dict(steps=100))
 """Of images that are compared. Presets take half of them, or less."""
 

@@ -47,7 +47,7 @@ def evolver(student: nn.Module, teacher: nn.Module, images: Tensor, settings: Ev
     """
     if not settings.rounds:
         raise UserError('psaq_mm.evolve: evolution.rounds is 0, so there is nothing to do; give '
-                        "it rounds such as 5 (preset 'evolve'), or leave this step out")
+                        "it rounds such as 5, or leave this step out")
     require_pair(student, teacher, images, 'evolve', seed)
     adapter = find_adapter(student)
     groups = settings.chosen_groups(adapter.tap_groups(student))
@@ -79,7 +79,7 @@ def evolve(student: nn.Module, teacher: nn.Module, images: Tensor,
         teacher (nn.Module): The float model that it is a copy of.
         images (Tensor): From :func:`psaq_mm.synthesize`, shape (N, C, H, W).
         settings (EvolutionSettings, optional): The rules. Defaults to None: the defaults
-            with 5 rounds, as of the preset ``evolve``.
+            with 5 rounds.
         synthesis (SynthesisSettings, optional): The prior of the images. Defaults to
             None: the defaults.
         seed (int): Seed of all randomness. Defaults to 0.

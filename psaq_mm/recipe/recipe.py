@@ -53,7 +53,7 @@ class Recipe:
         Args:
             base (str): Bits of weights and activations: ``w8a8``, ``w6a6``, ``w4a8``,
                 ``w4a4`` or ``w3a3``. Defaults to ``w8a8``.
-            preset (str): ``default``, ``fast``, ``evolve`` or ``paper``. Defaults to
+            preset (str): ``default``, ``fast`` or ``paper``. Defaults to
                 ``default``.
 
         Returns:

@@ -12,9 +12,6 @@ _EVEN_ATTENTION = dict(type='MAEObserver', min_factor=0.02, candidates=100)
 PRESETS: Mapping[str, Mapping[str, Any]] = dict(
     # Images by the prior, ranges set on them, weights rounded by GPTQ.
     default={},
-    # As the default, and the student learns from views of the images. Feature maps come
-    # closer to the float model's; accuracy gained on none of our models.
-    evolve=dict(evolution=dict(rounds=5)),
     # Half of the prior's steps.
     fast=dict(synthesis=dict(steps=25)),
     # As PSAQ-ViT V1's released code places quantizers and makes images, with V2's changes:

@@ -40,7 +40,7 @@ def test_bits_of_a_base(tmp_path, bits, percentile):
     assert recipe.evolution.weight_lr == 0.01
 
 
-@pytest.mark.parametrize('preset', ['default', 'evolve', 'fast', 'paper'])
+@pytest.mark.parametrize('preset', ['default', 'fast', 'paper'])
 @pytest.mark.parametrize('base', BASES, ids=lambda p: p.stem)
 def test_every_base_takes_every_preset(tmp_path, base, preset):
     config = tmp_path / 'x.py'
@@ -132,7 +132,7 @@ def test_unknown_keys_name_the_nearest(key, hint, quantization_config):
 
 @pytest.mark.parametrize('key, value, hint', [
     ('recipe', 'w4a5', r"recipe must be one of w3a3, .*, got 'w4a5'. Did you mean 'w4a8'\?"),
-    ('preset', 'evolv', r"preset must be one of default, .*, got 'evolv'. Did you mean 'evolve'"),
+    ('preset', 'papr', r"preset must be one of default, .*, got 'papr'. Did you mean 'paper'"),
     ('synthesis', 'few', "synthesis must be a dict, got 'few'")])
 def test_unknown_names(key, value, hint, quantization_config):
     with pytest.raises(UserError, match=hint) as caught:
@@ -149,7 +149,7 @@ def test_config_stays_as_it_is(quantization_config):
     assert config.synthesis == dict(steps=3) and 'quantization' not in config
 
 
-@pytest.mark.parametrize('preset, rounds', [('default', 0), ('evolve', 5), ('fast', 0)])
+@pytest.mark.parametrize('preset, rounds', [('default', 0), ('paper', 10), ('fast', 0)])
 def test_dumped_config(preset, rounds, tmp_path, demo_config):
     """It gives the same recipe, a preset on top of it takes effect, and what was removed
     stays removed, in options too."""

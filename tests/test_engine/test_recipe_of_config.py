@@ -8,7 +8,7 @@ from psaq_mm import Recipe, UserError
 from psaq_mm.engine import load_config, read_recipe
 
 SHIPPED = sorted((ROOT / 'configs').glob('*_w?a?.py'))
-PRESETS = ('default', 'evolve', 'fast', 'paper')
+PRESETS = ('default', 'fast', 'paper')
 BASES = ('w3a3', 'w4a4', 'w4a8', 'w6a6', 'w8a8')
 
 
@@ -107,7 +107,7 @@ def test_own_values_win(write):
 def test_values_of_the_default_win_over_another_preset(write):
     """Even where the config says what the default would have said."""
     assert Recipe().evolution.rounds == 0
-    assert read(write("preset = 'evolve'\nevolution = dict(rounds=0)\n")).evolution.rounds == 0
+    assert read(write("preset = 'paper'\nevolution = dict(rounds=0)\n")).evolution.rounds == 0
 
 
 def test_options_win_over_both(write):
@@ -252,14 +252,14 @@ def test_dumped_config(text, write, tmp_path):
     recipe, again = read_recipe(config), load_config(dumped)
     assert read_recipe(again) == recipe
     assert again.pretty_text == config.pretty_text
-    for options in (dict(preset='evolve'), dict(preset='paper'), dict(recipe='w8a8'),
+    for options in (dict(preset='paper'), dict(recipe='w8a8'),
                     dict(preset='fast', synthesis__num_images=2)):
         found = read(dumped, **options)
         assert found == read(tmp_path / 'mine.py', calibration__batch_size=3, **options)
         # Bits are those of a section, which one of the texts replaces.
         assert (found == recipe) is ('recipe' in options and 'scope' in text)
     if 'steps' not in text:
-        assert read(dumped, preset='evolve').evolution.rounds == 5
+        assert read(dumped, preset='paper').evolution.rounds == 10
         assert read(dumped, preset='fast').synthesis.steps == 25
     # As a base it is as good.
     child = write('quantization = dict(roles=dict(value=dict(bits=6)))\n', [dumped],

@@ -5,7 +5,7 @@ import pytest
 from psaq_mm import Recipe, UserError
 from psaq_mm.recipe.shipped import BASES, PRESETS
 
-PRESET_NAMES = ('default', 'evolve', 'fast', 'paper')
+PRESET_NAMES = ('default', 'fast', 'paper')
 BASE_NAMES = ('w3a3', 'w4a4', 'w4a8', 'w6a6', 'w8a8')
 
 
@@ -114,14 +114,6 @@ def test_fast_is_the_default_in_fewer_steps():
     assert key == ('synthesis', 'steps') and 2 * steps == of_default
 
 
-def test_evolve_is_the_default_with_rounds():
-    (key, (rounds, of_default)), = differences(Recipe.shipped(preset='evolve'), Recipe()).items()
-    assert key == ('evolution', 'rounds') and rounds > 0 == of_default
-    evolution = Recipe.shipped(preset='evolve').evolution
-    assert not evolution.sample_steps
-    assert evolution.zoom > 1 > evolution.contrast and evolution.learn == 'both'
-
-
 @pytest.mark.parametrize('base', BASE_NAMES)
 def test_paper(base):
     recipe = Recipe.shipped(base, 'paper')
@@ -156,7 +148,7 @@ def test_unknown_preset(name, hint):
     with pytest.raises(UserError) as error:
         Recipe.shipped('w4a4', name)
     assert str(error.value).startswith(
-        f'preset must be one of default, evolve, fast, paper, got {name!r}.')
+        f'preset must be one of default, fast, paper, got {name!r}.')
     assert str(error.value).endswith(hint)
 
 

@@ -273,7 +273,7 @@ def test_processes_that_cannot_share(processes, expected, call_tool, make, tmp_p
     monkeypatch.setenv('WORLD_SIZE', str(processes))
     config, checkpoint = make('upernet_swin_demo')
     status, _, err = call_tool('quantize', config, checkpoint, '--work-dir', tmp_path / 'out',
-                               '--launcher', 'pytorch', '--cfg-options', 'preset=evolve')
+                               '--launcher', 'pytorch', '--cfg-options', 'evolution.rounds=5')
     assert status == 2 and expected in err
     assert not (tmp_path / 'out').exists()
 
