@@ -63,7 +63,9 @@ def main() -> None:
         # over the other, so the user installs the hosts first: see README.md.
         install_requires=requirements(),
         extras_require={
-            'test': ['pytest>=7,<10', 'pytest-xdist>=3.5,<4', 'hypothesis>=6,<7'],
+            'test': ['pytest>=7,<10', 'pytest-xdist>=3.5,<4', 'hypothesis>=6,<7',
+                     # a client of the exported files that is not ours
+                     'openvino-model-api>=0.4,<0.5; python_version >= "3.11"'],
             # What exports, and the engines that run it: imported when used.
             'deploy': ['onnx>=1.16,<2', 'onnxruntime>=1.18,<2', 'openvino>=2024.4'],
             'lint': ['ruff>=0.6,<1', 'mypy>=1.8', 'codespell>=2.3,<3'],
