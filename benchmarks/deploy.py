@@ -40,6 +40,7 @@ from psaq_mm.deploy.export import export_graphs
 from psaq_mm.deploy.exportable_ops import ATTENTION_ROLES
 from psaq_mm.deploy.graphs import Graphs
 from psaq_mm.deploy.hosts import find_subgraph
+from psaq_mm.runtime.engines import ENGINES
 
 Side = Callable[[], Any]
 
@@ -138,25 +139,11 @@ def rpn_in_torch(model: nn.Module, images: torch.Tensor, threads: int, folder: P
     return run
 
 
-def openvino_side(graph: Any, images: np.ndarray, threads: int, precision: str) -> Side:
-    """One inference of a graph in OpenVINO."""
-    import openvino
-    request = openvino.Core().compile_model(graph, 'CPU', {
-        'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': precision,
-        'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': 1}).create_infer_request()
-    return lambda: request.infer({0: images})
-
-
-def onnxruntime_side(path: Path, images: np.ndarray, threads: int) -> Side:
-    """One inference of a file in onnxruntime."""
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options,
-                                           providers=['CPUExecutionProvider'])
-    name = session.get_inputs()[0].name
-    return lambda: session.run(None, {name: images})
+def side_of(engine: str, path: Path, images: np.ndarray, threads: int,
+            precision: str = 'fp32') -> Side:
+    """One inference of a file."""
+    run = ENGINES[engine](path, threads, precision).run
+    return lambda: run(images)
 
 
 def openvino_sides(model: nn.Module, plain: Path, images: torch.Tensor, threads: int,
@@ -181,12 +168,12 @@ def openvino_sides(model: nn.Module, plain: Path, images: torch.Tensor, threads:
         peer = nncf.quantize(source, nncf.Dataset(samples), ignored_scope=scope, **options)
     openvino.save_model(peer, str(folder / 'nncf.xml'), compress_to_fp16=False)
     size = tuple(images.shape[2:])
-    sides = {'openvino fp32': openvino_side(source, array, threads, 'f32'),
-             'openvino bf16': openvino_side(source, array, threads, 'bf16'),
-             'openvino nncf': openvino_side(peer, array, threads, 'f32'),
-             'openvino nncf + bf16': openvino_side(peer, array, threads, 'bf16')}
-    sizes = {'openvino fp32': _size(folder / 'plain.xml'),
-             'openvino nncf': _size(folder / 'nncf.xml')}
+    files = {'openvino fp32': folder / 'plain.xml', 'openvino nncf': folder / 'nncf.xml'}
+    sizes = {side: _size(file) for side, file in files.items()}
+    sides = {}
+    for side, bf16 in zip(files, ('openvino bf16', 'openvino nncf + bf16')):
+        sides[side] = side_of('openvino', files[side], array, threads)
+        sides[bf16] = side_of('openvino', files[side], array, threads, 'bf16')
     for variant, (source_model, roles) in variants(model, images).items():
         name = f'openvino {variant}'
         out = folder / name.replace(' ', '_').replace(',', '')
@@ -227,10 +214,10 @@ def onnxruntime_sides(model: nn.Module, plain: Path, images: torch.Tensor, threa
     quantize_static(str(prepared), str(static), Samples(), quant_format=QuantFormat.QDQ,
                     per_channel=True)
     quantize_dynamic(str(prepared), str(dynamic), per_channel=True)
-    sides = {'onnxruntime fp32': onnxruntime_side(plain, array, threads),
-             'onnxruntime quantize_static': onnxruntime_side(static, array, threads)}
+    sides = {'onnxruntime fp32': side_of('onnxruntime', plain, array, threads),
+             'onnxruntime quantize_static': side_of('onnxruntime', static, array, threads)}
     try:
-        sides['onnxruntime quantize_dynamic'] = onnxruntime_side(dynamic, array, threads)
+        sides['onnxruntime quantize_dynamic'] = side_of('onnxruntime', dynamic, array, threads)
     except Exception as error:  # it may write operators that it does not have
         print(f'quantize_dynamic does not run: {str(error)[:200]}')
     sizes = {'onnxruntime fp32': _size(plain), 'onnxruntime quantize_static': _size(static),
