@@ -10,9 +10,10 @@ own precisions and peers that saw data.
 The peers, NNCF (`model_type=TRANSFORMER`) in OpenVINO and onnxruntime's quantize_static (QDQ, 32
 images), get the same model in float: the host's own backbone, neck and heads, with our NMS and
 RoIAlign around them; and real training images to calibrate on. Ours gets no image. Trained models
-are evaluated on the test set of their config by its own evaluator, every graph in the same way;
-the others have random weights, to be timed. Rows are kept in `measured/deploy_whole.json`, and
-printed by `deploy_figures.py`. Needs `pip install '.[deploy]' nncf`.
+are evaluated by the evaluator of their config, every graph in the same way: the demo models on 480
+scenes, BCCD on its test set. The others have random weights, to be timed. Rows are kept in
+`measured/deploy_whole.json`, and printed by `deploy_figures.py`. Needs
+`pip install '.[deploy]' nncf`.
 """
 import argparse
 import copy
@@ -28,7 +29,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 import torch
 from deploy_figures import MEASURED_WHOLE, PEERS, WHOLE, keep
-from experiment import METRICS, Subject, experiment
+from experiment import METRICS, PHOTOGRAPHS, Subject, experiment
 from timing import interleave, median_ratio
 from torch import nn
 
@@ -59,6 +60,11 @@ UNTRAINED: Dict[str, Tuple[str, Size]] = {
     'cascade-t': ('cascade_mask_rcnn_swin_t_w8a8.py', (800, 1344)),
     'upernet-t': ('upernet_swin_t_w8a8.py', (512, 512))}
 """Case to its config, and the size of its images."""
+
+
+SCENES = 480
+"""That demo models are tested on: four times as many as their configs have, as graphs differ by
+little."""
 
 
 class Case(NamedTuple):
@@ -111,7 +117,7 @@ def plain_onnx(model: Any, size: Size, path: Path) -> None:
 
 def trained(name: str, samples: int, work_dir: Path) -> Case:
     """A model with trained weights, and real training images."""
-    subject = Subject(name, work_dir)
+    subject = Subject(name, work_dir, 0 if name in PHOTOGRAPHS else SCENES)
     model: Any = subject.model.eval()
     model.cfg = subject.config
     model.dataset_meta = dict(classes=subject.classes)
@@ -200,8 +206,9 @@ def size_of(path: Path) -> float:
 
 
 def ours(case: Case, args: argparse.Namespace, folder: Path) \
-        -> Tuple[Dict[str, Run], Dict[str, Path]]:
-    """Our graphs, of each scope and for each engine, and the simulation."""
+        -> Tuple[Dict[str, Run], Dict[str, Path], List[Dict[str, Any]]]:
+    """Our graphs, of each scope and for each engine, and rows of the simulation."""
+    simulated: List[Dict[str, Any]] = []
     runs: Dict[str, Run] = {}
     files: Dict[str, Path] = {}
     for scope in args.scopes:
@@ -220,9 +227,10 @@ def ours(case: Case, args: argparse.Namespace, folder: Path) \
                 runs[f'{side} + bf16'] = Graphs(out, engine, args.threads, 'bf16') \
                     .engine(case.size).run
         if case.subject is not None:
-            print(json.dumps(dict(side=f'simulation, {scope}',
-                                  points=points(case.subject, student))), flush=True)
-    return runs, files
+            simulated.append(dict(side=f'torch simulation, {scope}',
+                                  points=points(case.subject, student)))
+            print(json.dumps(simulated[-1]), flush=True)
+    return runs, files, simulated
 
 
 def points(subject: Subject, model: nn.Module) -> List[float]:
@@ -247,7 +255,8 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str,
     case = trained(TRAINED[name], args.samples, args.work_dir) if name in TRAINED else \
         untrained(*UNTRAINED[name])
     print(f'{name}: {len(case.samples)} images of {case.size} for the peers', flush=True)
-    runs, files = ours(case, args, folder)
+    runs, files, rows = ours(case, args, folder)
+    rows = [dict(case=name, threads=args.threads, **row) for row in rows]
     plain_onnx(case.model, case.size, folder / 'plain.onnx')
     more, named = peers(folder / 'plain.onnx', case.samples, args.threads, folder, args.engines)
     runs.update(more)
@@ -256,7 +265,6 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str,
                           for side, run in runs.items()}, args.rounds)
     info = file_info(find_subgraph(case.model, 'model'), case.size,
                      case.model.dataset_meta['classes'], case.model.cfg)
-    rows = []
     for side, run in runs.items():
         engine = side.split()[0]
         row: Dict[str, Any] = dict(case=name, threads=args.threads, side=side,
@@ -270,7 +278,7 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str,
             row['peak_mib'] = peak_in_process(dict(
                 engine=engine, file=str(files[side]), threads=args.threads, precision='fp32',
                 size=case.size, channels=3))
-        if case.subject is not None and 'bf16' not in side:
+        if case.subject is not None:
             row['points'] = points(case.subject, GraphModel(OneGraph(run, info)))  # type: ignore
         row['objects'] = len(run(case.samples[0])[0])
         print(json.dumps(row), flush=True)

@@ -65,11 +65,13 @@ def test_tables_of_whole_models(monkeypatch, tmp_path):
                                for side, row in sides.items()], deploy_figures.WHOLE)
     deploy_figures.keep(file, [
         dict(case='demo', threads=1, side='onnxruntime fp32', median=0.04),
-        dict(case='demo', threads=1, side='onnxruntime ours, model', median=0.02)],
+        dict(case='demo', threads=1, side='onnxruntime ours, model', median=0.02),
+        dict(case='demo', threads=1, side='torch simulation, model', points=[64.7, 62.6])],
         deploy_figures.WHOLE)
     lines = deploy_figures.summary_table(deploy_figures.read(file)).splitlines()
-    assert lines[2].endswith('quantize_static) | 40 ms | fails | 20 ms |  |')
-    assert lines[3].endswith('| 30 ms, 64.8 / 62.7 | 20 ms | 10 ms | 2.00 |')
+    assert lines[2].endswith('quantize_static) | 40 ms | fails | 20 ms | 64.7 / 62.6 |  |')
+    assert lines[3].endswith('| 30 ms, 64.8 / 62.7 | 20 ms | 10 ms |  | 2.00 |')
     everything = deploy_figures.whole_table(deploy_figures.read(file)).splitlines()
-    assert len(everything) == 2 + 5
+    assert len(everything) == 2 + 6
+    assert '| torch simulation, model |  |  |  |  |  | 64.7 / 62.6 |' in everything[2]
     assert '| openvino ours, model | 10 | 2.00 | 3.03 |' in everything[-1]
