@@ -44,6 +44,7 @@ from psaq_mm.deploy.onnx_export import save_onnx, trace
 from psaq_mm.deploy.peak_memory import peak_in_process
 from psaq_mm.engine import build_float_model, load_config
 from psaq_mm.engine.graph_model import GraphModel
+from psaq_mm.runtime import Model
 from psaq_mm.runtime.engines import ENGINES
 from psaq_mm.runtime.images import pad
 
@@ -65,6 +66,10 @@ UNTRAINED: Dict[str, Tuple[str, Size]] = {
 SCENES = 480
 """That demo models are tested on: four times as many as their configs have, as graphs differ by
 little."""
+
+
+DRAWN = ', drawn'
+"""Follows a side that :mod:`psaq_mm.runtime` runs, from an image to a picture of the results."""
 
 
 class Case(NamedTuple):
@@ -233,6 +238,16 @@ def ours(case: Case, args: argparse.Namespace, folder: Path) \
     return runs, files, simulated
 
 
+def through_runtime(case: Case, files: Dict[str, Path], threads: int) \
+        -> Dict[str, Callable[[], Any]]:
+    """Our graphs of whole models once more: resizing, engine, masks of full size, drawing."""
+    pixels = np.ascontiguousarray(case.samples[0][0].transpose(1, 2, 0).astype(np.uint8))
+    models = {side: Model(file, threads) for side, file in files.items()
+              if side.endswith('ours, model')}
+    return {side + DRAWN: (lambda model=model: model(pixels).draw())
+            for side, model in models.items()}
+
+
 def points(subject: Subject, model: nn.Module) -> List[float]:
     """The metrics of a test set, in points."""
     found = subject.test(model)
@@ -261,8 +276,10 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str,
     more, named = peers(folder / 'plain.onnx', case.samples, args.threads, folder, args.engines)
     runs.update(more)
     files.update(named)
-    seconds = interleave({side: (lambda run=run: run(case.samples[0]))
-                          for side, run in runs.items()}, args.rounds)
+    sides: Dict[str, Callable[[], Any]] = {
+        side: (lambda run=run: run(case.samples[0])) for side, run in runs.items()}
+    sides.update(through_runtime(case, files, args.threads))
+    seconds = interleave(sides, args.rounds)
     info = file_info(find_subgraph(case.model, 'model'), case.size,
                      case.model.dataset_meta['classes'], case.model.cfg)
     for side, run in runs.items():
@@ -272,6 +289,8 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str,
         for key, other in (('to_peer', PEERS[engine]), ('to_fp32', f'{engine} fp32')):
             if other in runs:
                 row[key] = median_ratio(seconds, side, other)
+        if side + DRAWN in seconds:
+            row['runtime_share'] = 1 - 1 / median_ratio(seconds, side + DRAWN, side)
         if side in files:
             row['megabytes'] = size_of(files[side])
             row['size_to_fp32'] = row['megabytes'] / size_of(files[f'{engine} fp32'])
