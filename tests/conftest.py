@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Models and files that several tests need."""
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -14,6 +15,19 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'demo'
 SINGLE_STAGE = dict(retinanet='retinanet/retinanet_r50_fpn_1x_coco.py',
                     fcos='fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _quick_configs():
+    """Leave out what takes a second of each config: the layout of its text by yapf, and the
+    same metafiles of a host, read again. Processes of their own do both."""
+    from mmengine.config import config, utils
+    from yapf.yapflib import yapf_api
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, 'load', functools.lru_cache(None)(utils.load))
+        for module in (config, yapf_api):  # mmengine imports it at once or when it is used
+            patch.setattr(module, 'FormatCode', lambda text, **_: (text, True), raising=False)
+        yield
 
 
 @pytest.fixture(scope='session')
@@ -32,6 +46,26 @@ def quantization_config() -> Path:
 def demo_checkpoint() -> Path:
     """The trained weights of the demo detector."""
     return DEMO / 'mask_rcnn_swin_demo.pth'
+
+
+@pytest.fixture(scope='session')
+def small_config(tmp_path_factory, quantization_config) -> Path:
+    """The demo detector with our 8-bit base on a far narrower Swin of four blocks."""
+    from small_models import SMALL
+    path = tmp_path_factory.mktemp('small') / 'small_w8a8.py'
+    path.write_text(f"_base_ = '{quantization_config}'\nmodel = {SMALL!r}\n")
+    return path
+
+
+@pytest.fixture(scope='session')
+def small_checkpoint(small_config, demo_checkpoint) -> Path:
+    """Random weights for it, where none that were trained are needed."""
+    from small_models import detector
+    torch.manual_seed(0)
+    meta = torch.load(demo_checkpoint, weights_only=True)['meta']
+    path = small_config.with_suffix('.pth')
+    torch.save(dict(state_dict=detector().state_dict(), meta=meta), path)
+    return path
 
 
 @pytest.fixture(scope='session')

@@ -10,6 +10,17 @@ from mmengine.registry import MODELS, init_default_scope
 
 from psaq_mm.adapters import find_adapter
 
+#: What a config changes of the demo's Mask R-CNN for a backbone of four blocks, width 16.
+SMALL = dict(
+    backbone=dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2]),
+    neck=dict(in_channels=[16, 32, 64, 128], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(bbox_roi_extractor=dict(out_channels=16),
+                  mask_roi_extractor=dict(out_channels=16),
+                  bbox_head=dict(in_channels=16, fc_out_channels=32),
+                  mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1)),
+    test_cfg=dict(rpn=dict(max_per_img=20)))
+
 
 def swin(**changes):
     """A backbone of four blocks with random weights, in evaluation mode."""
@@ -33,18 +44,11 @@ def partly_trained():
 
 
 def detector():
-    """The demo's Mask R-CNN on a backbone of width 16, with random weights."""
+    """The demo's Mask R-CNN, but for :data:`SMALL`, with random weights."""
     init_default_scope('mmdet')
-    config = Config.fromfile(str(DEMO / 'mask_rcnn_swin_demo.py')).model
-    config.backbone.update(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
-    config.neck.update(in_channels=[16, 32, 64, 128], out_channels=16)
-    config.rpn_head.update(in_channels=16, feat_channels=16)
-    config.test_cfg.rpn.max_per_img = 20
-    for part in ('bbox_roi_extractor', 'mask_roi_extractor'):
-        config.roi_head[part].out_channels = 16
-    config.roi_head.bbox_head.update(in_channels=16, fc_out_channels=32)
-    config.roi_head.mask_head.update(in_channels=16, conv_out_channels=16, num_convs=1)
-    model = MODELS.build(config)
+    config = Config.fromfile(str(DEMO / 'mask_rcnn_swin_demo.py'))
+    config.merge_from_dict(dict(model=SMALL))
+    model = MODELS.build(config.model)
     model.eval()
     return model
 
