@@ -2,7 +2,6 @@
 """Models and files that several tests need."""
 import functools
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +9,7 @@ from types import ModuleType
 import cv2
 import pytest
 import torch
+from own_process import run_scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / 'demo'
@@ -72,11 +72,11 @@ def small_checkpoint(small_config, demo_checkpoint) -> Path:
 def quantized_demo(tmp_path_factory, quantization_config, demo_checkpoint) -> Path:
     """The demo detector's quantized.pth, of two images that took one step each."""
     folder = tmp_path_factory.mktemp('quantized_demo')
-    subprocess.run(
-        [sys.executable, '-m', 'psaq_mm', 'quantize', str(quantization_config),
-         str(demo_checkpoint), '--work-dir', str(folder), '--device', 'cpu', '--cfg-options',
-         'synthesis.num_images=2', 'synthesis.steps=1', 'log_level=WARNING'],
-        check=True, capture_output=True)
+    done, = run_scripts(
+        folder, '-m', 'psaq_mm', 'quantize', quantization_config, demo_checkpoint, '--work-dir',
+        folder, '--device', 'cpu', '--sensitivity-images', 0, '--cfg-options',
+        'synthesis.num_images=2', 'synthesis.steps=1', 'log_level=WARNING')
+    assert done.returncode == 0, done.stdout
     return folder / 'quantized.pth'
 
 

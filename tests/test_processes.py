@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from own_process import start_two
 from small_models import swin
 
 from psaq_mm import Recipe, UserError
@@ -111,7 +111,7 @@ def one_of(rank, world, folder):
 def pair(tmp_path_factory):
     """The results of two processes."""
     folder = tmp_path_factory.mktemp('pair')
-    mp.spawn(one_of, (2, str(folder)), nprocs=2)
+    start_two(one_of, folder)
     return [torch.load(folder / f'{rank}.pth', weights_only=True) for rank in range(2)]
 
 

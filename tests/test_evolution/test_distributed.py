@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from mmengine.dist import all_gather_object
+from own_process import start_two
 from test_learner import changed, network, quantized, ranges, run_taps, tensors
 from torch import nn
 
@@ -156,7 +156,7 @@ def one_of(rank, world, folder):
 def pair(tmp_path_factory):
     """The results of two processes."""
     folder = tmp_path_factory.mktemp('pair')
-    mp.spawn(one_of, (2, str(folder)), nprocs=2)
+    start_two(one_of, folder)
     return [torch.load(folder / f'{rank}.pth', weights_only=True) for rank in range(2)]
 
 

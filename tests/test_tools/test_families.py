@@ -2,14 +2,13 @@
 """The two commands on every family: segmentors, cascades, classifiers."""
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import mmseg
 import pytest
 import torch
 from conftest import DEMO, ROOT, load_script
+from own_process import of_two, run_scripts
 from safetensors.torch import save_file
 
 from psaq_mm.checkpoint import STATE_KEY, float_checkpoint, load_checkpoint_file
@@ -135,10 +134,8 @@ def test_stock_mmseg_tool(call_tool, make, data, tmp_path):
     text = text.replace("'{{ fileDirname }}/data/'", f"'{data}/'")
     by_path.write_text(text)
     stock = Path(mmseg.__file__).parent / '.mim' / 'tools' / 'test.py'
-    run = subprocess.run(
-        [sys.executable, str(stock), str(by_path), str(tmp_path / 'quantized.pth'),
-         '--work-dir', str(tmp_path / 'stock')], stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True)
+    run, = run_scripts(tmp_path, stock, by_path, tmp_path / 'quantized.pth', '--work-dir',
+                       tmp_path / 'stock')
     assert run.returncode == 0, run.stdout[-3000:]
     report = json.loads((tmp_path / 'report.json').read_text())
     assert f'is quantized: {len(report["modules"])} modules' in run.stdout
@@ -153,9 +150,9 @@ def test_stock_mmseg_tool(call_tool, make, data, tmp_path):
 def test_segmentations_are_drawn(make, tmp_path):
     """In a process of its own: mmengine keeps one visualizer of a name in each."""
     config, checkpoint = make('upernet_swin_demo')
-    subprocess.run([sys.executable, str(ROOT / 'tools' / 'test.py'), str(config),
-                    str(checkpoint), '--work-dir', str(tmp_path), '--show-dir', 'drawn'],
-                   check=True, stdout=subprocess.DEVNULL)
+    run, = run_scripts(tmp_path, ROOT / 'tools' / 'test.py', config, checkpoint, '--work-dir',
+                       tmp_path, '--show-dir', 'drawn')
+    assert run.returncode == 0, run.stdout[-3000:]
     assert len(list(tmp_path.glob('drawn/**/*.png'))) == 4
 
 
@@ -230,18 +227,18 @@ def test_classifier_of_another_size(call_tool, make, tmp_path):
     assert 'is not a checkpoint of this model' in err
 
 
-@pytest.mark.parametrize('name', ['swin_demo', 'upernet_swin_demo'])
-def test_two_processes(call_tool, make, name, tmp_path):
-    """--launcher pytorch splits the images: the same metrics."""
+@pytest.mark.parametrize('name, launched', [('swin_demo', True), ('upernet_swin_demo', False)])
+def test_two_processes(call_tool, make, name, launched, tmp_path):
+    """--launcher pytorch splits the images: the same metrics. By torchrun once, which starts
+    processes that import all."""
     config, checkpoint = make(name)
     arguments = [str(config), str(checkpoint), '--work-dir', str(tmp_path)]
-    run = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2',
-         '--standalone', str(ROOT / 'tools' / 'test.py'), *arguments, '--launcher',
-         'pytorch', '--metrics', str(tmp_path / 'two.json'), '--cfg-options',
-         'test_dataloader.batch_size=1'],
-        capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    command = [ROOT / 'tools' / 'test.py', *arguments, '--launcher', 'pytorch', '--metrics',
+               tmp_path / 'two.json', '--cfg-options', 'test_dataloader.batch_size=1']
+    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node', 2, '--standalone']
+    for run in run_scripts(tmp_path, *torchrun, *command) if launched else run_scripts(
+            tmp_path, *command, environments=of_two()):
+        assert run.returncode == 0, run.stdout[-3000:]
     status, _, err = call_tool('test', *arguments, '--metrics', tmp_path / 'one.json')
     assert status == 0, err
     one, two = (json.loads((tmp_path / f'{n}.json').read_text())['metrics']
@@ -330,11 +327,10 @@ def test_layout_is_named_once(make, tmp_path):
     layouts = load_script(ROOT / 'benchmarks' / 'published_layouts.py')
     state = torch.load(checkpoint)['state_dict']
     torch.save(dict(model=layouts.to_swin_authors_detection(state)), tmp_path / 'swin.pth')
-    run = subprocess.run([sys.executable, str(ROOT / 'tools' / 'test.py'), str(config),
-                          str(tmp_path / 'swin.pth'), '--work-dir', str(tmp_path)],
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    named = re.findall('layout of the weights: (.*)', run.stdout + run.stderr)
+    run, = run_scripts(tmp_path, ROOT / 'tools' / 'test.py', config, tmp_path / 'swin.pth',
+                       '--work-dir', tmp_path)
+    assert run.returncode == 0, run.stdout[-3000:]
+    named = re.findall('layout of the weights: (.*)', run.stdout)
     assert named == ['Swin authors (mmdet 2 and mmseg 0 keys)']
 
 

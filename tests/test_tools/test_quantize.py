@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import DictAction
+from own_process import of_two, run_scripts
 from PIL import Image
 from small_models import SMALL, left_as_it_was
 
@@ -323,15 +323,14 @@ run_tool(main)
 def test_two_processes(finished_run, tmp_path, small_config, small_checkpoint):
     """They share images and batches, what RoI heads are rounded by too, and their files
     resume: the same bits. The images are those of one process."""
-    script = tmp_path / 'twice.py'  # in one start of the processes: imports take longest
+    script = tmp_path / 'twice.py'
     script.write_text(TWICE.format(tool=str(ROOT / 'tools' / 'quantize.py')))
-    run = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--standalone',
-         str(script), str(small_config), str(small_checkpoint), '--seed', '7',
-         '--launcher', 'pytorch', '--sensitivity-images', '0', '--cfg-options', *FEW,
-         'quantization.scope=model', 'quantization.weight.rounding=gptq'], cwd=tmp_path,
-        env=dict(os.environ, CUDA_VISIBLE_DEVICES=''), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    processes = run_scripts(
+        tmp_path, script, small_config, small_checkpoint, '--seed', '7', '--launcher', 'pytorch',
+        '--sensitivity-images', '0', '--cfg-options', *FEW, 'quantization.scope=model',
+        'quantization.weight.rounding=gptq', environments=of_two())
+    for process in processes:
+        assert process.returncode == 0, process.stdout[-3000:]
     for folder in ('first', 'second'):
         report = json.loads((tmp_path / folder / 'report.json').read_text())
         assert 'rounding' in report['seconds']
@@ -355,22 +354,11 @@ def test_error_in_one_process_ends_both(rank, obstacle, tmp_path, small_config,
     """A file that cannot be written, on the way or at the end: one line of each, and nobody
     waits for a process that has gone."""
     (tmp_path / obstacle).mkdir()  # a folder of that name
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
-    processes = [subprocess.Popen(
-        [sys.executable, str(ROOT / 'tools' / 'quantize.py'), str(small_config),
-         str(small_checkpoint), '--work-dir', str(tmp_path), '--launcher', 'pytorch',
-         '--cfg-options', *FEW, 'evolution.rounds=0', 'synthesis.num_images=2',
-         'log_level=ERROR'],
-        env=dict(os.environ, CUDA_VISIBLE_DEVICES='', RANK=str(number), LOCAL_RANK=str(number),
-                 WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for number in range(2)]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    processes = run_scripts(
+        tmp_path, ROOT / 'tools' / 'quantize.py', small_config, small_checkpoint, '--work-dir',
+        tmp_path, '--launcher', 'pytorch', '--cfg-options', *FEW, 'evolution.rounds=0',
+        'synthesis.num_images=2', 'log_level=ERROR', environments=of_two())
+    errors = [process.stdout for process in processes]
     assert [process.returncode for process in processes] == [2, 2], errors
     lines = [[line for line in error.splitlines() if line.startswith('error: ')]
              for error in errors]

@@ -2,8 +2,6 @@
 """tools/test.py, and mmdet's own: float and quantized checkpoints alike."""
 import json
 import re
-import subprocess
-import sys
 import uuid
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from conftest import DEMO, ROOT, load_script
 from mmengine.registry import VISBACKENDS
 from mmengine.visualization import LocalVisBackend
+from own_process import run_scripts
 
 import psaq_mm
 from psaq_mm.engine import build_float_model, load_config
@@ -161,9 +160,8 @@ def test_nothing_to_measure(call_tool, configs, demo_checkpoint, tmp_path):
 def test_stock_mmdet_tool(configs, quantized_checkpoint, call_tool, tmp_path):
     """mmdet's unmodified script gives our tool's AP, to the last digit."""
     stock = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'test.py'
-    process = subprocess.run(
-        [sys.executable, str(stock), str(configs[1]), str(quantized_checkpoint), '--work-dir',
-         str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process, = run_scripts(tmp_path, stock, configs[1], quantized_checkpoint, '--work-dir',
+                           tmp_path)
     assert process.returncode == 0, process.stdout
     assert 'is quantized: ' in process.stdout  # the hook ran
     stock_ap = {k: float(re.findall(rf'coco/{k}_mAP: (\S+)', process.stdout)[-1])
@@ -177,11 +175,9 @@ def test_stock_mmdet_tool(configs, quantized_checkpoint, call_tool, tmp_path):
 def test_stock_mmdet_tool_refuses_another_model(configs, quantized_checkpoint, tmp_path):
     """mmengine alone would warn, and evaluate random weights."""
     stock = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'test.py'
-    process = subprocess.run(
-        [sys.executable, str(stock), str(configs[1]), str(quantized_checkpoint), '--work-dir',
-         str(tmp_path), '--cfg-options', 'model.backbone.embed_dims=48',
-         'model.neck.in_channels=[48,96,192,384]'],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process, = run_scripts(tmp_path, stock, configs[1], quantized_checkpoint, '--work-dir',
+                           tmp_path, '--cfg-options', 'model.backbone.embed_dims=48',
+                           'model.neck.in_channels=[48,96,192,384]')
     assert process.returncode != 0
     assert 'backbone.patch_embed.projection.weight' in process.stdout
 
