@@ -17,6 +17,15 @@ from psaq_mm.engine import build_float_model, load_config
 FAST = ['synthesis.num_images=2', 'synthesis.steps=2', 'synthesis.image_size=112',
         'evolution.rounds=1', 'evolution.sample_steps=1', 'evolution.student_steps=1',
         'evolution.batch_size=2']
+#: Four blocks, and fewer channels and proposals, for what random weights do.
+BACKBONE = dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
+SMALL = dict(
+    upernet_swin_demo=dict(
+        backbone=BACKBONE, decode_head=dict(in_channels=[16, 32, 64, 128], channels=16),
+        auxiliary_head=dict(in_channels=64, channels=16)),
+    cascade_mask_rcnn_swin_demo=dict(
+        backbone=BACKBONE, neck=dict(in_channels=[16, 32, 64, 128]),
+        test_cfg=dict(rpn=dict(max_per_img=20))))
 SMALLEST = ('mask_rcnn_swin_t_w8a8', 'upernet_swin_t_w6a6', 'deit_t_w4a8')
 
 
@@ -42,8 +51,9 @@ def write_scenes(folder, count):
 
 @pytest.fixture(scope='module')
 def make(data):
-    """A quantized config of a demo model on those scenes, and random float weights."""
-    def build(name, base='w8a8', with_checkpoint=True):
+    """A quantized config of a demo model on those scenes, and random float weights for it;
+    of a smaller model, unless it is to take the trained weights."""
+    def build(name, base='w8a8', small=True):
         points = dict(
             upernet_swin_demo=dict(data_root=f'{data}/'),
             cascade_mask_rcnn_swin_demo=dict(data_root=f'{data}/'),
@@ -55,6 +65,8 @@ def make(data):
         if 'cascade' in name:
             config.write_text(config.read_text()
                               + f"test_evaluator = dict(ann_file='{data}/val.json')\n")
+        if small and name in SMALL:
+            config.write_text(config.read_text() + f'model = {SMALL[name]!r}\n')
         torch.manual_seed(0)
         model = build_float_model(load_config(config))
         checkpoint = data / f'{name}.pth'
@@ -97,12 +109,12 @@ def test_trained_models_keep_what_they_know(call_tool, make, more_data, name, me
                                             margin, tmp_path):
     """The demo's trained weights, on scenes that they never saw: at 8 bits they
     are as good as in float, within what so few images can tell."""
-    config, _ = make(name)
+    config, _ = make(name, small=False)
     dataset = f'data_root={more_data}/' if name == 'upernet_swin_demo' \
         else f'root={more_data}/val_crops'
     checkpoint = DEMO / f'{name}.pth'
     status, _, err = call_tool('quantize', config, checkpoint, '--work-dir', tmp_path,
-                               '--cfg-options', 'synthesis.num_images=4', 'synthesis.steps=20',
+                               '--cfg-options', 'synthesis.num_images=4', 'synthesis.steps=5',
                                'synthesis.image_size=112', 'preset=fast')
     assert status == 0, err
     found = {}
@@ -132,7 +144,8 @@ def test_stock_mmseg_tool(call_tool, make, data, tmp_path):
     own = ROOT / 'configs' / '_base_' / 'w4a4.py'
     text = text.replace("default_runtime.py']", f"default_runtime.py', '{own}']")
     text = text.replace("'{{ fileDirname }}/data/'", f"'{data}/'")
-    by_path.write_text(text)
+    by_path.write_text(text + ''.join(f"model['{part}'].update({changes})\n" for part, changes
+                                      in SMALL['upernet_swin_demo'].items()))
     stock = Path(mmseg.__file__).parent / '.mim' / 'tools' / 'test.py'
     run, = run_scripts(tmp_path, stock, by_path, tmp_path / 'quantized.pth', '--work-dir',
                        tmp_path / 'stock')
@@ -336,16 +349,18 @@ def test_layout_is_named_once(make, tmp_path):
 
 @pytest.mark.parametrize('name', SMALLEST)
 def test_full_run_would_start(name, call_tool, monkeypatch, tmp_path):
-    """A small shipped config of each host at full size. make reproduce-dry-run does all, as a
-    user would. Here in this process, since to import the hosts takes as long as a run, and
-    with game and GPTQ for the narrow model alone: they take as long again for the others."""
+    """A small shipped config of each host. make reproduce-dry-run does all, as a user would.
+    Here in this process, since to import the hosts takes as long as a run, and on images of
+    full size, with game and GPTQ, for the narrow model alone: each takes as long again for
+    the others."""
     monkeypatch.syspath_prepend(ROOT / 'benchmarks')
     script, lines = load_script(ROOT / 'benchmarks' / 'reproduce_dry_run.py'), []
 
     def call(tool, *arguments):
         wide = not name.startswith('deit')
-        fewer = dict(quantize=['quantization.weight.rounding=nearest', 'evolution.rounds=0'],
-                     test=['test_dataloader.dataset.indices=1'])  # of two images
+        size = 'test_dataloader.dataset.pipeline.1.scale=(320,256)'
+        fewer = dict(quantize=['quantization.weight.rounding=nearest', 'evolution.rounds=0', size],
+                     test=['test_dataloader.dataset.indices=1', size])  # of two images
         status, _, err = call_tool(Path(tool).stem, *arguments,
                                    *(fewer[Path(tool).stem] if wide else []))
         assert status == 0, err
