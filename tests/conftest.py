@@ -75,7 +75,8 @@ def quantized_demo(tmp_path_factory, quantization_config, demo_checkpoint) -> Pa
     done, = run_scripts(
         folder, '-m', 'psaq_mm', 'quantize', quantization_config, demo_checkpoint, '--work-dir',
         folder, '--device', 'cpu', '--sensitivity-images', 0, '--cfg-options',
-        'synthesis.num_images=2', 'synthesis.steps=1', 'log_level=WARNING')
+        'synthesis.num_images=2', 'synthesis.steps=1', 'quantization.weight.rounding=nearest',
+        'log_level=WARNING')
     assert done.returncode == 0, done.stdout
     return folder / 'quantized.pth'
 
