@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The trained demo models, quantized, for the tests of this folder.
 
-Those on a Swin of OpenMMLab have fewer blocks here: to trace a block takes long.
+With fewer of their blocks: to trace a block takes long.
 """
 import copy
 import functools
@@ -18,7 +18,9 @@ from psaq_mm.engine import build_float_model, load_config
 SIZES = dict(mask_rcnn_swin=(96, 128), upernet_swin=(96, 128), swin=(112, 112), deit=(112, 112))
 
 
-DEPTHS = [2, 1, 1, 1]
+DEPTHS = {'mask_rcnn_swin': {'model.backbone.depths': [2, 1, 1, 1]},
+          'upernet_swin': {'model.backbone.depths': [2, 1, 1, 1]},
+          'swin': {'model.depths': [2, 1, 1]}, 'deit': {'model.depth': 2}}
 
 
 def demo_model(name: str, quantized: bool = True, **settings: Any) -> nn.Module:
@@ -32,8 +34,7 @@ def demo_model(name: str, quantized: bool = True, **settings: Any) -> nn.Module:
 
 @functools.lru_cache(maxsize=None)
 def _float_model(name: str) -> nn.Module:
-    fewer = {'model.backbone.depths': DEPTHS} if name.endswith('_swin') else None
-    model = build_float_model(load_config(DEMO / f'{name}_demo.py', fewer))
+    model = build_float_model(load_config(DEMO / f'{name}_demo.py', DEPTHS[name]))
     state = torch.load(DEMO / f'{name}_demo.pth', weights_only=True)['state_dict']
     assert not model.load_state_dict(state, strict=False).missing_keys
     return model

@@ -131,9 +131,9 @@ def test_phases_and_hooks(trace, quantization_config, tmp_path):
     ({'evolution.learn': 'ranges', **BACKBONE}, 'backbone'), ({}, 'roi_head'),
     ({'quantization.weight.rounding': 'nearest', 'evolution.rounds': 0}, None), (BACKBONE, None)])
 def test_weights_that_learn_nothing_are_rounded(options, rounded, trace, wide_ranges,
-                                                quantization_config, tmp_path):
+                                                small_config, tmp_path):
     # From doubled ranges two such steps surely lead nearer, so that what was learned is kept.
-    config = load_config(quantization_config, {**OPTIONS, 'evolution.range_lr': 0.3, **options})
+    config = load_config(small_config, {**OPTIONS, 'evolution.range_lr': 0.3, **options})
     config.work_dir = str(tmp_path)
     config.custom_hooks = [dict(type=f'psaq_mm.{name}') for name in ('TraceHook', wide_ranges)]
     runner = PSAQRunner.for_quantization(config, build_float_model(config), meta={}, seed=3,
@@ -155,12 +155,12 @@ def test_weights_that_learn_nothing_are_rounded(options, rounded, trace, wide_ra
             assert torch.equal(op.weight, before) != learns, name
 
 
-def test_losses_reach_the_visualizer(quantization_config, tmp_path):
+def test_losses_reach_the_visualizer(small_config, tmp_path):
     """mmengine's local backend keeps them; tensorboard's would plot them."""
     import json
     # mmengine gives the visualizer of a name once in a process, hence another name
-    config = load_config(quantization_config, {**OPTIONS, 'synthesis.steps': 5,
-                                               'visualizer.name': 'of_this_test'})
+    config = load_config(small_config, {**OPTIONS, 'synthesis.steps': 5,
+                                        'visualizer.name': 'of_this_test'})
     config.work_dir = str(tmp_path)
     runner = PSAQRunner.for_quantization(config, build_float_model(config), meta={},
                                          source=dict(file='x', sha256='y'), sensitivity_images=0)
