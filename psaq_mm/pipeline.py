@@ -68,7 +68,7 @@ class Progress:
 
     Args:
         phase (str): ``synthesis``, ``allocation``, ``calibration``, ``evolution``,
-            ``final_ranges``, ``reconstruction`` or ``rounding``.
+            ``final_ranges``, ``reconstruction``, ``rounding`` or ``held_out``.
         done (int): Steps or images that are done.
         total (int): Of how many.
         losses (dict[str, float]): Those of the last step, by name; empty where there are
@@ -349,7 +349,8 @@ class Pipeline:
             return quantization
         allocator = Allocator(self.teacher, quantization)
         groups = None if self.saved is None else self.saved.restore_sensitivity()
-        total = 0 if groups is not None else count_of_this_process(len(self.images))
+        share = range(get_rank(), len(self.images), get_world_size())
+        total = len(share) if groups is None else 0
         with self._phase('allocation'), self._batches('allocation', total) as progress:
             if groups is None:
                 groups = allocator.measure(self.images, self.seed, batch_size, progress)
@@ -386,8 +387,10 @@ class Pipeline:
         settings = replace(settings, num_images=first + HELD_OUT)
         with synthesizer(self.teacher, settings, self.seed,
                          range(first, first + HELD_OUT)) as images, stopping_together():
+            self._report('held_out', images.step_index, images.total_steps)
             while not images.done:
-                images.step()
+                losses = images.step()
+                self._report('held_out', images.step_index, images.total_steps, losses)
             return images.images
 
     def _calibrate(self, quantization: QuantizationSettings) -> None:

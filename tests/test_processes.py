@@ -25,6 +25,13 @@ RECIPE = Recipe.shipped('w4a4').changed(CHANGES)
 ROUNDED = Recipe.shipped('w4a4').changed(dict(
     CHANGES, quantization={}, evolution=dict(rounds=0)))
 
+MIXED = Recipe.shipped('w4a4').changed(dict(
+    quantization=dict(
+        mean_bits=3, candidate_bits=[2, 4, 8], weight=dict(rounding='nearest'),
+        # MSEObserver draws a sample of each batch.
+        roles=dict(attention=dict(observer=dict(type='MinMaxObserver', _delete_=True)))),
+    evolution=dict(rounds=0), calibration=dict(image_size=None)))
+
 
 class Noted(Pipeline):
     """Notes the points of a run; raises in one process at one of them."""
@@ -53,6 +60,18 @@ def ended(pipeline):
         return None, pipeline.run().state_dict()
     except UserError as error:
         return str(error), None
+
+
+def mixed(count):
+    """What bits are chosen by on so many images, the bits, the error that is measured in the end,
+    and how far it was at each step."""
+    calls, images = [], torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    pipeline = Pipeline(model(), MIXED, 7, progress=calls.append, images=images[:count])
+    pipeline.run()
+    return dict(losses=torch.tensor([value for group in pipeline.allocation.groups
+                                     for value in group.losses.values()]),
+                bits=list(pipeline.allocation.bits), measured=pipeline.measured,
+                progress=[(c.done, c.total) for c in calls if c.phase == 'allocation'])
 
 
 # As a phase begins and ends is the same code for all.
@@ -100,6 +119,7 @@ def one_of(rank, world, folder):
                                           state_file=file))[0]
         results['shares'] = [(count_of_this_process(n),
                               len(images_of_this_process(torch.empty(n, 1)))) for n in range(1, 6)]
+        results['mixed'] = {count: mixed(count) for count in (1, 3)}
         torch.save(results, f'{folder}/{rank}.pth')
     finally:
         # A thread of gloo may still hold a tensor that is Python's; torch 2.1 then waits for ever.
@@ -150,6 +170,23 @@ def test_each_counts_its_own(pair):
             if phase == 'calibration' and not done] == [2, 1]
     for results, expected in zip(pair, ((1, 1, 2, 2, 3), (1, 1, 1, 2, 2))):
         assert results['shares'] == [(n, n) for n in expected]
+
+
+def test_bits_of_one_and_of_two(pair):
+    first, second, alone = (*(results['mixed'][3] for results in pair), mixed(3))
+    assert len(set(alone['bits'])) > 1
+    assert first['bits'] == second['bits'] == alone['bits']
+    assert torch.equal(first['losses'], second['losses'])
+    torch.testing.assert_close(first['losses'], alone['losses'], rtol=1e-4, atol=0)
+    assert first['measured'] == second['measured'] == pytest.approx(alone['measured'], rel=1e-4)
+    assert [found['progress'][-1] for found in (alone, first, second)] == [(3, 3), (2, 2), (1, 1)]
+
+
+def test_bits_of_fewer_images_than_processes(pair):
+    """One of them measures nothing, and has the bits all the same."""
+    first, second = (results['mixed'][1] for results in pair)
+    assert first['bits'] == second['bits'] and first['measured'] == second['measured']
+    assert [found['progress'][-1] for found in (first, second)] == [(1, 1), (0, 0)]
 
 
 @pytest.mark.parametrize('which', ['stopped', 'rounding'])

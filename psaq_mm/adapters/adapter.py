@@ -272,6 +272,9 @@ class Adapter:
                          key: str = 'synthesis.image_size') -> None:
         """Raise if the float model cannot take images of this height and width, in pixels.
 
+        All of it has to, whatever is quantized: losses and BatchNorm statistics are those of
+        neck and heads too, and a test runs them at its size.
+
         Args:
             key (str): What the message calls the size.
 

@@ -243,16 +243,19 @@ class OpenMMLabSwinAdapter(Adapter):
                 if i in backbone.out_indices:
                     maps.append(torch.zeros(1, backbone.num_features[i], height, width,
                                             device=module_device(model)))
-            known[size] = 0
+            parts = 0
             try:
                 with evaluating(model), torch.no_grad():
                     maps = neck(maps)
-                    known[size] = 1
+                    parts = 1
                     if head is not None:
                         head(maps)
-                    known[size] = 2
+                    parts = 2
+            except (torch.cuda.OutOfMemoryError, MemoryError):  # says nothing of the size
+                raise
             except Exception:  # necks and heads are anyone's code
                 pass
+            known[size] = parts
         return known[size]
 
     def check_image_size(self, model: nn.Module, size: Tuple[int, int],

@@ -35,12 +35,23 @@ def planned_bytes(model: nn.Module, plan: Plan) -> int:
     for name, specs in plan.items():
         for role, spec in specs.items():
             roles += 1
-            ranges = 1
+            module = model.get_submodule(name)
             if role == 'weight':
-                weight = model.get_submodule(name).get_parameter('weight')
+                weight = module.get_parameter('weight')
                 tensors[f'{name}.weight'] = packed_bytes(weight.numel(), spec.bits)
-                ranges = max(weight.shape[:2]) if spec.granularity == PER_CHANNEL else 1
+            ranges = _most_channels(module, role) if spec.granularity == PER_CHANNEL else 1
             for part in ('scale',) if spec.symmetric else ('scale', 'zero_point'):
                 tensors[f'{name}.quantizers.{role}.{part}'] = 4 * ranges
     return FILE_BYTES + ROLE_BYTES * roles + sum(
         TENSOR_BYTES + len(name) + size for name, size in tensors.items())
+
+
+def _most_channels(module: nn.Module, role: str) -> int:
+    """Channels of a tensor of a float module, or somewhat more."""
+    kinds = ('in_features', 'in_channels') if role == 'input' else (
+        'num_heads', 'out_features', 'out_channels')
+    for attribute in kinds:
+        if hasattr(module, attribute):
+            return int(getattr(module, attribute))
+    norms = [part.weight.numel() for part in module.modules() if isinstance(part, nn.LayerNorm)]
+    return max(norms or [max(parameter.shape[:2]) for parameter in module.parameters()])

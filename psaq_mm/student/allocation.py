@@ -40,6 +40,9 @@ from .sensitivity import Specs, TensorGroup, measure_sensitivity
 Choice = List[int]
 """Bits of each group."""
 
+INFEASIBLE = 2
+"""Status of ``scipy.optimize.milp`` if no choice is within the limits."""
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -272,6 +275,15 @@ class Limit(NamedTuple):
     costs: Sequence[Mapping[int, float]]
     most: float
 
+    @property
+    def spare(self) -> float:
+        """float: How far the smallest sum stays below the bound."""
+        return self.most - sum(min(costs.values()) for costs in self.costs)
+
+    def extra(self, group: int, bits: int) -> float:
+        """What these bits of a group add to the smallest sum."""
+        return self.costs[group][bits] - min(self.costs[group].values())
+
     def keeps(self, chosen: Choice) -> bool:
         """Whether groups of these bits stay within the bound."""
         return sum(costs[bits] for costs, bits in zip(self.costs, chosen)) <= self.most
@@ -289,28 +301,33 @@ def choose_bits(objective: Sequence[Mapping[int, float]],
 
     Returns:
         list[int], optional: Bits of each group; None if no choice is within the limits.
+
+    Raises:
+        UserError: If the solver fails for another reason.
     """
-    at = [(group, bits) for group, values in enumerate(objective) for bits in values]
-
-    def vector(values: Sequence[Mapping[int, float]]) -> Tuple[Any, float]:
-        """What each variable adds, and the largest of it."""
-        found = np.array([values[group][bits] for group, bits in at], dtype=float)
-        return found, max(found.max(initial=0.), 1e-300)
-
+    spare = [limit.spare for limit in limits]
+    if min(spare) < 0:
+        return None
+    # Solvers take a sum for kept that is a little over. So what no choice can have is left out,
+    # and sums are parts of what is to spare; if need be once more, for a little less.
+    at = [(group, bits) for group, values in enumerate(objective) for bits in values
+          if all(limit.extra(group, bits) <= most for limit, most in zip(limits, spare))]
     one_each = np.zeros((len(objective), len(at)))
     one_each[[group for group, _ in at], range(len(at))] = 1
-    cost, scale = vector(objective)
-    # Solvers allow for errors of rounding: then once more, for a little less.
-    for allowed in (1., 1 - 1e-7, 1 - 1e-6, 1 - 1e-5):
-        constraints = [LinearConstraint(one_each, 1, 1)]
-        for limit in limits:
-            values, largest = vector(limit.costs)
-            constraints.append(LinearConstraint(values[None] / largest, -np.inf,
-                                                limit.most * allowed / largest))
+    cost = np.array([objective[group][bits] for group, bits in at], dtype=float)
+    shares = np.array([[limit.extra(group, bits) / (most or 1.) for group, bits in at]
+                       for limit, most in zip(limits, spare)])
+    failure = ''
+    for allowed in (1., 1 - 1e-6, 1 - 1e-5, 1 - 1e-4):
         with _silent():
-            found = milp(cost / scale, integrality=np.ones(len(at)), bounds=Bounds(0, 1),
-                         constraints=constraints, options=dict(mip_rel_gap=1e-4))
+            found = milp(cost / max(cost.max(initial=0.), 1e-300), integrality=np.ones(len(at)),
+                         bounds=Bounds(0, 1), options=dict(mip_rel_gap=1e-4),
+                         constraints=[LinearConstraint(one_each, 1, 1),
+                                      LinearConstraint(shares, -np.inf, allowed)])
         if found.x is None:
+            if found.status == INFEASIBLE and not failure:
+                return None
+            failure = found.message
             continue
         chosen = [0] * len(objective)
         for (group, bits), share in zip(at, found.x):
@@ -318,7 +335,9 @@ def choose_bits(objective: Sequence[Mapping[int, float]],
                 chosen[group] = bits
         if all(limit.keeps(chosen) for limit in limits):
             return chosen
-    return None
+        failure = 'what it finds is a little over the budget'
+    raise UserError('scipy.optimize.milp, which chooses the bits, failed (' + failure.strip()
+                    + '): give another budget or other candidate_bits')
 
 
 @contextmanager

@@ -100,3 +100,17 @@ def test_parts_that_run_at_no_size_decide_nothing(model, monkeypatch):
     monkeypatch.setattr(type(adapter), '_parts_that_run', lambda *args: 1)
     assert adapter.image_size(model) == (48, 48)
     assert adapter.taken_size(model, (50, 60)) == (50, 60)
+
+
+@pytest.mark.parametrize('error', [torch.cuda.OutOfMemoryError, MemoryError])
+def test_memory_that_is_short_says_nothing_of_a_size(model, monkeypatch, error):
+    def short(features):
+        raise error('out of memory')
+
+    monkeypatch.setattr(openmmlab_swin, '_PARTS', WeakKeyDictionary())
+    adapter, forward = find_adapter(model), model.neck.forward
+    monkeypatch.setattr(model.neck, 'forward', short)
+    with pytest.raises(error, match='out of memory'):
+        adapter.taken_size(model, (64, 64))
+    monkeypatch.setattr(model.neck, 'forward', forward)
+    assert adapter.taken_size(model, (64, 64)) == (64, 64)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import timm
 import torch
+from scipy.optimize import OptimizeResult
 from small_models import detector, left_as_it_was, swin
 
 import psaq_mm
@@ -12,7 +13,7 @@ from psaq_mm import QuantizationSettings, UserError
 from psaq_mm.adapters import find_adapter
 from psaq_mm.checkpoint import planned_bytes
 from psaq_mm.ops import named_quantizers, plan_quantization
-from psaq_mm.student import Allocator, TensorGroup
+from psaq_mm.student import Allocator, TensorGroup, allocation
 from psaq_mm.student.allocation import Limit, choose_bits
 
 WIDTHS = (2, 4, 8)
@@ -62,6 +63,33 @@ def test_two_budgets_at_once():
 def test_nothing_is_within_too_small_a_budget():
     losses, costs, total = random_problem(0)
     assert choose_bits(losses, [Limit(costs, 1.99 * total)]) is None
+
+
+@pytest.mark.parametrize('mean', [2, 2.0000001])
+def test_exact_budget_with_a_tiny_group(mean):
+    """More than 2 bits of it are within what a solver takes for an error of rounding."""
+    counts = [1, *[10**7] * 8]
+    losses = [{bits: 4. ** -bits for bits in WIDTHS} for _ in counts]
+    costs = [{bits: bits * count for bits in WIDTHS} for count in counts]
+    expected = 2 if mean == 2 else 8
+    assert choose_bits(losses, [Limit(costs, mean * sum(counts))]) == [expected, *[2] * 8]
+
+
+def test_two_budgets_that_exclude_each_other():
+    costs, opposite = ([{bits: sign * bits for bits in WIDTHS}] * 3 for sign in (1, -1))
+    limits = [Limit(costs, 11), Limit(opposite, -13)]
+    assert all(limit.spare >= 0 for limit in limits)
+    assert choose_bits(costs, limits) is None
+
+
+@pytest.mark.parametrize('status, message', [(1, 'Time limit reached'), (4, 'Numerical')])
+def test_a_solver_that_fails(monkeypatch, status, message):
+    """It is not said that no bits fit."""
+    monkeypatch.setattr(allocation, 'milp', lambda *args, **kwargs: OptimizeResult(
+        x=None, status=status, message=message))
+    losses, costs, total = random_problem(0)
+    with pytest.raises(UserError, match=f'scipy.optimize.milp, .* failed .{message}.: give'):
+        choose_bits(losses, [Limit(costs, 4 * total)])
 
 
 def groups_of(allocator):
@@ -132,8 +160,10 @@ def test_target_size(tmp_path):
 
 def test_planned_size_is_that_of_the_file(tmp_path):
     model, images = swin(embed_dims=64), torch.randn(1, 3, 32, 32)
-    for bits in (3, 6):
-        chosen = settings(weight=dict(bits=bits, rounding='nearest'))
+    for bits, changes in ((3, {}), (6, {}), (6, dict(
+            activation=dict(granularity='per_channel'))), (3, dict(
+                activation=dict(granularity='per_channel'), placement='v1'))):
+        chosen = settings(weight=dict(bits=bits, rounding='nearest'), **changes)
         student = psaq_mm.calibrate(psaq_mm.prepare(model, chosen), images)
         psaq_mm.save(student, tmp_path / 'quantized.pth')
         size = (tmp_path / 'quantized.pth').stat().st_size

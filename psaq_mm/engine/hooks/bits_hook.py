@@ -93,8 +93,12 @@ class BitsHook(PSAQHook):
         picture = Path(runner.work_dir) / 'bits.png'
         save_bytes(bits_picture(allocation, budget), picture)
         runner.logger.info(f'bits of each module: {picture}')
-        if runner.cfg.filename is not None:  # it was dumped to the work directory
+        if runner.cfg.filename is not None:
             name = Path(runner.cfg.filename)
-            config = Path(runner.work_dir) / f'{name.stem}_bits.py'
-            save_bytes(bits_config(f'./{name.name}', budget, allocation).encode(), config)
+            base, config = (Path(runner.work_dir) / file for file in (
+                name.name, f'{name.stem}_bits.py'))
+            if name.exists() and base.samefile(name):  # not dumped there: it lacks the options
+                base = base.with_name(f'{name.stem}_merged.py')
+                runner.cfg.dump(base)
+            save_bytes(bits_config(f'./{base.name}', budget, allocation).encode(), config)
             runner.logger.info(f'the same as a config, to edit and use again: {config}')

@@ -46,7 +46,7 @@ class ProgressHook(PSAQHook):
         if self._bar is None or self._phase != progress.phase:
             self._close()
             self._phase = progress.phase
-            steps = ('synthesis', 'evolution', 'reconstruction')
+            steps = ('synthesis', 'evolution', 'reconstruction', 'held_out')
             unit = 'step' if progress.phase in steps else 'image'
             self._bar = tqdm(total=progress.total, initial=progress.done, unit=unit,
                              desc=progress.phase.replace('_', ' '), dynamic_ncols=True)
