@@ -79,7 +79,7 @@ def load_images(model: nn.Module, folder: Union[str, Path], max_images: int = MA
         if not images:
             raise UserError(f'none of the {len(files)} images in {folder} can be read: {shown}')
         # To the terminal alone: no log holds names of images.
-        print(f'{len(skipped)} images are skipped: {shown}', file=sys.stderr)
+        print(f'images that are skipped: {len(skipped)} ({shown})', file=sys.stderr)
     size = slid_window(config) or _median(images)
     found = torch.cat([_fitted(image, size, generator) for image in images])
     check_images(model, found)

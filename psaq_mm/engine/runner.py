@@ -92,6 +92,9 @@ class PSAQRunner(Runner):
     pictures: List[Tuple[Image.Image, str]]
     """Pictures of synthetic images for the report, and the sentence under each."""
 
+    bits_picture: Optional[Image.Image]
+    """The bits that were chosen for a budget, for the report."""
+
     default_psaq_hooks = ('ProgressHook', 'ContactSheetHook', 'BitsHook', 'ReportHook')
     """Hooks of :meth:`for_quantization`, besides those of the config."""
 
@@ -236,7 +239,7 @@ class PSAQRunner(Runner):
         runner.source_meta = dict(meta)
         runner.own_images, runner.mix = images, mix
         runner.shown_images, runner.command = list(shown_images), command
-        runner.pictures = []
+        runner.pictures, runner.bits_picture = [], None
         return runner
 
     def dump_config(self) -> None:

@@ -4,7 +4,7 @@ import json
 import statistics
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
@@ -38,7 +38,7 @@ def charts(runs: Runs) -> Dict[str, str]:
 
 
 def report_page(report: Mapping[str, Any], pictures: Sequence[Picture] = (),
-                shown: Sequence[Picture] = ()) -> str:
+                shown: Sequence[Picture] = (), bits: Optional[Image.Image] = None) -> str:
     """A page that says what a run did. It needs nothing else: all pictures are in it.
 
     Args:
@@ -46,6 +46,7 @@ def report_page(report: Mapping[str, Any], pictures: Sequence[Picture] = (),
         pictures (Sequence[Picture]): Of synthetic images. Defaults to none.
         shown (Sequence[Picture]): Predictions, float and quantized side by side. Defaults to
             none.
+        bits (Image, optional): The bits that were chosen for a budget. Defaults to None.
 
     Returns:
         str: HTML.
@@ -68,10 +69,25 @@ def report_page(report: Mapping[str, Any], pictures: Sequence[Picture] = (),
         report=report, cards=cards, images=report['images'],
         shown=[(embedded(image, 1100), words) for image, words in shown],
         pictures=[(embedded(image), words) for image, words in pictures],
-        ranges=range_chart(runs), sensitivity_images=report['images_of_sensitivity'],
+        bits=_bits(report, bits), ranges=range_chart(runs), sensitivity_images=report['images_of_sensitivity'],
         worst=[(name, f'{100 * error:.2g} %') for error, name in errors[:3]],
         settings=json.dumps(report['settings'], indent=2),
         rows=[_row(entry) for entry in report['modules']], **charts(runs))
+
+
+def _bits(report: Mapping[str, Any], picture: Optional[Image.Image]) -> Dict[str, Any]:
+    """What is said of the bits that were chosen for a budget; nothing if none were."""
+    chosen = report.get('allocation')
+    if not chosen:
+        return {}
+    most = report['settings']['quantization'].get('max_drop')
+    where = 'the images' if most is None else 'images that nothing else has seen'
+    words = (f'Chosen for {chosen["budget"]}: {chosen["weights"]:.2f} bits of weights and '
+             f'{chosen["activations"]:.2f} of activations on the average. Of the power of the '
+             f'outputs {100 * chosen["predicted"]:.3g} % was predicted to become error, and '
+             f'{100 * chosen["measured"]:.3g} % became so on {where}.')
+    return dict(words=words, over=most is not None and 100 * chosen['measured'] > most,
+                address=picture and embedded(picture, 1200))
 
 
 def _row(entry: Mapping[str, Any]) -> List[str]:

@@ -157,8 +157,9 @@ class Allocator:
         assert target is not None
         if not low <= target <= high:
             few, many = self.settings.candidate_bits[0], self.settings.candidate_bits[-1]
-            what = f'below the smallest possible, {low / 1e6:.2f} MB with {few}' if target < low \
-                else f'above the largest possible, {high / 1e6:.2f} MB with {many}'
+            what = f'below the smallest possible, {-(-low // 10**4) / 100:.2f} MB with {few}' \
+                if target < low else \
+                f'above the largest possible, {high // 10**4 / 100:.2f} MB with {many}'
             raise UserError(f'quantization.target_size={self.settings.target_size} is {what} bits '
                             'for all modules that may have others')
 
@@ -240,9 +241,11 @@ class Allocator:
         best = choose_bits(losses, limits[:1])
         assert best is not None
         least = 100 * sum(values[bits] for values, bits in zip(losses, best))
+        more = ', or more bits to activations (quantization.activation.bits)' \
+            if settings.activation.bits < max(settings.candidate_bits) else ''
         return (f'quantization.max_drop={settings.max_drop:g} is below the smallest possible, '
-                f'{least:.3g} % with activations of {settings.activation.bits} bits on the '
-                'average: give more, or more bits to activations (quantization.activation.bits)')
+                f'{1.006 * least:.3g} % with activations of {settings.activation.bits} bits on '
+                f'the average: give more{more}')  # rounded up
 
     def _settings_of(self, groups: Sequence[TensorGroup], chosen: Choice) -> QuantizationSettings:
         """The settings with the chosen bits, and without a budget."""

@@ -48,9 +48,11 @@ def test_config_in_the_work_dir_has_the_options(allocation, tmp_path):
     config = load_config(tmp_path / 'mine.py', {'quantization.mean_bits': 3,
                                                 'synthesis.steps': 7})
     recipe = read_recipe(config)
-    BitsHook().after_quantize(SimpleNamespace(
+    runner = SimpleNamespace(
         cfg=config, work_dir=str(tmp_path), logger=logging.getLogger(),
-        pipeline=SimpleNamespace(allocation=allocation, recipe=recipe)))
+        pipeline=SimpleNamespace(allocation=allocation, recipe=recipe))
+    BitsHook().after_quantize(runner)
+    assert runner.bits_picture.size == Image.open(tmp_path / 'bits.png').size
     found = read_recipe(load_config(tmp_path / 'mine_bits.py'))
     assert found == replace(recipe, quantization=allocation.settings)
     assert found.synthesis.steps == 7 and (tmp_path / 'mine.py').read_text() == text

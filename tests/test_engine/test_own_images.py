@@ -116,7 +116,7 @@ def test_unreadable_files(model, tmp_path, capsys):
     (tmp_path / '4.png').write_bytes((tmp_path / 'whole.png').read_bytes()[:2000])  # cut short
     assert len(psaq_mm.load_images(model, tmp_path)) == 1
     error = capsys.readouterr().err
-    assert '5 images are skipped: ' in error and error.count('cannot be read') == 3
+    assert 'images that are skipped: 5 (' in error and error.count('cannot be read') == 3
     (tmp_path / 'whole.png').unlink()
     with pytest.raises(UserError, match='none of the 5 images in .* can be read: .*cannot be'):
         psaq_mm.load_images(model, tmp_path)

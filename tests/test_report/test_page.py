@@ -49,6 +49,19 @@ def test_what_is_not_there_is_left_out():
     assert 'Losses' not in page and 'was not measured' in page and 'Predictions' not in page
 
 
+@pytest.mark.parametrize('most, measured, where, over', [
+    (None, 0.02, 'on the images.', False), (2.5, 0.02, 'on images that nothing else', False),
+    (2.5, 0.026, 'on images that nothing else', True)])
+def test_bits_for_a_budget(most, measured, where, over):
+    report = small_report(
+        allocation=dict(budget='max_drop=2.5', weights=3.25, activations=7.5, predicted=0.0249,
+                        measured=measured), settings=dict(quantization=dict(max_drop=most)))
+    page = report_page(report, bits=Image.new('RGB', (40, 30)))
+    assert 'Chosen for max_drop=2.5: 3.25 bits of weights and 7.50 of activations' in page
+    assert '2.49 % was predicted to become error' in page and where in page
+    assert ('over the budget' in page) == over and page.count('data:image/jpeg') == 1
+
+
 @pytest.mark.parametrize('name, op, kind, part', [
     ('backbone.stages.2.blocks.5.attn.w_msa', 'QuantWindowMSA', 'attention', 'stage 3'),
     ('backbone.stages.2.blocks.5.attn.w_msa.proj', 'QuantLinear', 'attention: linear', 'stage 3'),

@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Bits chosen for a budget: against all choices, and against sizes by hand."""
 import itertools
+import re
 
 import pytest
 import timm
@@ -181,6 +182,32 @@ def test_smallest_size_for_a_drop():
     none = Allocator(swin(), settings(max_drop=1e-9, activation=dict(bits=4)))
     with pytest.raises(UserError, match='max_drop=1e-09 is below the smallest possible, .* %'):
         none.choose(groups)
+
+
+def test_the_smallest_that_is_named_is_possible():
+    """Rounded towards what can be."""
+    changes = dict(activation=dict(bits=4), candidate_bits=[3, 4, 5])
+    for key, wrong in (('target_size', 1000), ('target_size', '1GB'), ('max_drop', 1e-9)):
+        def allocator(value, key=key):
+            found = Allocator(swin(), settings(**changes, **{key: value}))
+            found.check_size()
+            return found, groups_of(found)
+
+        with pytest.raises(UserError) as raised:
+            found, groups = allocator(wrong)
+            found.choose(groups)
+        number, unit = re.search(r'possible, ([\d.e-]+) (MB|%)', str(raised.value)).groups()
+        found, groups = allocator(float(number) if unit == '%' else number + unit)
+        found.choose(groups)
+
+
+def test_no_advice_to_have_more_than_all_bits():
+    for most, advised in ((8, True), (4, False)):
+        allocator = Allocator(swin(), settings(max_drop=1e-9, activation=dict(bits=4),
+                                               candidate_bits=[4, most] if advised else [3, 4]))
+        with pytest.raises(UserError) as raised:
+            allocator.choose(groups_of(allocator))
+        assert ('more bits to activations' in str(raised.value)) == advised
 
 
 @pytest.mark.parametrize('values, message', [

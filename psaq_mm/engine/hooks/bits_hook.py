@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Tuple
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from psaq_mm.checkpoint import save_bytes
 from psaq_mm.recipe.quantization import BUDGETS
@@ -91,7 +92,9 @@ class BitsHook(PSAQHook):
             return
         budget = runner.pipeline.recipe.quantization.budget
         picture = Path(runner.work_dir) / 'bits.png'
-        save_bytes(bits_picture(allocation, budget), picture)
+        drawn = bits_picture(allocation, budget)
+        save_bytes(drawn, picture)
+        runner.bits_picture = Image.open(io.BytesIO(drawn))
         runner.logger.info(f'bits of each module: {picture}')
         if runner.cfg.filename is not None:
             name = Path(runner.cfg.filename)

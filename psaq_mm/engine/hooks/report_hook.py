@@ -137,7 +137,7 @@ class ReportHook(PSAQHook):
             device=str(runner.device),
             versions=loaded_versions())
         save_json(report, folder / 'report.json')
-        page = report_page(report, runner.pictures, self._shown(runner))
+        page = report_page(report, runner.pictures, self._shown(runner), runner.bits_picture)
         save_bytes(page.encode('utf-8'), folder / 'report.html')
         runner.logger.info(f'report: {folder / "report.html"}, and report.json')
 
