@@ -167,7 +167,8 @@ class Allocator:
         plan: Plan = {name: dict(roles) for name, roles in self.plan.items()}
         for (name, role), specs in self.specs.items():
             plan[name][role] = specs[pick(specs)]
-        return planned_bytes(self.model, plan)
+        # The manifest holds the settings, of which only this part can be long.
+        return planned_bytes(self.model, plan) + len(repr(self.settings.overrides))
 
     def measure(self, images: Tensor, seed: int, batch_size: int,
                 progress: Optional[Callable[[int], None]] = None) -> List[TensorGroup]:
