@@ -132,8 +132,11 @@ def quantize(model: nn.Module, recipe: Optional[Recipe] = None, seed: int = 0,
                         state_file, resume, images=images, mix=mix).run()
 
 
-def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
+def check(model: nn.Module, recipe: Recipe, processes: int = 1,
+          meta: Optional[Mapping[str, Any]] = None) -> None:
     """Raise for what is wrong with a model or recipe, before any heavy work.
+
+    ``meta`` is that of :class:`Pipeline`.
 
     Raises:
         UserError: If the float model cannot be quantized so, whatever its weights, or so many
@@ -145,7 +148,7 @@ def check(model: nn.Module, recipe: Recipe, processes: int = 1) -> None:
     if recipe.quantization.scope == 'model':
         find_adapter(model).check_forward(model)
     if recipe.quantization.budget:
-        check_budget(model, recipe.quantization)
+        check_budget(model, recipe.quantization, meta)
     check_evolution(model, recipe.evolution, plan)
     if recipe.calibration.size is not None:
         find_adapter(model).check_image_size(model, recipe.calibration.size,
@@ -180,6 +183,8 @@ class Pipeline:
             ``calibration.image_size='test'``. Defaults to None: not known.
         identity (Mapping, optional): What a resumed run must have in common with the first,
             beside seed and settings, by name. Defaults to None: a hash of the weights.
+        meta (Mapping, optional): What :func:`psaq_mm.save` will be given, which
+            ``quantization.target_size`` has to hold too. Defaults to None.
     """
 
     def __init__(self, teacher: nn.Module, recipe: Recipe, seed: int = 0,
@@ -187,7 +192,8 @@ class Pipeline:
                  progress: Optional[Callable[[Progress], None]] = None,
                  state_file: Union[None, str, Path] = None, resume: bool = False,
                  identity: Optional[Mapping[str, Any]] = None,
-                 images: Optional[Tensor] = None, mix: bool = False) -> None:
+                 images: Optional[Tensor] = None, mix: bool = False,
+                 meta: Optional[Mapping[str, Any]] = None) -> None:
         self.teacher, self.recipe, self.seed = teacher, recipe, seed
         self.test_size = test_size or SizeFound(None, 'the model has no config')
         check_progress(progress)
@@ -206,7 +212,7 @@ class Pipeline:
         """Allocation, optional: Bits of each module, if they were chosen for a budget."""
         self.measured: Optional[float] = None
         """float, optional: What :attr:`Allocation.predicted` predicts, measured."""
-        self._given_images, self._mix = images, mix
+        self._given_images, self._mix, self._meta = images, mix, meta
         self.seconds: Dict[str, float] = {}
         """dict[str, float]: Wall seconds of each phase."""
         self.memory: Dict[str, Dict[str, int]] = {}
@@ -243,7 +249,7 @@ class Pipeline:
         """
         with stopping_together():
             check_seed(self.seed, 'seed')
-            check(self.teacher, self.recipe, get_world_size())
+            check(self.teacher, self.recipe, get_world_size(), self._meta)
             if self.recipe.calibration.image_size == 'test' and self.test_size.size is not None:
                 adapter, size = find_adapter(self.teacher), self.test_size.size
                 taken = adapter.taken_size(self.teacher, size)
@@ -347,7 +353,7 @@ class Pipeline:
                 equalize(self.teacher, self.images, quantization, batch_size)
         if not quantization.budget:
             return quantization
-        allocator = Allocator(self.teacher, quantization)
+        allocator = Allocator(self.teacher, quantization, self._meta)
         groups = None if self.saved is None else self.saved.restore_sensitivity()
         share = range(get_rank(), len(self.images), get_world_size())
         total = len(share) if groups is None else 0

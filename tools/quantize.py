@@ -108,7 +108,7 @@ def main() -> None:
     find_adapter(model)  # says best what backbone cannot be quantized
     meta = load_float_weights(model, args.checkpoint, trust=args.trust_checkpoint,
                               choice=weight_choice(args))
-    check(model, recipe, processes_of(args.launcher))  # in scope 'model' it runs the model
+    check(model, recipe, processes_of(args.launcher), meta)  # in scope 'model' it runs the model
     PSAQRunner.hooks_for_quantization(config)
     images = None if args.images is None else load_images(
         model, args.images, max_images, seed, config)

@@ -1,12 +1,15 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """How large the file of a quantized checkpoint will be, before there is one."""
-from typing import Dict
+import pickle
+from typing import Any, Dict
 
 from torch import nn
 
 from psaq_mm.ops import Plan
 from psaq_mm.quantization.packing import packed_bytes
 from psaq_mm.quantization.spec import PER_CHANNEL
+
+from .plain import plain
 
 TENSOR_BYTES = 272
 """Of a tensor's entry in the file, beside its values and its name [measured: 268]."""
@@ -18,12 +21,13 @@ FILE_BYTES = 8192
 """Of the settings in the manifest and the rest [measured: 5000]."""
 
 
-def planned_bytes(model: nn.Module, plan: Plan) -> int:
+def planned_bytes(model: nn.Module, plan: Plan, *notes: Any) -> int:
     """About how large the file of :func:`psaq_mm.save` will be.
 
     Args:
         model (nn.Module): The float model.
         plan (Plan): Of all its quantized modules.
+        *notes (Any): Plain values of any length that the file holds too.
 
     Returns:
         int: Bytes of the file: packed weights, scales and zero points, what stays float, and what
@@ -43,7 +47,8 @@ def planned_bytes(model: nn.Module, plan: Plan) -> int:
             for part in ('scale',) if spec.symmetric else ('scale', 'zero_point'):
                 tensors[f'{name}.quantizers.{role}.{part}'] = 4 * ranges
     return FILE_BYTES + ROLE_BYTES * roles + sum(
-        TENSOR_BYTES + len(name) + size for name, size in tensors.items())
+        TENSOR_BYTES + len(name) + size for name, size in tensors.items()) + sum(
+        len(pickle.dumps(plain(note), protocol=2)) for note in notes)
 
 
 def _most_channels(module: nn.Module, role: str) -> int:

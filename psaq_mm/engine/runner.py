@@ -287,7 +287,7 @@ class PSAQRunner(Runner):
                              'the given images')
         self.pipeline = RunnerPipeline(
             self, teacher=self.model, recipe=read_recipe(self.cfg), seed=self.run_seed,
-            test_size=size, images=self.own_images, mix=self.mix,
+            test_size=size, images=self.own_images, mix=self.mix, meta=self.source_meta,
             state_file=Path(self.work_dir) / name, resume=self.resume_run,
             identity=dict(checkpoint=self.source['sha256'],
                           model=repr(plain_copy(self.cfg.model.to_dict()))))

@@ -112,9 +112,10 @@ def allocate(model: nn.Module, images: Tensor, settings: QuantizationSettings, s
     return allocator.choose(allocator.measure(images, seed, batch_size, progress))
 
 
-def check_budget(model: nn.Module, settings: QuantizationSettings) -> None:
+def check_budget(model: nn.Module, settings: QuantizationSettings,
+                 meta: Optional[Mapping[str, Any]] = None) -> None:
     """Raise if no bits of a float model could keep to a budget, as far as it is known before
-    anything is measured.
+    anything is measured; arguments are those of :class:`Allocator`.
 
     Raises:
         UserError: If so, or there is no budget.
@@ -122,7 +123,7 @@ def check_budget(model: nn.Module, settings: QuantizationSettings) -> None:
     if not settings.budget:
         raise UserError('psaq_mm.allocate: no budget is set; give quantization.mean_bits, '
                         'target_size or max_drop')
-    Allocator(model, settings).check_size()
+    Allocator(model, settings, meta).check_size()
 
 
 class Allocator:
@@ -131,10 +132,12 @@ class Allocator:
     Args:
         model (nn.Module): The float model.
         settings (QuantizationSettings): With a budget.
+        meta (Mapping, optional): What :func:`psaq_mm.save` will be given. Defaults to None.
     """
 
-    def __init__(self, model: nn.Module, settings: QuantizationSettings) -> None:
-        self.model, self.settings = model, settings
+    def __init__(self, model: nn.Module, settings: QuantizationSettings,
+                 meta: Optional[Mapping[str, Any]] = None) -> None:
+        self.model, self.settings, self.meta = model, settings, meta
         adapter = find_adapter(model)
         self.plan = plan_quantization(model, settings, adapter)
         kinds, free = kinds_in(model, settings, adapter), FreeTensors(settings)
@@ -167,8 +170,8 @@ class Allocator:
         plan: Plan = {name: dict(roles) for name, roles in self.plan.items()}
         for (name, role), specs in self.specs.items():
             plan[name][role] = specs[pick(specs)]
-        # The manifest holds the settings, of which only this part can be long.
-        return planned_bytes(self.model, plan) + len(repr(self.settings.overrides))
+        # The manifest holds the settings, of which only overrides can be long.
+        return planned_bytes(self.model, plan, self.settings.overrides, self.meta)
 
     def measure(self, images: Tensor, seed: int, batch_size: int,
                 progress: Optional[Callable[[int], None]] = None) -> List[TensorGroup]:

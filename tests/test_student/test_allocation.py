@@ -159,20 +159,21 @@ def test_target_size(tmp_path):
     assert 0.93 * 330e3 < size <= 330e3
 
 
-def test_target_size_with_many_overrides(tmp_path):
-    """They stand in the manifest."""
+def test_target_size_with_many_overrides_and_meta(tmp_path):
+    """They are in the file too, and the config that a model was trained by."""
+    meta = dict(cfg='model = dict()\n' * 1000, dataset_meta=dict(classes=('object', ) * 500))
     model, images = swin(embed_dims=64, depths=(3, 3)), torch.randn(1, 3, 32, 32)
     plan = plan_quantization(model, settings(), find_adapter(model))
     own = {pattern: {role: dict(margin=0.25, symmetric=False, observer=dict(type='MinMaxObserver'))
                      for role in specs}
            for name, specs in plan.items() for pattern in (f'{name}*', name)}
     recipe = psaq_mm.Recipe(quantization=settings(
-        target_size='520kB', overrides=own, weight=dict(rounding='nearest')))
-    allocator = Allocator(model, recipe.quantization)
+        target_size='540kB', overrides=own, weight=dict(rounding='nearest')))
+    allocator = Allocator(model, recipe.quantization, meta)
     found = allocator.choose(groups_of(allocator))
     student = psaq_mm.calibrate(psaq_mm.prepare(model, found.settings), images)
-    psaq_mm.save(student, tmp_path / 'quantized.pth', about=dict(settings=recipe.to_dict()))
-    assert 0.9 * 520e3 < (tmp_path / 'quantized.pth').stat().st_size <= 520e3
+    psaq_mm.save(student, tmp_path / 'quantized.pth', meta, dict(settings=recipe.to_dict()))
+    assert 0.9 * 540e3 < (tmp_path / 'quantized.pth').stat().st_size <= 540e3
 
 
 def test_planned_size_is_that_of_the_file(tmp_path):
