@@ -747,3 +747,21 @@ def test_budgets_that_cannot_be(options, message, tmp_path, call_tool, small_con
                                tmp_path / 'run', '--device', 'cpu', *options)
     assert status == 2 and message in err
     assert not (tmp_path / 'run').exists()
+
+
+def test_target_size_holds_what_training_left(tmp_path, call_tool, small_config, small_checkpoint):
+    """The config of the training is in the checkpoint, and so in that of the student."""
+    checkpoint = torch.load(small_checkpoint, weights_only=True)
+    checkpoint['meta'] = dict(cfg='model = dict()\n' * 2000)
+    torch.save(checkpoint, tmp_path / 'trained.pth')
+    status, _, err = call_tool(
+        'quantize', small_config, tmp_path / 'trained.pth', '--work-dir', tmp_path / 'run',
+        '--device', 'cpu', '--target-size', '440kB', '--sensitivity-images', 0, '--cfg-options',
+        *FEW, 'evolution.rounds=0', 'synthesis.num_images=1', 'quantization.candidate_bits=[4,8]',
+        page=True)
+    assert status == 0, err
+    size = (tmp_path / 'run' / 'quantized.pth').stat().st_size
+    assert 0.9 * 440e3 < size <= 440e3
+    page = (tmp_path / 'run' / 'report.html').read_text()
+    assert 'Chosen for target_size=440kB: ' in page and 'bits and sensitivity of each' in page
+    assert (tmp_path / 'run' / f'{small_config.stem}_bits.py').exists()
