@@ -753,7 +753,7 @@ def test_user_errors(pair, swin_images):
                                         'this model: backbone'):
         psaq_mm.evolve(student, teacher, swin_images, replace(RULES, taps=dict(logits=1.)))
     with pytest.raises(UserError, match=r'^psaq_mm.evolve: evolution.rounds is 0, .* rounds such '
-                                        r"as 5 \(preset 'evolve'\), or leave this step out$"):
+                                        'as 5, or leave this step out$'):
         psaq_mm.evolve(student, teacher, swin_images, EvolutionSettings())
     with pytest.raises(UserError, match=r'^psaq_mm.evolve \(as teacher\) needs the float model'):
         psaq_mm.evolve(student, student, swin_images, RULES)

@@ -114,4 +114,4 @@ def test_wheel(tmp_path, demo_checkpoint):
         'synthesis.num_images=2', 'synthesis.image_size=64', 'calibration.image_size=None',
         'quantization.weight.rounding=nearest', 'log_level=WARNING', **options)
     file = elsewhere / 'work_dirs' / 'mask_rcnn_swin_demo_w8a8' / 'quantized.pth'
-    assert 'psaq_mm' in torch.load(str(file), weights_only=True)
+    assert 'psaq_mm' in torch.load(str(file), weights_only=False)  # torch 2.1 knows no other way
