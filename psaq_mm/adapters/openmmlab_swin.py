@@ -38,7 +38,7 @@ from .adapter import Adapter, AttentionRecorder, WindowGrid, module_device, pixe
 from .openmmlab_taps import fewer_regions, samples_for
 from .predictors import last_layers
 from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
-from .seen_pixels import SeenPixels, seen_pixels
+from .seen_pixels import SeenPixels, seen_pixels, turns_channels
 from .swin_layouts import OPENMMLAB, SWIN_AUTHORS, convert_openmmlab_swin
 from .tap_record import TapRecord
 from .tested_size import test_dataset
@@ -296,9 +296,7 @@ class OpenMMLabSwinAdapter(Adapter):
         if seen is not None:
             return seen.rgb
         # The preprocessors turn OpenCV's BGR around, or not.
-        preprocessor = getattr(model, 'data_preprocessor', None)
-        return bool(getattr(preprocessor, '_channel_conversion',
-                            getattr(preprocessor, 'channel_conversion', False)))
+        return turns_channels(getattr(model, 'data_preprocessor', None))
 
     def _seen(self, model: nn.Module) -> Optional[SeenPixels]:
         """The pixels of test images; None if the model has no config with a test pipeline."""

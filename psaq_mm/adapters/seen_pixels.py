@@ -42,6 +42,15 @@ class SeenPixels(NamedTuple):
         return bool((self.low == 0).all() and (self.high == 255).all())
 
 
+def turns_channels(preprocessor: Any) -> bool:
+    """Whether a host's data preprocessor turns BGR into RGB, or RGB into BGR.
+
+    Upstream's mmseg has a name of its own for that.
+    """
+    return bool(getattr(preprocessor, '_channel_conversion',
+                        getattr(preprocessor, 'channel_conversion', False)))
+
+
 def seen_pixels(config: Any, preprocessor: Any, channels: int) -> SeenPixels:
     """Run the test pipeline of a config, and a model's preprocessor, on made-up images.
 

@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What pixels a model sees: by its preprocessor, its test pipeline, or both."""
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mmengine.registry import TRANSFORMS
 
 import psaq_mm
 from psaq_mm.adapters import find_adapter
+from psaq_mm.adapters.seen_pixels import turns_channels
 from psaq_mm.engine import build_float_model
 from psaq_mm.errors import UserError
 
@@ -121,3 +123,9 @@ def test_what_is_not_known_is_refused():
     # A preprocessor that normalizes is enough.
     assert seen(detector(dict(mean=MEAN, std=STD), dict(type='NeedsWords')))[0][0] \
         == pytest.approx(RANGE[0], abs=1e-4)
+
+
+@pytest.mark.parametrize('name', ['_channel_conversion', 'channel_conversion'])
+def test_both_families_tell_whether_channels_are_turned(name):
+    assert turns_channels(SimpleNamespace(**{name: True}))
+    assert not turns_channels(SimpleNamespace(**{name: False})) and not turns_channels(None)

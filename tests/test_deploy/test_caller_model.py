@@ -81,6 +81,10 @@ def test_device(tmp_path, monkeypatch, name):
     if name == 'mask_rcnn_swin':  # its real tensors cannot be copied among fake ones
         model.rpn_head.prior_generator = None
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        try:
+            torch.zeros(1).to('cuda')
+        except RuntimeError:
+            pytest.skip('this torch looks for a driver, even of fake tensors')
         fakes = {}
 
         def on_cuda(tensor):

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psaq_mm.adapters.seen_pixels import turns_channels
+
 from ..subgraph import Size
 from ..window_order import padded
 
@@ -25,8 +27,7 @@ class Pixels(nn.Module):
 
     def __init__(self, preprocessor: Any, sees_rgb: bool, size: Optional[Size] = None) -> None:
         super().__init__()
-        converted = bool(getattr(preprocessor, '_channel_conversion', False))
-        self.reverse = converted != sees_rgb
+        self.reverse = turns_channels(preprocessor) != sees_rgb
         normalized = getattr(preprocessor, '_enable_normalize', False)
         mean = preprocessor.mean if normalized else torch.zeros(3, 1, 1)
         std = preprocessor.std if normalized else torch.ones(3, 1, 1)

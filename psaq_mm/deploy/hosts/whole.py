@@ -150,7 +150,11 @@ class WholeSegmentor(WholeOpenMMLab):
                     padding=self._pixels(None).padding)
 
     def run(self, images: Tensor) -> Tuple[Tensor, ...]:
-        return super().run(self._pixels(None)(images))
+        """Predict from what the host's own code makes of pixels."""
+        from mmseg.structures import SegDataSample
+        sample = SegDataSample(metainfo=dict(img_shape=tuple(images.shape[2:])))
+        data = self.model.data_preprocessor(dict(inputs=[images[0]], data_samples=[sample]))
+        return super().run(data['inputs'])
 
     def exportable(self, size: Optional[Size], batch: int = 1) -> nn.Module:
         pixels = self._pixels(size)
