@@ -41,7 +41,8 @@ def parse_args() -> argparse.Namespace:
                         'the simulation (default: made up)')
     parser.add_argument('--least-share', type=float, default=BOUND, metavar='SHARE',
                         help='exit with status 1 if the engine reaches less of the decisions of '
-                        f'the simulation (default: {BOUND})')
+                        'the simulation, of those that it keeps itself where it sums in another '
+                        f'order (default: {BOUND})')
     parser.add_argument('--device', default='CPU', help="the engine's device for that: CPU, GPU, "
                         'NPU, AUTO (OpenVINO), CUDA (onnxruntime)')
     return parser.parse_args()
