@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Whether an engine decides as the simulation does: the same objects, classes and pixels."""
+import math
 from contextlib import ExitStack, contextmanager
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -198,13 +199,15 @@ def require_agreement(row: Mapping[str, Any], file: Any, least: float = BOUND) -
         row (dict): Of :func:`compare_results`.
         file (Path): What was exported, for the message.
         least (float): Least share, of that which the simulation has with itself where sums are
-            taken in another order. Defaults to 0.8.
+            taken in another order; less two standard errors of so many. Defaults to 0.8.
 
     Raises:
         ExportError: If not. The file stays where it is.
     """
     for key, what in (('share', 'of what the simulation finds'), ('masks', 'of its masks')):
         share, bound = row.get(key, 1.), least * row.get('own', {}).get(key, 1.)
+        if 0 < bound < 1:  # of a few objects a few more may differ by chance
+            bound -= 2 * math.sqrt(bound * (1 - bound) / max(1, row['compared']))
         if share < bound:
             raise ExportError(
                 f'{file}: the engine decides otherwise than the simulation: it finds '

@@ -70,7 +70,7 @@ def test_export_and_evaluate(call_tool, data, simulated, tmp_path, target, backe
     manifest = json.loads((tmp_path / 'graphs' / 'export.json').read_text())
     agreement = manifest['graphs'][0]['agreement']
     assert agreement['compared'] > 20
-    assert all(agreement[key] > 0.8 * own > 0.4 for key, own in agreement['own'].items())
+    assert all(agreement[key] > 0.6 * own > 0.3 for key, own in agreement['own'].items())
     assert manifest['graphs'][0]['size'] == [224, 224]
     simulated = simulated(call_tool)
     engine, out = metrics_of(call_tool, data, tmp_path, '--backend', backend, '--exported',
