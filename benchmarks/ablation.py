@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which rules of the game earn their cost: five rounds of the student, one change at a time.
 
-``game`` is that preset, without ``channel_limit`` and by twice the prior's steps, as all that
+``game`` is that, without ``channel_limit`` and by twice the prior's steps, as all that
 is here but ``default`` and ``default_but_roi_inputs_as_rest``.
 
     python benchmarks/ablation.py                          # all variants, the demo detector

@@ -27,7 +27,7 @@ from .errors import UserError
 from .evolution import Evolver, check_evolution, evolver
 from .ops import named_quant_ops, ops_to_round, plan_quantization
 from .peak_memory import forget_peak, peak_bytes
-from .processes import count_of_this_process, stopping_together
+from .processes import count_of_this_process, indices_of_this_process, stopping_together
 from .recipe import QuantizationSettings, Recipe
 from .recipe.checks import check_model, check_progress, check_seed, sides
 from .saved_run import SavedRun, hash_of
@@ -355,8 +355,7 @@ class Pipeline:
             return quantization
         allocator = Allocator(self.teacher, quantization, self._meta)
         groups = None if self.saved is None else self.saved.restore_sensitivity()
-        share = range(get_rank(), len(self.images), get_world_size())
-        total = len(share) if groups is None else 0
+        total = len(indices_of_this_process(len(self.images))) if groups is None else 0
         with self._phase('allocation'), self._batches('allocation', total) as progress:
             if groups is None:
                 groups = allocator.measure(self.images, self.seed, batch_size, progress)

@@ -10,6 +10,12 @@ from torch import Tensor
 from psaq_mm.errors import UserError
 
 
+def indices_of_this_process(count: int) -> range:
+    """Every n-th of ``count`` images, for n processes; of some processes none if there are too
+    few."""
+    return range(get_rank(), count, get_world_size())
+
+
 def images_of_this_process(images: Tensor) -> Tensor:
     """Every n-th image, for n processes; all of them if there are too few to split."""
     world = get_world_size()
@@ -18,8 +24,7 @@ def images_of_this_process(images: Tensor) -> Tensor:
 
 def count_of_this_process(count: int) -> int:
     """How many of ``count`` images :func:`images_of_this_process` gives."""
-    world = get_world_size()
-    return len(range(get_rank(), count, world)) if count >= world else count
+    return len(indices_of_this_process(count)) if count >= get_world_size() else count
 
 
 def run_images(forward: Callable[[Tensor], Any], images: Tensor, batch_size: int,

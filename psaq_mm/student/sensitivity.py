@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
-from mmengine.dist import all_reduce, broadcast_object_list, get_rank, get_world_size
+from mmengine.dist import all_reduce, broadcast_object_list
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
@@ -21,7 +21,7 @@ from psaq_mm.evolution.views import random_blend, random_zoom
 from psaq_mm.modes import evaluating
 from psaq_mm.ops import QuantOp, named_quant_ops, quantization_enabled
 from psaq_mm.prior import derived_seed
-from psaq_mm.processes import stopping_together
+from psaq_mm.processes import indices_of_this_process, stopping_together
 from psaq_mm.quantization import Quantizer, QuantSpec, fake_quantize
 from psaq_mm.recipe import EvolutionSettings
 
@@ -92,7 +92,8 @@ def measure_tap_error(student: nn.Module, teacher: nn.Module, images: Tensor) ->
     groups = adapter.tap_groups(teacher)
     total = torch.zeros(2, device=device)
     with torch.no_grad(), evaluating(student, teacher), stopping_together():
-        for image in images.split(1)[get_rank()::get_world_size()]:
+        for index in indices_of_this_process(len(images)):
+            image = images[index:index + 1]
             expected = adapter.forward_taps(teacher, image.to(device), groups)
             given = adapter.forward_taps(student, image.to(device), groups, expected.regions)
             total += torch.stack([tap_error(expected.taps, given.taps).sum(), total.new_ones(())])
@@ -138,7 +139,7 @@ def measure_sensitivity(student: nn.Module, images: Tensor, specs: Specs, seed: 
             setattr(module, adapter.recompute_flag, False)
     with evaluating(student, gradients=True), quantization_enabled(student, False), meter, \
             stopping_together():
-        for index in range(get_rank(), len(images), get_world_size()):
+        for index in indices_of_this_process(len(images)):
             generator = torch.Generator().manual_seed(derived_seed(seed, index))
             image = images[index:index + 1].to(device)
             if views:
