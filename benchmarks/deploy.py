@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from deploy_figures import MEASURED, PEERS, full_table, keep, name_of
 from experiment import RANGES_ALONE, experiment
+from peers import openvino_peers, quantize_static, size_of
 from timing import interleave, median_ratio
 from torch import nn
 
@@ -147,29 +148,14 @@ def side_of(engine: str, path: Path, images: np.ndarray, threads: int,
 
 
 def openvino_sides(model: nn.Module, plain: Path, images: torch.Tensor, threads: int,
-                   folder: Path, brief: bool) -> Tuple[Dict[str, Side], Dict[str, int]]:
+                   folder: Path, brief: bool) -> Tuple[Dict[str, Side], Dict[str, float]]:
     """Ours, the engine's own precisions, and NNCF."""
-    import nncf
-    import openvino
-    logging.getLogger('nncf').setLevel(logging.ERROR)
     array = images.numpy()
-    core = openvino.Core()
-    source = core.read_model(str(plain))
     generator = torch.Generator().manual_seed(1)
     samples = [torch.randn(images.shape, generator=generator).numpy() for _ in range(2)]
-    openvino.save_model(source, str(folder / 'plain.xml'), compress_to_fp16=False)
-    options: Dict[str, Any] = dict(subset_size=len(samples),
-                                   model_type=nncf.ModelType.TRANSFORMER)
-    try:
-        peer = nncf.quantize(source, nncf.Dataset(samples), **options)
-    except Exception as error:  # it does not take UperNet's heads as they are
-        print(f'nncf: {" ".join(str(error).split())[:160]}; again without the decode head')
-        scope = nncf.IgnoredScope(patterns=['.*decode_head.*'], validate=False)
-        peer = nncf.quantize(source, nncf.Dataset(samples), ignored_scope=scope, **options)
-    openvino.save_model(peer, str(folder / 'nncf.xml'), compress_to_fp16=False)
+    files = openvino_peers(plain, samples, folder)
     size = tuple(images.shape[2:])
-    files = {'openvino fp32': folder / 'plain.xml', 'openvino nncf': folder / 'nncf.xml'}
-    sizes = {side: _size(file) for side, file in files.items()}
+    sizes = {side: size_of(file) for side, file in files.items()}
     sides = {}
     for side, bf16 in zip(files, ('openvino bf16', 'openvino nncf + bf16')):
         sides[side] = side_of('openvino', files[side], array, threads)
@@ -181,7 +167,7 @@ def openvino_sides(model: nn.Module, plain: Path, images: torch.Tensor, threads:
         for suffix, precision in (('', 'fp32'), (' + bf16', 'bf16')) * timed(variant, brief):
             run = Graphs(out, 'openvino', threads, precision).engine(size)
             sides[name + suffix] = lambda run=run: run.run(array)
-        sizes[name] = _size(next(out.glob('*.xml')))
+        sizes[name] = size_of(next(out.glob('*.xml')))
     if hasattr(model, 'rpn_head') and not brief:
         sides['openvino ours, not quantized, RPN in torch'] = rpn_in_torch(
             model, images, threads, folder / 'without_rpn')
@@ -189,39 +175,24 @@ def openvino_sides(model: nn.Module, plain: Path, images: torch.Tensor, threads:
 
 
 def onnxruntime_sides(model: nn.Module, plain: Path, images: torch.Tensor, threads: int,
-                      folder: Path, brief: bool) -> Tuple[Dict[str, Side], Dict[str, int]]:
+                      folder: Path, brief: bool) -> Tuple[Dict[str, Side], Dict[str, float]]:
     """Ours, the engine's own precision, and its two quantizers."""
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        quantize_dynamic,
-        quantize_static,
-    )
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from onnxruntime.quantization import quantize_dynamic
     array = images.numpy()
     generator = torch.Generator().manual_seed(1)
-
-    class Samples(CalibrationDataReader):
-        def __init__(self) -> None:
-            # one: with two, Swin-S at 800x1344 takes more than 24 GiB
-            self.left = [torch.randn(images.shape, generator=generator).numpy()]
-
-        def get_next(self) -> Any:
-            return {'images': self.left.pop()} if self.left else None
-
-    prepared, static, dynamic = (folder / f'{n}.onnx' for n in ('prepared', 'static', 'dynamic'))
-    quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
-    quantize_static(str(prepared), str(static), Samples(), quant_format=QuantFormat.QDQ,
-                    per_channel=True)
-    quantize_dynamic(str(prepared), str(dynamic), per_channel=True)
+    # one sample: with two, Swin-S at 800x1344 takes more than 24 GiB
+    static = quantize_static(plain, [torch.randn(images.shape, generator=generator).numpy()],
+                             folder)
+    dynamic = folder / 'dynamic.onnx'
+    quantize_dynamic(str(folder / 'prepared.onnx'), str(dynamic), per_channel=True)
     sides = {'onnxruntime fp32': side_of('onnxruntime', plain, array, threads),
              'onnxruntime quantize_static': side_of('onnxruntime', static, array, threads)}
     try:
         sides['onnxruntime quantize_dynamic'] = side_of('onnxruntime', dynamic, array, threads)
     except Exception as error:  # it may write operators that it does not have
         print(f'quantize_dynamic does not run: {str(error)[:200]}')
-    sizes = {'onnxruntime fp32': _size(plain), 'onnxruntime quantize_static': _size(static),
-             'onnxruntime quantize_dynamic': _size(dynamic)}
+    sizes = {'onnxruntime fp32': size_of(plain), 'onnxruntime quantize_static': size_of(static),
+             'onnxruntime quantize_dynamic': size_of(dynamic)}
     size = tuple(images.shape[2:])
     for variant, (source_model, roles) in variants(model, images).items():
         name = f'onnxruntime {variant}'
@@ -230,13 +201,8 @@ def onnxruntime_sides(model: nn.Module, plain: Path, images: torch.Tensor, threa
         if timed(variant, brief):
             run = Graphs(out, 'onnxruntime', threads).engine(size)
             sides[name] = lambda run=run: run.run(array)
-        sizes[name] = _size(next(out.glob('*.onnx')))
+        sizes[name] = size_of(next(out.glob('*.onnx')))
     return sides, sizes
-
-
-def _size(path: Path) -> int:
-    weights = path.with_suffix('.bin')
-    return path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
 
 
 def torch_sides(model: nn.Module, images: torch.Tensor) -> Dict[str, Side]:
@@ -271,7 +237,7 @@ def measure(case: str, engines: List[str], threads: int, rounds: int,
     for side in sides:
         engine = side.split()[0]
         fp32, peer = f'{engine} fp32', PEERS.get(engine)
-        megabytes = sizes.get(side, 0) / 1e6
+        megabytes = sizes.get(side)
         rows.append(dict(
             case=case, side=side, threads=threads, rounds=rounds,
             median=statistics.median(seconds[side]),
@@ -279,9 +245,9 @@ def measure(case: str, engines: List[str], threads: int, rounds: int,
             to_torch=median_ratio(seconds, side, 'torch fp32'),
             to_fp32=median_ratio(seconds, side, fp32),
             to_peer=median_ratio(seconds, side, peer) if peer else None,
-            megabytes=megabytes or None,
+            megabytes=megabytes,
             # torch's exporter may write weights twice: ours does not
-            size_to_fp32=megabytes / (sizes[f'{engine} ours, not quantized'] / 1e6)
+            size_to_fp32=megabytes / sizes[f'{engine} ours, not quantized']
             if megabytes else None))
     print(f'\n## {name_of((case, threads))}\n\n{full_table(rows)}', flush=True)
     return rows

@@ -21,7 +21,6 @@ import json
 import logging
 import statistics
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 from deploy_figures import MEASURED_WHOLE, PEERS, WHOLE, keep
 from experiment import METRICS, PHOTOGRAPHS, Subject, experiment
+from peers import openvino_peers, quantize_static, size_of
 from timing import interleave, median_ratio
 from torch import nn
 
@@ -156,58 +156,22 @@ def peers(plain: Path, samples: List[np.ndarray], threads: int, folder: Path,
     runs: Dict[str, Run] = {}
     files: Dict[str, Path] = {}
     if 'openvino' in engines:
-        import nncf
-        import openvino
-        source = openvino.Core().read_model(str(plain))
-        openvino.save_model(source, str(folder / 'plain.xml'), compress_to_fp16=False)
-        files['openvino fp32'] = folder / 'plain.xml'
-        start = time.time()
-        options: Dict[str, Any] = dict(subset_size=len(samples),
-                                       model_type=nncf.ModelType.TRANSFORMER)
-        try:
-            peer = nncf.quantize(source, nncf.Dataset(samples), **options)
-        except nncf.InternalError:  # it does not take UperNet's head as it is
-            print('nncf: again without the decode head', flush=True)
-            scope = nncf.IgnoredScope(patterns=['.*decode_head.*'], validate=False)
-            peer = nncf.quantize(source, nncf.Dataset(samples), ignored_scope=scope, **options)
-        print(f'nncf: {time.time() - start:.0f} s on {len(samples)} images', flush=True)
-        openvino.save_model(peer, str(folder / 'nncf.xml'), compress_to_fp16=False)
-        files['openvino nncf'] = folder / 'nncf.xml'
-        for side, bf16 in (('openvino fp32', 'openvino bf16'),
-                           ('openvino nncf', 'openvino nncf + bf16')):
+        files.update(openvino_peers(plain, samples, folder))
+        for side, bf16 in zip(tuple(files), ('openvino bf16', 'openvino nncf + bf16')):
             runs[side] = ENGINES['openvino'](files[side], threads).run
             runs[bf16] = ENGINES['openvino'](files[side], threads, 'bf16').run
     if 'onnxruntime' in engines:
-        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-
-        class Samples(CalibrationDataReader):
-            def __init__(self) -> None:
-                self.left = list(samples[:32])
-
-            def get_next(self) -> Any:
-                return {'image': self.left.pop()} if self.left else None
-
+        side = 'onnxruntime quantize_static'
         runs['onnxruntime fp32'] = ENGINES['onnxruntime'](plain, threads).run
         files['onnxruntime fp32'] = plain
         try:
-            quant_pre_process(str(plain), str(folder / 'prepared.onnx'), skip_symbolic_shape=True)
-            quantize_static(str(folder / 'prepared.onnx'), str(folder / 'static.onnx'), Samples(),
-                            quant_format=QuantFormat.QDQ, per_channel=True)
-            runs['onnxruntime quantize_static'] = ENGINES['onnxruntime'](
-                folder / 'static.onnx', threads).run
-            runs['onnxruntime quantize_static'](samples[0])
-            files['onnxruntime quantize_static'] = folder / 'static.onnx'
+            static = quantize_static(plain, samples[:32], folder)
+            run = ENGINES['onnxruntime'](static, threads).run
+            run(samples[0])
+            runs[side], files[side] = run, static
         except Exception as error:  # what it writes may not run
-            runs.pop('onnxruntime quantize_static', None)
             print(f'quantize_static fails: {" ".join(str(error).split())[:200]}', flush=True)
     return runs, files
-
-
-def size_of(path: Path) -> float:
-    """Megabytes of a graph with its weights."""
-    weights = path.with_suffix('.bin')
-    return (path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)) / 1e6
 
 
 def ours(case: Case, args: argparse.Namespace, folder: Path) \
