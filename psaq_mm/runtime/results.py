@@ -19,6 +19,11 @@ def color_of(label: int) -> Tuple[int, int, int]:
     return round(255 * blue), round(255 * green), round(255 * red)
 
 
+def halfway(pixels: np.ndarray, color: Any) -> np.ndarray:
+    """uint8 pixels of shape (..., 3), mixed half and half with one colour, or one for each."""
+    return ((pixels.astype(np.uint16) + np.asarray(color, np.uint16)) >> 1).astype(np.uint8)
+
+
 @dataclass
 class Result:
     """What was found in an image.
@@ -77,9 +82,10 @@ class Detections(Result):
         picture = self.image.copy()
         for i in shown if self.masks is not None else []:
             assert self.masks is not None
-            inside = self.masks[i]
-            picture[inside] = (0.5 * picture[inside]
-                               + 0.5 * np.array(color_of(self.labels[i]))).astype(np.uint8)
+            x, y, width, height = cv2.boundingRect(np.ascontiguousarray(self.masks[i], np.uint8))
+            part = np.s_[y:y + height, x:x + width]
+            np.copyto(picture[part], halfway(picture[part], color_of(self.labels[i])),
+                      where=self.masks[i][part][..., None])
         size = max(0.4, min(picture.shape[:2]) / 1200)
         for i in shown:
             color = color_of(self.labels[i])
@@ -113,8 +119,8 @@ class Segmentation(Result):
     labels: np.ndarray
 
     def draw(self, score_thr: float = 0.3) -> np.ndarray:
-        table = np.array([color_of(i) for i in range(int(self.labels.max()) + 1)])
-        return (0.5 * self.image + 0.5 * table[self.labels]).astype(np.uint8)
+        table = np.array([color_of(i) for i in range(int(self.labels.max()) + 1)], np.uint8)
+        return halfway(self.image, table[self.labels])
 
     def plain(self, score_thr: float = 0.) -> Dict[str, Any]:
         found, counts = np.unique(self.labels, return_counts=True)

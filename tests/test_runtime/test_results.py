@@ -1,0 +1,43 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Pictures of results, against colours mixed pixel by pixel."""
+import numpy as np
+import pytest
+
+from psaq_mm.runtime.results import Detections, Segmentation, color_of
+
+RANDOM = np.random.default_rng(0)
+IMAGE = RANDOM.integers(0, 256, (40, 50, 3)).astype(np.uint8)
+
+
+def mixed(picture, inside, label):
+    """Half of the image, half of a colour, for each pixel of a mask."""
+    for y, x in zip(*np.nonzero(inside)):
+        for channel, color in enumerate(color_of(label)):
+            picture[y, x, channel] = (int(picture[y, x, channel]) + color) // 2
+
+
+@pytest.mark.parametrize('layout', ['plain', 'strided', 'fortran'])
+def test_masks_are_mixed_half_and_half(layout):
+    masks = np.zeros((3, 40, 50), bool)
+    masks[0, 5:20, 10:30] = RANDOM.random((15, 20)) > 0.5
+    masks[1, 0, 0] = masks[1, 39, 49] = True  # far apart; the third holds nothing
+    given = dict(plain=masks, strided=np.repeat(masks, 2, 2)[..., ::2],
+                 fortran=np.asfortranarray(masks))[layout]
+    # Boxes without area at the border: only masks are compared.
+    found = Detections(IMAGE, ['a', 'b', 'c'], np.zeros((3, 4)), np.array([0.9, 0.8, 0.7]),
+                       np.array([0, 1, 2]), given)
+    unmasked = Detections(IMAGE, found.classes, found.boxes, found.scores, found.labels)
+    expected = IMAGE.copy()
+    for label in (1, 0):  # the surest on top
+        mixed(expected, masks[label], label)
+    text = (unmasked.draw() != IMAGE).any(-1)
+    assert 0 < text.sum() < 800
+    assert np.array_equal(found.draw()[~text], expected[~text])
+
+
+def test_segments_are_mixed_half_and_half():
+    labels = RANDOM.integers(0, 4, (40, 50))
+    expected = IMAGE.copy()
+    for label in range(4):
+        mixed(expected, labels == label, label)
+    assert np.array_equal(Segmentation(IMAGE, list('abcd'), labels).draw(), expected)
