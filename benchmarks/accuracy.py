@@ -244,7 +244,7 @@ def main() -> None:
         results.fill(args.rows, args.settings, args.scope, args.seeds, experiment_of,
                      subject.measure, next(iter(float_model)))
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def found(row: str, setting: str) -> List[Dict[str, Any]]:
         return results.over_seeds(args.seeds, experiment_of(row, setting, args.scope),
                                   row, setting, args.scope)

@@ -218,7 +218,12 @@ def main() -> None:
     else:
         print('# Latency in engines, all sides\n\n'
               'Printed by `python benchmarks/deploy_figures.py`; [deploy](deploy.md) says '
-              f'what they are.\n\n## Whole models\n\n{whole_table(read(MEASURED_WHOLE))}')
+              'what they are. An empty cell was not measured. In the first table *times as fast* '
+              'is better when higher. In the others times are divided by those of torch fp32, '
+              "of the engine's fp32 and of the peer: lower is faster; *of fp32* is the size of "
+              "the file divided by that of ours, not quantized. torch's exporter may write "
+              "weights twice, so an engine's fp32 may be larger.\n\n"
+              f'## Whole models\n\n{whole_table(read(MEASURED_WHOLE))}')
         for key, group in by_case(rows).items():
             print(f'\n## {name_of(key)}\n\n{full_table(group)}')
     if args.plot:

@@ -508,8 +508,8 @@ class Results:
     def print_note(self) -> None:
         """Say what † means, if :meth:`over_seeds` gave such values."""
         if self.has_old:
-            print('\n† measured before version 0.3, which gives the first layer the whole range '
-                  'of pixels; parts before 0.2, whose images are made otherwise')
+            print('\n† Measured before version 0.3, which gives the first layer the whole range '
+                  'of pixels; some of these values before 0.2, which makes images in another way.')
 
 
 def print_note_once(tables: Iterable[Results]) -> None:

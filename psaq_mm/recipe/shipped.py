@@ -31,7 +31,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = dict(
 
 
 def _width(weight: int, activation: int) -> Dict[str, Any]:
-    # Of the backbone, as in the paper: engines have no use for fewer than 8 bits.
+    # Of the backbone: engines have no use for fewer than 8 bits.
     return dict(scope='backbone', weight=dict(bits=weight), activation=dict(bits=activation))
 
 

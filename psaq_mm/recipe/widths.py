@@ -55,6 +55,6 @@ def spec_at_width(settings: QuantizationSettings, bits: int, name: str, role: st
     return replace(spec, bits=bits, **changes)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _shipped(bits: int) -> QuantizationSettings:
     return Recipe.shipped(BASE_OF_WIDTH[bits]).quantization

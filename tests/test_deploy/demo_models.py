@@ -32,7 +32,7 @@ def demo_model(name: str, quantized: bool = True, **settings: Any) -> nn.Module:
     return model
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _float_model(name: str) -> nn.Module:
     model = build_float_model(load_config(DEMO / f'{name}_demo.py', DEPTHS[name]))
     state = torch.load(DEMO / f'{name}_demo.pth', weights_only=True)['state_dict']

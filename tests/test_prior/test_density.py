@@ -41,7 +41,7 @@ def _entropy_and_gradient(values, density, grid):
     return result.detach(), values.grad
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _exact_entropy_and_gradient(kind):
     """The reference on 2001 points, which takes most of this file's time."""
     grid = torch.linspace(-1, 1, 2001, dtype=torch.float64)
