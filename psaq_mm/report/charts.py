@@ -178,7 +178,9 @@ def range_chart(runs: Runs) -> str:
                 axes.vlines(*zip(*((x, low, high) for x, low, high, _ in bars)), color=color,
                             linewidth=2 if len(entries) < 120 else 1.1, label=role)
             ends = sorted(abs(end) for bar in panels[name] for end in bar[1:3] if end)
-            axes.set_yscale('symlog', linthresh=max(ends[len(ends) // 4], 1e-6))
+            # A power of ten: ticks within the linear part would lie on each other.
+            decade = math.floor(math.log10(max(ends[len(ends) // 4], 1e-6)))
+            axes.set_yscale('symlog', linthresh=10.**decade)
             axes.yaxis.set_major_formatter('{x:g}')
             axes.set_ylabel(f'{name.lower()}, real values')
             axes.axhline(0, color='#888888', linewidth=.6)
