@@ -4,8 +4,7 @@
 Two estimates of the same density are here:
 
 - :func:`exact_density` is the Gaussian kernel density estimate as written in
-  every textbook, and as V1 uses it [v1]. Its cost is values times the grid points that a
-  value's kernel reaches.
+  every textbook, and as V1 uses it [v1]. Its cost is values times grid points.
 - :func:`binned_density` first shares every value out between its two
   neighbouring points of a fixed grid over [-1, 1], then smooths that histogram
   with the same kernel [choice]. Its cost hardly depends on the grid, so the
@@ -21,12 +20,11 @@ from torch.autograd.function import once_differentiable
 _SQRT_2PI = math.sqrt(2 * math.pi)
 # Beyond this many bandwidths the Gaussian is below 1e-7 of its peak.
 _KERNEL_REACH = 6
-# Beyond this many it is below 1e-13, which no sum in float64 notices.
-_EXACT_REACH = 8
-# Values that the exact estimate works on at a time: 1 MB in float32, which caches hold.
-_EXACT_CHUNK = 256 * 1024
-# Where points stand that fill up a grid: no kernel reaches them.
-_NOWHERE = 1e4
+# The exponent below which a kernel counts as e^-80: exp is ten times as slow where its result
+# is too small for a float [measured].
+_LEAST_EXPONENT = -80
+# Elements of (points, values) that the exact estimate holds at a time: 16 MB in float32.
+_EXACT_CHUNK = 4 * 1024 * 1024
 
 
 def _index_dtype(bins: int) -> torch.dtype:
@@ -152,56 +150,38 @@ def binned_density(values: Tensor, bins: int = 256, bandwidth: float = 0.01,
     return (padded.unfold(1, kernel.numel(), 1) * kernel).sum(-1)
 
 
-def _reached(grid: Tensor, reach: float) -> Tuple[Tensor, int]:
-    """A grid, filled up behind its end, and how many of its points one value can reach.
-
-    Args:
-        grid (Tensor): Rising points, shape (rows, points).
-        reach (float): How far a value reaches to each side.
-    """
-    ends = torch.searchsorted(grid, grid + 2 * reach, right=True)
-    most = int((ends - torch.arange(grid.shape[1], device=grid.device)).max())
-    return torch.nn.functional.pad(grid, (0, most), value=_NOWHERE), most
-
-
 class _ExactDensity(torch.autograd.Function):
-    """Sums of Gaussian kernels on a grid, row by row, some rows at a time.
+    """Gaussian kernel density estimate, a chunk of the values at a time.
 
-    Backward computes the kernels again instead of keeping them. Sums of a row alone stay short
-    in float32.
+    Backward computes the kernel again instead of keeping (points, M) numbers.
     """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, grid: Tensor, bandwidth: float,
                 chunk: int) -> Tensor:
-        """Density of shape (rows, points), of values and weights of shape (rows, M)."""
-        points, most = _reached(grid, _EXACT_REACH * bandwidth)
-        density = values.new_zeros(points.shape)
-        for part, share, at, total in zip(*(t.split(chunk) for t in (
-                values, weight, points, density))):
-            first = torch.searchsorted(at, part - _EXACT_REACH * bandwidth)
-            for index in (first + i for i in range(most)):
-                z = at.gather(1, index).sub_(part).div_(bandwidth)
-                total.scatter_add_(1, index, z.square_().mul_(-0.5).exp_().mul_(share))
-        ctx.save_for_backward(values, weight, points)
-        ctx.bandwidth, ctx.chunk, ctx.most = bandwidth, chunk, most
-        return density[:, :grid.shape[1]].div_(bandwidth * _SQRT_2PI)
+        """Density of shape (B, points), of values and weights of shape (B, M)."""
+        density = values.new_zeros(values.shape[0], grid.shape[-1])
+        for part, share in zip(values.split(chunk, 1), weight.split(chunk, 1)):
+            z = (grid[..., :, None] - part[:, None, :]).div_(bandwidth)
+            z.square_().mul_(-0.5).clamp_(min=_LEAST_EXPONENT).exp_()
+            density += z.mul_(share[:, None, :]).sum(-1)
+        ctx.save_for_backward(values, weight, grid)
+        ctx.bandwidth, ctx.chunk = bandwidth, chunk
+        return density.div_(bandwidth * _SQRT_2PI)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None, None, None]:
-        """Derivative of the kernel at each value, summed over the grid, shape (rows, M)."""
-        values, weight, points = ctx.saved_tensors
-        slope = torch.zeros_like(values)
-        grad = torch.nn.functional.pad(grad, (0, ctx.most))
-        for part, share, at, above, total in zip(*(t.split(ctx.chunk) for t in (
-                values, weight, points, grad, slope))):
-            first = torch.searchsorted(at, part - _EXACT_REACH * ctx.bandwidth)
-            for index in (first + i for i in range(ctx.most)):
-                z = at.gather(1, index).sub_(part).div_(ctx.bandwidth)
-                total += z.square().mul_(-0.5).exp_().mul_(z).mul_(above.gather(1, index))
-            total *= share
-        return slope.div_(ctx.bandwidth**2 * _SQRT_2PI), None, None, None, None
+        """Derivative of the kernel at each value, summed over the grid, shape (B, M)."""
+        values, weight, grid = ctx.saved_tensors
+        parts = []
+        for part, share in zip(values.split(ctx.chunk, 1), weight.split(ctx.chunk, 1)):
+            z = (grid[..., :, None] - part[:, None, :]).div_(ctx.bandwidth)
+            kernel = z.square().mul_(-0.5).clamp_(min=_LEAST_EXPONENT).exp_()
+            slope = kernel.mul_(z).mul_(grad[:, :, None]).sum(1)
+            parts.append(slope.mul_(share))
+        total = torch.cat(parts, 1).div_(ctx.bandwidth**2 * _SQRT_2PI)
+        return total, None, None, None, None
 
 
 def exact_density(values: Tensor, grid: Tensor, bandwidth: float = 0.01,
@@ -214,7 +194,7 @@ def exact_density(values: Tensor, grid: Tensor, bandwidth: float = 0.01,
     other arguments are. The gradient flows to the values and not to the grid. Memory is bounded.
 
     Args:
-        grid (Tensor): Rising points x with shape of (points, ), or (B, points) for
+        grid (Tensor): Points x with shape of (points, ), or (B, points) for
             images with grids of their own.
 
     Returns:
@@ -223,19 +203,14 @@ def exact_density(values: Tensor, grid: Tensor, bandwidth: float = 0.01,
     """
     if not values.is_floating_point() or values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
-    batch_size, length = values.shape[0], values.shape[-1]
-    rows = values.reshape(-1, length)
-    count = rows.new_full((batch_size, 1), max(math.prod(values.shape[1:]), 1))
-    weight = torch.ones_like(rows)
-    if valid is not None:
-        valid = valid.expand(values.shape)
-        count = valid.reshape(batch_size, -1).sum(1, keepdim=True).clamp_(min=1).to(rows)
-        weight = valid.reshape(rows.shape).to(rows)
-    grid = grid.detach().to(rows).expand(batch_size, -1)
-    grid = grid.repeat_interleave(len(rows) // batch_size, 0)
-    chunk = max(1, _EXACT_CHUNK // max(1, length))
-    density = _ExactDensity.apply(rows, weight, grid, bandwidth, chunk)
-    return density.reshape(batch_size, -1, grid.shape[1]).sum(1) / count
+    flat = values.reshape(values.shape[0], -1)
+    if valid is None:
+        weight = flat.new_full((1, 1), 1 / max(flat.shape[1], 1)).expand(flat.shape)
+    else:
+        weight = valid.expand(values.shape).reshape(flat.shape).to(flat)
+        weight = weight / weight.sum(1, keepdim=True).clamp_(min=1)
+    chunk = max(1, _EXACT_CHUNK // max(1, flat.shape[0] * grid.shape[-1]))
+    return _ExactDensity.apply(flat, weight, grid.detach().to(flat), bandwidth, chunk)
 
 
 def entropy(density: Tensor, grid: Union[float, Tensor], eps: float = 1e-4) -> Tensor:

@@ -119,7 +119,7 @@ def test_exact_density_gradcheck_and_chunks(monkeypatch):
     grid = torch.linspace(0, 1, 5, dtype=torch.float64)
     whole = exact_density(values, grid, 0.2, valid)
     assert torch.autograd.gradcheck(lambda v: exact_density(v, grid, 0.2, valid), (values, ))
-    monkeypatch.setattr('psaq_mm.prior.density._EXACT_CHUNK', 20)  # 4 rows of 6 at a time
+    monkeypatch.setattr('psaq_mm.prior.density._EXACT_CHUNK', 40)  # 4 values of 15 at a time
     torch.testing.assert_close(exact_density(values, grid, 0.2, valid), whole)
     assert torch.autograd.gradcheck(lambda v: exact_density(v, grid, 0.2, valid), (values, ))
 
@@ -127,7 +127,7 @@ def test_exact_density_gradcheck_and_chunks(monkeypatch):
 @pytest.mark.parametrize('low, high', [(-1., 1.), (-0.2, 0.9), (0.9, 1.), (0.5, 0.5)])
 @pytest.mark.parametrize('dtype, close', [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_exact_density_is_the_textbooks_formula(low, high, dtype, close):
-    """From grids of which a value reaches one point to those of which it reaches all."""
+    """From grids of which a kernel reaches one point to those of which it reaches all."""
     g = torch.Generator().manual_seed(1)
     values = torch.rand(2, 3, 40, generator=g, dtype=torch.float64) * (high - low + 0.1) + low
     slope = torch.randn(2, 10, generator=g, dtype=torch.float64)
