@@ -208,9 +208,11 @@ def main() -> None:
     parser.add_argument('--whole', action='store_true', help='what deploy_whole.py measured')
     parser.add_argument('--brief', action='store_true', help='one line for each case')
     parser.add_argument('--summary', action='store_true', help='of whole models, one thread')
+    parser.add_argument('--without', nargs='+', metavar='CASE', default=())
     parser.add_argument('--plot', type=Path, metavar='PNG')
     args = parser.parse_args()
-    rows = read(args.measured or (MEASURED_WHOLE if args.whole else MEASURED))
+    rows = [row for row in read(args.measured or (MEASURED_WHOLE if args.whole else MEASURED))
+            if row['case'] not in args.without]
     if args.whole:
         print(f'whole models\n\n{summary_table(rows) if args.summary else whole_table(rows)}')
     elif args.brief:
