@@ -11,8 +11,10 @@ from psaq_mm.errors import UserError
 
 from ..adaptive_pool import replace_adaptive_pools
 from ..subgraph import Size
-from .detection import ExportableDetections, has_masks, refuse, require_exportable
-from .openmmlab import ExportableModel, OpenMMLabSubgraph, exportable_swin
+from .detection import ExportableDetections
+from .detection_checks import has_masks, refuse, require_exportable
+from .openmmlab import ExportableModel, OpenMMLabSubgraph
+from .openmmlab_swin import exportable_swin
 from .pixels import Pixels
 from .timm_models import TimmSubgraph, TimmSwinSubgraph
 
