@@ -93,3 +93,12 @@ def test_absent_images_are_named(scripts, tmp_path, monkeypatch):
     monkeypatch.setitem(experiment.PHOTOGRAPHS, 'nuclei', (tmp_path / 'images', 'train.json'))
     with pytest.raises(SystemExit, match='images is not here'):
         experiment.Subject('nuclei', tmp_path)
+
+
+def test_widths_of_their_own_have_the_rules_of_a_shipped_recipe(scripts):
+    experiment = scripts['experiment'].experiment
+    quantization = experiment('w4a3', 'backbone').recipe.quantization
+    shipped = experiment('w3a3', 'backbone').recipe.quantization
+    assert (quantization.weight.bits, quantization.activation.bits) == (4, 3)
+    assert (quantization.roles, quantization.overrides) == (shipped.roles, shipped.overrides)
+    assert experiment('w2a4', 'model').recipe.quantization.weight.bits == 2
