@@ -82,10 +82,12 @@ class Detections(Result):
         picture = self.image.copy()
         for i in shown if self.masks is not None else []:
             assert self.masks is not None
-            x, y, width, height = cv2.boundingRect(np.ascontiguousarray(self.masks[i], np.uint8))
+            mask = np.ascontiguousarray(self.masks[i], np.uint8)
+            x, y, width, height = cv2.boundingRect(mask)
             part = np.s_[y:y + height, x:x + width]
-            np.copyto(picture[part], halfway(picture[part], color_of(self.labels[i])),
-                      where=self.masks[i][part][..., None])
+            if width:
+                table = halfway(np.arange(256)[None, :, None], color_of(self.labels[i]))
+                cv2.copyTo(cv2.LUT(picture[part], table), mask[part], picture[part])
         size = max(0.4, min(picture.shape[:2]) / 1200)
         for i in shown:
             color = color_of(self.labels[i])
