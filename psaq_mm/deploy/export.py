@@ -191,7 +191,9 @@ def _cpu_copy(model: nn.Module) -> nn.Module:
         copied = tensor.detach().to('cpu', dtype, copy=True)
         copies[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) \
             if isinstance(tensor, nn.Parameter) else copied
-    return copy.deepcopy(model, copies).eval()
+    copied = copy.deepcopy(model, copies)
+    copied.eval()  # mmdet's Swin Transformer returns None here
+    return copied
 
 
 def _report(path: Path, written: int, rows: Sequence[Dict[str, Any]]) -> None:

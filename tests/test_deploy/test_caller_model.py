@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from demo_models import demo_model
+from small_models import swin
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -53,6 +54,15 @@ def test_mode(tmp_path, name):
     after = model.state_dict()
     assert all(torch.equal(after[key], norms[key]) for key in norms if key in after)
     assert model.training
+
+
+def test_bare_backbone(tmp_path):
+    """mmdet's Swin Transformer alone, whose ``eval()`` returns nothing."""
+    model = swin()
+    assert model.eval() is None
+    graphs = export_graphs(model, tmp_path, 'onnx', [SIZE])['graphs']
+    assert [row['sqnr_db'] is None or row['sqnr_db'] > 90
+            for row in graphs[0]['parity']['outputs']] == [True] * len(model.out_indices)
 
 
 def test_dtype(tmp_path):
