@@ -191,9 +191,9 @@ def _cpu_copy(model: nn.Module) -> nn.Module:
         copied = tensor.detach().to('cpu', dtype, copy=True)
         copies[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) \
             if isinstance(tensor, nn.Parameter) else copied
-    copied = copy.deepcopy(model, copies)
-    copied.eval()  # mmdet's Swin Transformer returns None here
-    return copied
+    twin = copy.deepcopy(model, copies)
+    twin.eval()  # mmdet's Swin Transformer returns None here
+    return twin
 
 
 def _report(path: Path, written: int, rows: Sequence[Dict[str, Any]]) -> None:
