@@ -160,7 +160,7 @@ class Experiment(NamedTuple):
         return fingerprint_of([self.images, sections])
 
 
-MIXED_WIDTHS = dict(w2a4=('w4a4', 2), w4a3=('w3a3', 4))
+UNSHIPPED_WIDTHS = dict(w2a4=('w4a4', 2), w4a3=('w3a3', 4))
 """Setting to the shipped recipe whose rules it has, and its bits of weights."""
 
 
@@ -169,13 +169,13 @@ def experiment(setting: str, scope: str, *changes: Changes, preset: str = 'defau
     """A shipped recipe with changes.
 
     Args:
-        setting (str): Such as ``w4a8``, or of :data:`MIXED_WIDTHS`.
+        setting (str): Such as ``w4a8``, or of :data:`UNSHIPPED_WIDTHS`.
         scope (str): ``backbone`` or ``model``.
         *changes (Mapping): One on top of the other.
         preset (str): Of :meth:`psaq_mm.Recipe.shipped`. Defaults to ``default``.
         images (str): As of :class:`Experiment`. Defaults to ``synthetic``.
     """
-    base, bits = MIXED_WIDTHS.get(setting, (setting, None))
+    base, bits = UNSHIPPED_WIDTHS.get(setting, (setting, None))
     recipe = Recipe.shipped(base, preset).changed(dict(quantization=dict(scope=scope)))
     if bits is not None:
         recipe = recipe.changed(dict(quantization=dict(weight=dict(bits=bits))))

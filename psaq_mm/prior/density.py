@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 _SQRT_2PI = math.sqrt(2 * math.pi)
 # Beyond this many bandwidths the Gaussian is below 1e-7 of its peak.
 _KERNEL_REACH = 6
-# The exponent below which a kernel counts as e^-80: exp is ten times as slow where its result
-# is too small for a float [measured].
+# The exponent below which a kernel counts as e^-80: exp is up to nine times as slow where its
+# result is too small for a float [measured].
 _LEAST_EXPONENT = -80
 # Elements of (points, values) that the exact estimate holds at a time: 16 MB in float32.
 _EXACT_CHUNK = 4 * 1024 * 1024
