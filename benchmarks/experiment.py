@@ -147,6 +147,8 @@ class Experiment(NamedTuple):
         sections = self.recipe.to_dict()
         for name in ('synthesis', 'evolution'):
             sections[name].pop('save_interval')
+        for name in ('weight', 'activation'):
+            del sections['quantization'][name]['rotate']  # always False
         if not self.recipe.quantization.budget:
             for name in (*BUDGETS, 'candidate_bits'):
                 del sections['quantization'][name]

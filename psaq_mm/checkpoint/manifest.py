@@ -38,8 +38,7 @@ def build_manifest(model: nn.Module, about: Optional[Mapping[str, Any]] = None) 
     """
     modules: Dict[str, Dict[str, Any]] = {}
     for name, op in named_quant_ops(model):
-        roles = {role: {key: getattr(quantizer.spec, key) for key in _FORMAT}
-                 for role, quantizer in op.quantizers.items()}
+        roles = {role: _described(quantizer.spec) for role, quantizer in op.quantizers.items()}
         modules[name] = dict(op=type(op).__name__, roles=roles)
         if op.weight_quantizer is not None:
             modules[name]['weight_shape'] = list(op.weight.shape)
@@ -50,6 +49,11 @@ def build_manifest(model: nn.Module, about: Optional[Mapping[str, Any]] = None) 
         raise UserError(f'{", ".join(taken)} cannot be recorded in a checkpoint: the manifest has '
                         'an entry of that name; choose another')
     return {**manifest, **(about or {})}
+
+
+def _described(spec: QuantSpec) -> Dict[str, Any]:
+    values = {key: getattr(spec, key) for key in _FORMAT}
+    return dict(values, rotate=True) if spec.rotate else values
 
 
 def is_quantized(checkpoint: Any) -> bool:
@@ -110,5 +114,6 @@ def plan_of_manifest(manifest: Mapping[str, Any]) -> Plan:
             if missing:
                 raise UserError(f'{where}: {", ".join(missing)} missing')
             # Whatever else is told, such as an observer of format 1, loading has no use for.
-            plan[name][role] = QuantSpec.from_dict({key: spec[key] for key in _FORMAT}, where)
+            plan[name][role] = QuantSpec.from_dict(
+                {key: spec[key] for key in (*_FORMAT, 'rotate') if key in spec}, where)
     return plan

@@ -43,6 +43,9 @@ def planned_bytes(model: nn.Module, plan: Plan, *notes: Any) -> int:
             if role == 'weight':
                 weight = module.get_parameter('weight')
                 tensors[f'{name}.weight'] = packed_bytes(weight.numel(), spec.bits)
+            if spec.rotate and isinstance(module, nn.Linear):
+                tensors[f'{name}.rotation.mean'] = 4 * module.in_features
+                tensors[f'{name}.bias'] = 4 * module.out_features
             ranges = _most_channels(module, role) if spec.granularity == PER_CHANNEL else 1
             for part in ('scale',) if spec.symmetric else ('scale', 'zero_point'):
                 tensors[f'{name}.quantizers.{role}.{part}'] = 4 * ranges

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from psaq_mm.adapters import import_hosts
 from psaq_mm.errors import UserError
 from psaq_mm.ops import (
+    QuantLinear,
     QuantOp,
     apply_plan,
     named_quant_ops,
     named_quantizers,
+    named_rotations,
     set_quantization,
     unwrap,
     without_notes,
@@ -153,6 +155,8 @@ def prepare_for_loading(model: nn.Module, checkpoint: Mapping[str, Any],
         state = _unpack(model, without_notes(packed), path, manifest['format_version'] < 3)
         for name, role, quantizer in named_quantizers(model):
             quantizer.reshape_like(state, f'{name}.quantizers.{role}.')
+        for name, rotation in named_rotations(model):
+            rotation.reshape_like(state, f'{name}.rotation.')
         require_match(model, state, path)
         require_finite(state, path)
     for name, op in named_quant_ops(model):
@@ -177,10 +181,13 @@ def _damaged(path: str, what: str) -> UserError:
 def _undone_on_failure(model: nn.Module) -> Iterator[None]:
     """Within the block, ops may be added, or those that are there reshaped."""
     was_quantized = next(named_quant_ops(model), None) is not None
+    means = {rotation: rotation.mean for _, rotation in named_rotations(model)}
     with restoring_ranges(q for _, _, q in named_quantizers(model)):
         try:
             yield
         except BaseException:
+            for _, rotation in named_rotations(model):
+                rotation.mean = means.get(rotation, torch.empty(0))
             if not was_quantized:
                 unwrap(model)
             raise
@@ -196,6 +203,10 @@ def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str,
             flaw = _flaw_of_range(state, op, name, role)
             if flaw:
                 raise _damaged(path, flaw)
+        if isinstance(op, QuantLinear) and op.rotation is not None:
+            mean = state.get(f'{name}.rotation.mean')
+            if mean is None or mean.shape != (op.in_features, ):
+                raise _damaged(path, f'{name}.rotation.mean is not one value for each channel')
         weight = op.weight_quantizer
         key = f'{name}.weight_integers'
         if weight is None or key not in state and f'{name}.weight' in state:

@@ -93,6 +93,15 @@ def quantize(module: Any, role: str, x: Tensor) -> Tensor:
     return module.quantize(role, x) if isinstance(module, QuantOp) else x
 
 
+def quantize_ahead(layer: Any, x: Tensor) -> Tensor:
+    """Quantize the input of a layer in front of a gather. The layer does it again, which changes
+    nothing: engines look for the integers next to it, and the gather moves integers. An input
+    that is rotated cannot be rotated twice: it stays float.
+    """
+    rotated = isinstance(layer, QuantLinear) and layer.rotation is not None
+    return x if rotated else quantize(layer, 'input', x)
+
+
 def split_linear(layer: nn.Module, count: int) -> nn.ModuleList:
     """Split a linear layer into several, each with its share of the outputs.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from psaq_mm.ops import QuantOp
 
-from .exportable_ops import quantize, split_linear
+from .exportable_ops import quantize, quantize_ahead, split_linear
 from .exportable_quantizer import ExportableRounding
 from .window_order import (
     Grid,
@@ -107,9 +107,7 @@ class ExportableAttention(nn.Module):
         """
         channels = x.shape[-1]
         if moves.valid is None:
-            # Quantized again behind the gather, which changes nothing: engines look for the
-            # integers next to the layer.
-            x = _gather(quantize(self.host.qkv, 'input', x), moves.enter)
+            x = _gather(quantize_ahead(self.host.qkv, x), moves.enter)
         else:
             x = _gather(x, moves.enter) * moves.valid  # padding is zero
         x = quantize(self.host.qkv, 'input', x)
@@ -127,7 +125,7 @@ class ExportableAttention(nn.Module):
         attention, step = self._operand('attention', logits.softmax(dim=-1))
         v = self._heads(_times(v, v_step * step))
         out = (attention @ v).transpose(1, 2).reshape(batch, -1, channels)
-        return self.host.proj(_gather(quantize(self.host.proj, 'input', out), moves.leave))
+        return self.host.proj(_gather(quantize_ahead(self.host.proj, out), moves.leave))
 
 
 class ExportableBlock(nn.Module):
@@ -170,15 +168,21 @@ class ExportableMerging(nn.Module):
         reduction (nn.Module): The linear layer.
         neighbours (tuple): Offsets (down, right) of the four patches in the
             order of the channels.
+        order (Tensor, optional): Where the linear layer finds each of its channels. Defaults to
+            None: they are in order.
     """
 
     def __init__(self, norm: Optional[nn.Module], reduction: nn.Module,
-                 neighbours: Tuple[Window, ...]) -> None:
+                 neighbours: Tuple[Window, ...], order: Optional[Tensor] = None) -> None:
         super().__init__()
         self.norm, self.reduction, self.neighbours = norm, reduction, neighbours
+        self.order: Optional[Tensor]
+        self.register_buffer('order', order)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reduction(x if self.norm is None else self.norm(x))
+        if self.norm is not None:
+            x = self.norm(x)
+        return self.reduction(x if self.order is None else x[..., self.order])
 
 
 class FixedOrder(nn.Module):

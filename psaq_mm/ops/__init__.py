@@ -5,6 +5,7 @@ from .convert import (
     apply_plan,
     named_quant_ops,
     named_quantizers,
+    named_rotations,
     ops_to_round,
     quantization_enabled,
     set_quantization,
@@ -16,7 +17,7 @@ from .plan import Plan, kinds_in, plan_quantization, unquantized_weights
 
 __all__ = [
     'Plan', 'QuantConv2d', 'QuantConvTranspose2d', 'QuantLinear', 'QuantOp', 'apply_plan',
-    'kinds_in', 'named_quant_ops', 'named_quantizers', 'op_for', 'ops_to_round',
-    'plan_quantization', 'quantization_enabled', 'register_op', 'set_quantization',
-    'unquantized_weights', 'unwrap', 'without_notes'
+    'kinds_in', 'named_quant_ops', 'named_quantizers', 'named_rotations', 'op_for',
+    'ops_to_round', 'plan_quantization', 'quantization_enabled', 'register_op',
+    'set_quantization', 'unquantized_weights', 'unwrap', 'without_notes'
 ]

@@ -5,8 +5,9 @@ from typing import Dict, Iterator, Tuple
 
 from torch import nn
 
-from psaq_mm.quantization import Quantizer
+from psaq_mm.quantization import Quantizer, Rotation
 
+from .linear import QuantLinear
 from .op import QuantOp, op_for
 from .plan import Plan
 
@@ -49,6 +50,13 @@ def named_quantizers(model: nn.Module) -> Iterator[Tuple[str, str, Quantizer]]:
             yield name, role, quantizer
 
 
+def named_rotations(model: nn.Module) -> Iterator[Tuple[str, Rotation]]:
+    """Name of each layer whose input is to be rotated, and its rotation."""
+    for name, op in named_quant_ops(model):
+        if isinstance(op, QuantLinear) and op.rotation is not None:
+            yield name, op.rotation
+
+
 def ops_to_round(model: nn.Module) -> Dict[str, QuantOp]:
     """Ops of a student whose weight GPTQ is to round and can, by name."""
     return {name: op for name, op in named_quant_ops(model)
@@ -68,6 +76,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     ops = dict(named_quant_ops(model))
     for name in sorted(ops, key=lambda n: n.count('.')):
         op, origin = ops[name], ops[name].float_module
+        op.undo_rotation()
         origin.training = op.training
         origin._parameters.update(op._parameters)  # loading may have assigned new ones
         origin._buffers.update(op._buffers)

@@ -1,16 +1,69 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Quantized ``nn.Linear``."""
+from typing import Mapping, Optional
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from psaq_mm.quantization import QuantSpec, Rotation
 
 from .op import QuantOp, register_op
 
 
 @register_op(nn.Linear)
 class QuantLinear(QuantOp, nn.Linear):
-    """Linear layer with quantized weight (out, in), input and output (..., C)."""
+    """Linear layer with quantized weight (out, in), input and output (..., C).
+
+    If the spec of its input says ``rotate``, it has a bias, and from :meth:`rotate_input` on
+    its weight is in the basis of :attr:`rotation`.
+    """
 
     roles = dict(weight=0, input=-1, output=-1)
+
+    rotation: Optional[Rotation]
+
+    @classmethod
+    def from_float(cls, module: nn.Module, specs: Mapping[str, QuantSpec]) -> 'QuantLinear':
+        op = super().from_float(module, specs)
+        assert isinstance(op, QuantLinear)
+        rotated = 'input' in specs and specs['input'].rotate
+        op.rotation = Rotation(op.in_features) if rotated else None
+        if op.rotation is not None and op.bias is None:
+            op.bias = nn.Parameter(op.weight.new_zeros(op.out_features),
+                                   requires_grad=op.weight.requires_grad)
+        return op
+
+    def rotate_input(self, mean: Tensor) -> None:
+        """Bring weight and bias into the basis of :attr:`rotation`; outputs do not change.
+
+        They become parameters of their own: another layer may share what they were.
+
+        Args:
+            mean (Tensor): Of each channel of the input, shape (in,).
+        """
+        assert self.rotation is not None and not self.rotation.active
+        weight, bias = self.weight, self.bias
+        with torch.no_grad():
+            self.bias = nn.Parameter(bias + weight @ mean, bias.requires_grad)
+            self.weight = nn.Parameter(self.rotation.rotate(weight), weight.requires_grad)
+        self.rotation.mean = mean
+
+    def undo_rotation(self) -> None:
+        if self.rotation is None:
+            return
+        if self.rotation.active:
+            with torch.no_grad():
+                self.weight.copy_(self.rotation.rotate_back(self.weight))
+                self.bias.sub_(self.weight @ self.rotation.mean)
+        else:
+            self.bias = self.float_module._parameters['bias']  # type: ignore[assignment]
+        self.rotation = None
+
+    def quantize(self, role: str, x: Tensor) -> Tensor:
+        if role == 'input' and self.rotation is not None:
+            x = self.rotation(x)
+        return super().quantize(role, x)
 
     def weight_rows(self, weight: Tensor) -> Tensor:
         return weight

@@ -79,6 +79,9 @@ class QuantOp(nn.Module):
             finally:
                 quantizer.observer = None
 
+    def undo_rotation(self) -> None:
+        """Bring parameters back to the basis of the float module; most ops never leave it."""
+
     @property
     def float_module(self) -> nn.Module:
         """nn.Module: The module that this op stands in for."""

@@ -7,11 +7,13 @@ from .observers import MAEObserver, MinMaxObserver, MSEObserver, Observer, Perce
 from .packing import pack_integers, unpack_integers
 from .quantizer import Quantizer
 from .ranges import scale_and_zero_point
+from .rotation import Rotation
 from .spec import QuantSpec
 from .sqnr import sqnr_db
 
 __all__ = [
     'MAEObserver', 'MSEObserver', 'MinMaxObserver', 'Observer', 'PercentileObserver', 'QuantSpec',
-    'Quantizer', 'dequantize', 'excess_width', 'fake_quantize', 'gptq_round', 'pack_integers',
-    'quantize_to_integers', 'scale_and_zero_point', 'second_moments', 'sqnr_db', 'unpack_integers'
+    'Quantizer', 'Rotation', 'dequantize', 'excess_width', 'fake_quantize', 'gptq_round',
+    'pack_integers', 'quantize_to_integers', 'scale_and_zero_point', 'second_moments', 'sqnr_db',
+    'unpack_integers'
 ]

@@ -53,6 +53,9 @@ class QuantSpec:
             not learned end on the integers that keep the outputs of their layer
             (:mod:`psaq_mm.quantization.gptq`). Activations have ``nearest``.
             Defaults to ``nearest``.
+        rotate (bool): Whether the input of a linear layer is quantized after
+            :class:`psaq_mm.quantization.Rotation`; layers of another class quantize theirs as
+            it is. Role ``input`` alone may have it. Defaults to False.
 
     Raises:
         UserError: If a value is outside of what is described here.
@@ -64,6 +67,7 @@ class QuantSpec:
     margin: float = 0.
     bounds: Optional[Tuple[float, float]] = None
     rounding: str = NEAREST
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if not is_integer(self.bits) or not 2 <= self.bits <= 8:
@@ -88,6 +92,8 @@ class QuantSpec:
             object.__setattr__(self, 'bounds', (float(self.bounds[0]), float(self.bounds[1])))
         if self.rounding not in (NEAREST, GPTQ):
             raise UserError(f"rounding must be '{NEAREST}' or '{GPTQ}', got {self.rounding!r}")
+        if not isinstance(self.rotate, bool):
+            raise UserError(f'rotate must be True or False, got {self.rotate!r}')
         rule = {k: v for k, v in self.observer.items() if k != '_scope_'}
         object.__setattr__(self, 'observer', rule)  # a plain, frozen copy
         self.build_observer()  # a wrong type or argument fails here, early

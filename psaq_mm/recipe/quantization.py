@@ -291,6 +291,9 @@ class QuantizationSettings:
         spec = QuantSpec.from_dict(values, where)
         if group == 'activation' and spec.rounding != NEAREST:
             raise _not_of_activations(where, spec.rounding)
+        if spec.rotate and role != 'input':
+            raise UserError(f'{where}.rotate must be False: only inputs of layers (roles.input) '
+                            f'can be rotated, and this sets it for {role}')
         return spec
 
     @classmethod

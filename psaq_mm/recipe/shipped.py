@@ -40,12 +40,13 @@ BASES: Mapping[str, Mapping[str, Any]] = dict(
         scope='backbone', weight=dict(bits=3), activation=dict(bits=3, margin=0.),
         # With 8 integers a range that holds all but 0.1 % of the inputs is still too wide.
         roles=dict(attention=dict(margin=0., observer=_EVEN_ATTENTION),
-                   input=dict(observer=dict(type='PercentileObserver', percentile=0.99))))),
+                   input=dict(rotate=True, observer=dict(type='PercentileObserver',
+                                                         percentile=0.99))))),
     # Steps of 4 bits are too coarse to give some away: no margin. Of segmentors softmax
     # outputs are to show even attention too; detectors lose a little by that (docs/results.md).
     w4a4=dict(quantization=dict(
         scope='backbone', weight=dict(bits=4), activation=dict(bits=4, margin=0.),
-        roles=dict(attention=dict(margin=0.)),
+        roles=dict(attention=dict(margin=0.), input=dict(rotate=True)),
         overrides={'@segmentor': dict(attention=dict(observer=_EVEN_ATTENTION))})),
     w4a8=dict(quantization=_width(4, 8)),
     w6a6=dict(quantization=_width(6, 6)),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from psaq_mm.adapters import find_adapter
 from psaq_mm.adapters.adapter import module_device
 from psaq_mm.errors import UserError
-from psaq_mm.ops import named_quant_ops, named_quantizers
+from psaq_mm.ops import named_quant_ops, named_quantizers, named_rotations
 from psaq_mm.recipe.checks import check_model, check_positive_int, check_seed
 
 ATTRIBUTE = 'psaq_mm_history'
@@ -131,12 +131,16 @@ def require_teacher_of(student: nn.Module, teacher: nn.Module) -> None:
     if module_device(student) != module_device(teacher):
         raise UserError(f'the student is on {module_device(student)} and the teacher on '
                         f'{module_device(teacher)}: move them to one device first')
+    rotated = {id(p) for name, _ in named_rotations(student)
+               for p in student.get_submodule(name).parameters(recurse=False)}
     learned = tuple(f'{block}.' for block in history_of(student).reconstructed)
     weights = dict(teacher.named_parameters(remove_duplicate=False))
     own = dict(student.named_parameters(remove_duplicate=False))
     settled = {id(p) for _, op in named_quant_ops(student) if op.weight_settled
                for p in op.parameters(recurse=False)}
     for name, weight in own.items():
+        if id(weight) in rotated:
+            continue
         other = weights.get(name)
         if other is None or other.shape != weight.shape \
                 or not (id(weight) in settled or name.startswith(learned)

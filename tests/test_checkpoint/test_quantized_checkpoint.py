@@ -89,6 +89,7 @@ SETTINGS = {
     'part': dict(include='stages.1.*', exclude='*.qkv'),
     'mixed': dict(overrides={'stages.0.*': dict(weight=dict(bits=2)),
                              '*.ffn.*': dict(weight=dict(bits=5, symmetric=False))}),
+    'rotated inputs': dict(roles=dict(input=dict(rotate=True)), **bits(4, 4)),
     'percentile': dict(activation=dict(observer=dict(type='PercentileObserver', percentile=0.99))),
 }
 
@@ -589,6 +590,26 @@ def test_damaged(damage, match, present, checkpoint, models):
     damage(damaged)
     # In quantized models other differences may be the first ones.
     assert_refused(models[present], damaged, match if present == 'float' else '')
+
+
+@pytest.mark.parametrize('damage', [
+    without(f'{QKV}.rotation.mean'), weights(f'{QKV}.rotation.mean', lambda v: v[:-1]),
+    weights(f'{QKV}.rotation.mean', lambda v: torch.empty(0)),
+    weights(f'{QKV}.rotation.mean', lambda v: v * math.nan)])
+@pytest.mark.parametrize('present', ['float', 'same ops', 'calibrated'])
+def test_damaged_rotation(present, damage):
+    damaged = quantized_checkpoint(quantized(**SETTINGS['rotated inputs']))
+    damage(damaged)
+    model = swin(1)
+    if present != 'float':
+        model = plain_student(model, IMAGES if present == 'calibrated' else None,
+                              **SETTINGS['rotated inputs'])
+    assert_refused(model, damaged, f'{QKV}.rotation.mean')
+
+
+def test_rotation_that_the_model_does_not_have():
+    checkpoint = quantized_checkpoint(quantized(**SETTINGS['rotated inputs']))
+    assert_refused(quantized(**bits(4, 4)), checkpoint, 'rotat')
 
 
 @pytest.mark.parametrize('weight_bits, damage, match', [

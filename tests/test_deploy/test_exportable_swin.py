@@ -34,11 +34,12 @@ def test_float_classifier_is_timms(name):
 
 
 @pytest.mark.parametrize('settings', [
-    {}, dict(placement='v1'), dict(placement=['weight', 'input', 'query', 'attention', 'output',
-                                              'bias_table', 'logits'])])
-def test_quantizers_stand_where_they_stood(settings):
-    """Equal but for roundings that fall the other way."""
-    size = (96, 128)
+    {}, dict(roles=dict(input=dict(rotate=True))), dict(placement='v1'),
+    dict(placement=['weight', 'input', 'query', 'attention', 'output',
+                    'bias_table', 'logits'])])
+@pytest.mark.parametrize('size', [(96, 128), (224, 224)])
+def test_quantizers_stand_where_they_stood(settings, size):
+    """Equal but for roundings that fall the other way; with padded windows and without."""
     model = demo_model('mask_rcnn_swin', **settings)
     assert lowest(model, torch.randn(1, 3, *size), size) > 30
     model = demo_model('swin', **settings)

@@ -84,6 +84,15 @@ def equalized():
     return net.state_dict()
 
 
+def rotated():
+    """A layer whose input is rotated about its mean over the images."""
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Linear(12, 3))
+    apply_plan(net, {'0': dict(input=QuantSpec(8, False, rotate=True))})
+    calibrate_ranges(net, torch.randn(5, 7, 12) + torch.arange(5).view(-1, 1, 1), net, 2)
+    return net.state_dict()
+
+
 class Apart(Evolver):
     """The second process has measured otherwise, and its first sample step fails."""
 
@@ -144,6 +153,7 @@ def one_of(rank, world, folder):
         game(**dict(ALONE, rounds=0, batch_size=3))  # nothing to split
         results['by order'] = ranges_by_order()
         results['equalized'] = equalized()
+        results['rotated'] = rotated()
         results['measured'], results['failed'] = measured_apart(), failed_apart()
         torch.save(results, f'{folder}/{rank}.pth')
     finally:
@@ -193,6 +203,14 @@ def test_all_move_the_same_scale(pair):
     assert (alone['0.weight'] < 1).sum() > 1
     for results in pair:
         assert not changed(alone, results['equalized'])
+
+
+def test_all_rotate_about_the_same_mean(pair):
+    """Each saw some of the images; one process alone sees all."""
+    alone = rotated()
+    assert not changed(pair[0]['rotated'], pair[1]['rotated'])
+    for name, value in alone.items():
+        torch.testing.assert_close(pair[0]['rotated'][name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_each_makes_its_part_of_the_images(pair):

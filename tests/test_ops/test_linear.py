@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import calibrated_op
 from torch import nn
 
-from psaq_mm.ops import QuantLinear, QuantOp, op_for, register_op
+from psaq_mm.ops import QuantLinear, QuantOp, apply_plan, op_for, register_op, unwrap
 from psaq_mm.quantization import QuantSpec
 
 WEIGHT = QuantSpec(granularity='per_channel')
@@ -368,3 +368,63 @@ def test_register_op_for_another_class():
 def test_unknown_role():
     with pytest.raises(KeyError):
         QuantLinear.from_float(nn.Linear(2, 2), dict(value=INPUT))
+
+
+# Inputs that are rotated
+
+
+ROTATED = QuantSpec(4, False, rotate=True)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('shape', [(6, 12), (2, 3, 12), (12, )])
+def test_rotated_input_by_hand(shape, bias):
+    """Of blocks of four channels, about their means; the bias holds what the means give."""
+    linear, x = nn.Linear(12, 7, bias=bias), torch.randn(shape) + 3
+    mean = x.reshape(-1, 12).mean(0) if len(shape) > 1 else torch.randn(12)
+    op = QuantLinear.from_float(linear, dict(weight=QuantSpec(4, True, 'per_channel'),
+                                             input=ROTATED))
+    assert torch.equal(op(x), linear(x))
+    op.rotate_input(mean)
+    torch.testing.assert_close(op(x), linear(x))
+    calibrated_op(op, x)
+    turn = torch.block_diag(*[torch.tensor([[1., 1., 1., 1.], [1., -1., 1., -1.],
+                                            [1., 1., -1., -1.], [1., -1., -1., 1.]]) / 2] * 3)
+    turn = torch.tensor([1., 1., 1., -1., 1., 1., -1., 1., 1., 1., 1., -1.]).diag() @ turn
+    turned = (x - mean) @ turn
+    expected = F.linear(reference(turned, 4, False), reference(linear.weight @ turn, 4, True, 0),
+                        linear(mean))
+    torch.testing.assert_close(op(x), expected)
+
+
+def test_rotation_leaves_the_float_layer_and_those_that_share_its_weight():
+    linear, other, x = nn.Linear(12, 7), nn.Linear(12, 7), torch.randn(3, 12)
+    other.weight, other.bias = linear.weight, linear.bias
+    expected = linear(x)
+    op = QuantLinear.from_float(linear, dict(input=ROTATED))
+    op.rotate_input(torch.randn(12))
+    assert torch.equal(linear(x), expected) and torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('turned', [True, False])
+def test_rotation_is_undone_with_the_op(turned, bias):
+    net = nn.Sequential(nn.Linear(12, 7, bias=bias))
+    x = torch.randn(3, 12)
+    expected = net(x)
+    apply_plan(net, {'0': dict(input=ROTATED)})
+    if turned:
+        net[0].rotate_input(torch.randn(12))
+        with torch.no_grad():  # as GPTQ does
+            net[0].weight.mul_(2)
+            net[0].bias.mul_(2)
+        expected = 2 * expected
+    unwrap(net)
+    assert type(net[0]) is nn.Linear
+    torch.testing.assert_close(net(x), expected)
+    assert turned or (net[0].bias is not None) == bias
+
+
+def test_other_layers_keep_their_basis():
+    op = op_for(nn.Conv2d(4, 4, 1)).from_float(nn.Conv2d(4, 4, 1), dict(input=ROTATED))
+    assert not hasattr(op, 'rotation')

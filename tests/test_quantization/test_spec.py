@@ -14,7 +14,7 @@ def test_defaults():
     spec = QuantSpec()
     assert spec.to_dict() == dict(bits=8, symmetric=True, granularity='per_tensor',
                                   observer=dict(type='MinMaxObserver'), margin=0., bounds=None,
-                                  rounding='nearest')
+                                  rounding='nearest', rotate=False)
 
 
 @pytest.mark.parametrize('bits, symmetric, expected', [

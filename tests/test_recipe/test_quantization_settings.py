@@ -150,6 +150,17 @@ def test_observer_of_a_group():
 
 # Placement and wildcards
 
+@pytest.mark.parametrize('values, where', [
+    (dict(activation=dict(rotate=True)), 'activation.rotate.* sets it for attention'),
+    (dict(weight=dict(rotate=True)), 'weight.rotate.* sets it for weight'),
+    (dict(roles=dict(key=dict(rotate=True))), 'roles.key.rotate'),
+    (dict(overrides={'a.*': dict(value=dict(rotate=True))}), r"overrides\['a.\*'\].value.rotate")])
+def test_rotation_is_of_inputs(values, where):
+    assert settings(roles=dict(input=dict(rotate=True))).spec_for('layer', 'input').rotate
+    with pytest.raises(UserError, match=rf'^quantization\.{where}'):
+        settings(**values)
+
+
 def test_rounding_is_of_weights():
     chosen = settings(weight=dict(rounding='gptq'), roles=dict(weight=dict(bits=4)))
     assert chosen.spec_for('layer', 'weight').rounding == 'gptq'

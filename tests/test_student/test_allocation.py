@@ -2,6 +2,7 @@
 """Bits chosen for a budget: against all choices, and against sizes by hand."""
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 import timm
@@ -126,7 +127,9 @@ def test_margins_and_range_rules_are_those_of_the_bits():
     qkv = 'stages.0.blocks.0.attn.w_msa.qkv'
     for bits, recipe in ((3, 'w3a3'), (4, 'w4a4'), (6, 'w6a6'), (8, 'w8a8')):
         shipped = psaq_mm.Recipe.shipped(recipe).quantization
-        assert allocator.specs[qkv, 'input'][bits] == shipped.spec_for(qkv, 'input')
+        # Whether it is rotated does not depend on the bits.
+        expected = replace(shipped.spec_for(qkv, 'input'), rotate=True)
+        assert allocator.specs[qkv, 'input'][bits] == expected
     assert allocator.specs['patch_embed.projection', 'input'].keys() == {8}
     own = Allocator(swin(), settings(mean_bits=4, activation=dict(margin=0.25, symmetric=True)))
     assert {(spec.margin, spec.symmetric) for spec in own.specs[qkv, 'input'].values()} == {
@@ -178,7 +181,8 @@ def test_target_size_with_many_overrides_and_meta(tmp_path):
 
 def test_planned_size_is_that_of_the_file(tmp_path):
     model, images = swin(embed_dims=64), torch.randn(1, 3, 32, 32)
-    for bits, changes in ((3, {}), (6, {}), (6, dict(
+    rotated = dict(roles=dict(input=dict(rotate=True)))
+    for bits, changes in ((3, {}), (6, {}), (4, rotated), (6, dict(
             activation=dict(granularity='per_channel'))), (3, dict(
                 activation=dict(granularity='per_channel'), placement='v1'))):
         chosen = settings(weight=dict(bits=bits, rounding='nearest'), **changes)

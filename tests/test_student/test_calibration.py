@@ -15,9 +15,17 @@ from torch import nn
 
 import psaq_mm
 from psaq_mm.errors import UserError
-from psaq_mm.ops import named_quant_ops, set_quantization
-from psaq_mm.quantization import Quantizer
+from psaq_mm.ops import (
+    QuantLinear,
+    apply_plan,
+    named_quant_ops,
+    named_rotations,
+    quantization_enabled,
+    set_quantization,
+)
+from psaq_mm.quantization import Quantizer, QuantSpec
 from psaq_mm.student import calibrate_ranges
+from psaq_mm.student.history import require_teacher_of
 
 
 def swin():
@@ -201,6 +209,73 @@ def test_activations_that_are_not_finite(images, student):
     with pytest.raises(UserError, match=r'stages.1.blocks.0.ffn.layers.0.0 \(input\): '):
         psaq_mm.calibrate(student, images)
     assert_left_alone(student, before)
+
+
+def rotated(model, images=None, **settings):
+    return plain_student(model, images, roles=dict(input=dict(rotate=True)), **settings)
+
+
+def test_rotated_inputs_have_no_mean_and_outputs_stay(images):
+    model = swin()
+    student = rotated(model, images)
+    seen = {}
+    for name, rotation in named_rotations(student):
+        rotation.register_forward_hook(
+            lambda module, args, out, name=name: seen.update({name: (args[0], out)}))
+    with torch.no_grad(), quantization_enabled(student, False):
+        for got, expected in zip(student(images), model(images)):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 4 * 4 + 1  # of each block, and of patch merging
+    for name, (x, turned) in seen.items():
+        rows = turned.reshape(-1, turned.shape[-1])
+        assert rows.mean(0).abs().max() < 1e-4 * rows.abs().max(), name
+        assert x.shape == turned.shape
+
+
+@pytest.mark.parametrize('batch_size', [1, 2])
+def test_batches_do_not_change_the_rotation(batch_size, images):
+    one, other = rotated(swin()), rotated(swin())
+    other.load_state_dict(one.state_dict())  # the weights
+    psaq_mm.calibrate(one, images, batch_size=5)
+    psaq_mm.calibrate(other, images, batch_size=batch_size)
+    for (name, first), (_, second) in zip(named_rotations(one), named_rotations(other)):
+        torch.testing.assert_close(first.mean, second.mean, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_inputs_are_rotated_once(images):
+    student = rotated(swin(), images)
+    before = {name: rotation.mean.clone() for name, rotation in named_rotations(student)}
+    weights = {name: op.weight.clone() for name, op in named_quant_ops(student)
+               if isinstance(op, QuantLinear)}
+    psaq_mm.calibrate(student, 2 * images)
+    assert all(torch.equal(r.mean, before[name]) for name, r in named_rotations(student))
+    assert all(torch.equal(student.get_submodule(n).weight, w) for n, w in weights.items())
+
+
+def test_rotation_of_values_that_are_not_finite(images):
+    student = rotated(swin())
+    images[2] = math.nan
+    with pytest.raises(UserError, match=r'attn.w_msa.qkv \(input\): it holds NaN or infinite'):
+        psaq_mm.calibrate(student, images)
+    assert not any(rotation.active for _, rotation in named_rotations(student))
+
+
+def test_rotation_of_a_layer_that_nothing_reaches():
+    net = nn.Sequential(nn.Linear(4, 4))
+    net.add_module('idle', nn.Linear(4, 4))
+    spec = dict(input=QuantSpec(8, False, rotate=True))
+    apply_plan(net, {'0': spec, 'idle': spec})
+    with pytest.raises(ValueError, match=r'^idle \(input\): '):
+        calibrate_ranges(net, torch.randn(2, 4), lambda batch: net[0](batch))
+    assert not net[0].rotation.active
+
+
+def test_rotated_student_has_its_teacher(images):
+    model, other = swin(), swin()
+    student = rotated(model, images)
+    require_teacher_of(student, model)
+    with pytest.raises(UserError, match='is not the float model of the student'):
+        require_teacher_of(student, other)
 
 
 def test_weight_that_is_not_finite(images):
