@@ -3,8 +3,7 @@
 from contextlib import ExitStack, contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
-import torch
-from mmengine.dist import all_gather_object, all_reduce, get_world_size
+from mmengine.dist import all_gather_object, get_world_size
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
@@ -12,14 +11,14 @@ from psaq_mm.adapters.adapter import Adapter, module_device
 from psaq_mm.adapters.hosts import matching_adapter
 from psaq_mm.errors import UserError
 from psaq_mm.modes import evaluating
-from psaq_mm.ops import QuantLinear, named_quant_ops, named_quantizers, quantization_enabled
+from psaq_mm.ops import named_quant_ops, named_quantizers, quantization_enabled
 from psaq_mm.processes import run_images
 from psaq_mm.quantization import Quantizer
-from psaq_mm.quantization.observers import NOTHING_OBSERVED
 from psaq_mm.quantization.quantizer import restoring_ranges
 from psaq_mm.recipe.checks import check_progress
 
 from .history import note, require_images, require_student
+from .input_rotation import rotate_inputs
 
 
 def calibrate(student: nn.Module, images: Tensor, batch_size: int = 8,
@@ -112,40 +111,6 @@ def calibrate_ranges(model: nn.Module, images: Tensor, forward: Callable[[Tensor
     finally:
         for quantizer in observed:
             quantizer.observer = None
-
-
-def rotate_inputs(model: nn.Module, images: Tensor, forward: Callable[[Tensor], None],
-                  batch_size: int = 8) -> None:
-    """Rotate the inputs of linear layers that ask for it and are not rotated yet, about their
-    means on the images. What the model computes does not change.
-
-    Raises:
-        ValueError: If an input has values that are not finite, or a layer was given none; it
-            names the module. Nothing is rotated then.
-    """
-    sums = {op: torch.zeros(op.in_features + 1, device=op.weight.device)
-            for _, op in named_quant_ops(model)
-            if isinstance(op, QuantLinear) and op.rotation and not op.rotation.active}
-    if not sums:
-        return
-
-    def add(op: nn.Module, args: Any) -> None:
-        rows = args[0].reshape(-1, args[0].shape[-1])
-        sums[op] += torch.cat([rows.sum(0), rows.new_tensor([len(rows)])])  # type: ignore[index]
-
-    with ExitStack() as hooks, quantization_enabled(model, False):
-        for op in sums:
-            hooks.enter_context(op.register_forward_pre_hook(add))
-        run_images(forward, images, batch_size)
-    names = {op: name for name, op in named_quant_ops(model)}
-    for op, total in sums.items():
-        all_reduce(total)
-        if not total[-1]:
-            raise ValueError(f'{names[op]} (input): {NOTHING_OBSERVED}')
-        if not torch.isfinite(total).all():
-            raise ValueError(f'{names[op]} (input): it holds NaN or infinite values')
-    for op, total in sums.items():
-        op.rotate_input(total[:-1] / total[-1])
 
 
 def _show_extreme_pixels(model: nn.Module) -> None:
