@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Quantized ``nn.Linear``."""
-from typing import Mapping, Optional
+from typing import Any, Mapping, Optional
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from .op import QuantOp, register_op
 class QuantLinear(QuantOp, nn.Linear):
     """Linear layer with quantized weight (out, in), input and output (..., C).
 
-    If the spec of its input says ``rotate``, it has a bias, and from :meth:`rotate_input` on
-    its weight is in the basis of :attr:`rotation`.
+    If the spec of its input says ``rotate``, it has a weight and a bias of its own, and from
+    :meth:`rotate_input` on its weight is in the basis of :attr:`rotation`.
     """
 
     roles = dict(weight=0, input=-1, output=-1)
@@ -29,24 +29,23 @@ class QuantLinear(QuantOp, nn.Linear):
         assert isinstance(op, QuantLinear)
         rotated = 'input' in specs and specs['input'].rotate
         op.rotation = Rotation(op.in_features) if rotated else None
-        if op.rotation is not None and op.bias is None:
-            op.bias = nn.Parameter(op.weight.new_zeros(op.out_features),
-                                   requires_grad=op.weight.requires_grad)
+        if rotated:  # another layer may share the parameters
+            if op.bias is None:
+                op.bias = nn.Parameter(torch.zeros_like(op.weight[:, 0]), op.weight.requires_grad)
+            op.weight, op.bias = (nn.Parameter(value.detach().clone(), value.requires_grad)
+                                  for value in (op.weight, op.bias))
         return op
 
     def rotate_input(self, mean: Tensor) -> None:
         """Bring weight and bias into the basis of :attr:`rotation`; outputs do not change.
 
-        They become parameters of their own: another layer may share what they were.
-
         Args:
             mean (Tensor): Of each channel of the input, shape (in,).
         """
         assert self.rotation is not None and not self.rotation.active
-        weight, bias = self.weight, self.bias
         with torch.no_grad():
-            self.bias = nn.Parameter(bias + weight @ mean, bias.requires_grad)
-            self.weight = nn.Parameter(self.rotation.rotate(weight), weight.requires_grad)
+            self.bias.add_(self.weight @ mean)
+            self.weight.copy_(self.rotation.rotate(self.weight))
         self.rotation.mean = mean
 
     def undo_rotation(self) -> None:
@@ -57,7 +56,12 @@ class QuantLinear(QuantOp, nn.Linear):
                 self.weight.copy_(self.rotation.rotate_back(self.weight))
                 self.bias.sub_(self.weight @ self.rotation.mean)
         else:
-            self.bias = self.float_module._parameters['bias']  # type: ignore[assignment]
+            origin: Any = self.float_module
+            with torch.no_grad():
+                origin.weight.copy_(self.weight)
+                if origin.bias is not None:
+                    origin.bias.copy_(self.bias)
+            self.weight, self.bias = origin.weight, origin.bias
         self.rotation = None
 
     def quantize(self, role: str, x: Tensor) -> Tensor:

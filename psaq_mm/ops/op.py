@@ -46,8 +46,9 @@ class QuantOp(nn.Module):
         """Make the quantized counterpart of a float module.
 
         Returns:
-            QuantOp: Shares parameters, buffers and children with ``module``;
-            no quantizer has a range yet, so it computes what the module does.
+            QuantOp: Shares parameters, buffers and children with ``module``, but for those
+            of a layer whose input is to be rotated; no quantizer has a range yet, so it
+            computes what the module does.
         """
         op = cls.__new__(cls)
         op.__dict__.update({

@@ -19,7 +19,7 @@ from psaq_mm.adapters.adapter import module_device
 from psaq_mm.evolution.discrepancy import group_of
 from psaq_mm.evolution.views import random_blend, random_zoom
 from psaq_mm.modes import evaluating
-from psaq_mm.ops import QuantOp, named_quant_ops, quantization_enabled
+from psaq_mm.ops import QuantLinear, QuantOp, named_quant_ops, quantization_enabled
 from psaq_mm.prior import derived_seed
 from psaq_mm.processes import indices_of_this_process, stopping_together
 from psaq_mm.quantization import Quantizer, QuantSpec, fake_quantize
@@ -205,6 +205,7 @@ class _Meter(ExitStack):
                          for t, p in self._products.items()}
         self._elements = dict.fromkeys(quantizers, 0)
         self._inputs: List[Tuple[Tensor, TensorName]] = []
+        self._unrotated: List[Tuple[Tensor, Tensor]] = []
         self._readers: Dict[TensorName, TensorName] = {}
 
     def __enter__(self) -> '_Meter':
@@ -215,6 +216,10 @@ class _Meter(ExitStack):
             else:
                 self.enter_context(self.ops[name].quantizers[role].register_forward_hook(
                     self._watch((name, role))))
+        for op in self.ops.values():
+            if isinstance(op, QuantLinear) and op.rotation:
+                self.enter_context(op.rotation.register_forward_hook(
+                    lambda _, args, output: self._unrotated.append((output, args[0]))))
         return self
 
     def _watch(self, tensor: TensorName) -> Callable[..., None]:
@@ -248,14 +253,16 @@ class _Meter(ExitStack):
     def finish_image(self) -> None:
         """Note which modules read one tensor, and forget the tensors of an image."""
         first: Dict[int, TensorName] = {}
+        read = {id(rotated): id(x) for rotated, x in self._unrotated}
         for x, tensor in self._inputs:
-            leader = first.setdefault(id(x), tensor)
+            leader = first.setdefault(read.get(id(x), id(x)), tensor)
             if tensor[1] == leader[1] == 'input' and tensor not in self._readers:
                 self._readers[tensor] = self._readers.get(leader, leader)
         if not any(self._elements[tensor] for _, tensor in self._inputs):
             for x, tensor in self._inputs:
                 self._elements[tensor] += x.numel()
         self._inputs.clear()
+        self._unrotated.clear()
 
     def groups(self, samples: int) -> List[TensorGroup]:
         """The groups, from the squares of all samples of all processes."""

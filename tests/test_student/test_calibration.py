@@ -252,6 +252,16 @@ def test_inputs_are_rotated_once(images):
     assert all(torch.equal(student.get_submodule(n).weight, w) for n, w in weights.items())
 
 
+def test_rotated_weights_learn_or_not_as_before(images):
+    model = swin()
+    model.norm0.weight.requires_grad_(False)
+    model.stages[0].blocks[0].ffn.layers[1].weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    after = {name: p.requires_grad for name, p in rotated(model, images).named_parameters()}
+    assert {name: after[name] for name in before} == before
+    assert after['stages.0.downsample.reduction.bias']
+
+
 def test_rotation_of_values_that_are_not_finite(images):
     student = rotated(swin())
     images[2] = math.nan
