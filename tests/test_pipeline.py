@@ -18,7 +18,7 @@ from psaq_mm.pipeline import Pipeline
 FEW = dict(synthesis=dict(num_images=3, batch_size=2, image_size=56, steps=2, save_interval=3),
            calibration=dict(image_size=None, batch_size=2))
 GAME = dict(FEW, evolution=dict(rounds=2, sample_steps=1, student_steps=2, batch_size=2,
-                                save_interval=2, range_lr=0.05),
+                                save_interval=2, range_lr=0.01),
             reconstruction=dict(steps=2, batch_size=2))
 BLOCKS = 4  # of small_models.swin
 STEPS = dict(synthesis=2 * 2 * 2, evolution=2 * (1 + 2),
@@ -314,7 +314,7 @@ def test_state_of_another_run(uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize('change, name', [
-    (dict(evolution=dict(range_lr=0.01)), 'evolution'),
+    (dict(evolution=dict(range_lr=0.02)), 'evolution'),
     (dict(quantization=dict(weight=dict(bits=5))), 'quantization')])
 def test_images_serve_another_game(change, name, uninterrupted, tmp_path, lines):
     """Where only what comes after them is changed, the images are used, and it says so."""

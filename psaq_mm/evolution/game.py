@@ -111,8 +111,8 @@ def _note_what_was_learned(student: nn.Module, teacher: nn.Module,
     """A weight that differs from the teacher's was learned; ranges, if they have moved."""
     weights = dict(teacher.named_parameters(remove_duplicate=False))
     for name, op in named_quant_ops(student):
-        if op.weight_quantizer is not None and not torch.equal(weights[f'{name}.weight'],
-                                                               op.weight):
+        if op.weight_quantizer is not None and not torch.equal(
+                op.in_own_basis(weights[f'{name}.weight']), op.weight):
             op.weight_settled = True
     for quantizer in learner.quantizers if learner.ranges.moved else ():
         quantizer.learned = True

@@ -48,6 +48,10 @@ class QuantLinear(QuantOp, nn.Linear):
             self.weight.copy_(self.rotation.rotate(self.weight))
         self.rotation.mean = mean
 
+    def in_own_basis(self, weight: Tensor) -> Tensor:
+        turned = self.rotation is not None and self.rotation.active
+        return self.rotation.rotate(weight) if turned else weight  # type: ignore[union-attr]
+
     def undo_rotation(self) -> None:
         if self.rotation is None:
             return

@@ -80,6 +80,10 @@ class QuantOp(nn.Module):
             finally:
                 quantizer.observer = None
 
+    def in_own_basis(self, weight: Tensor) -> Tensor:
+        """A weight of the float module as this op has it; most have it as it is."""
+        return weight
+
     def undo_rotation(self) -> None:
         """Bring parameters back to the basis of the float module; most ops never leave it."""
 

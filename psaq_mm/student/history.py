@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What was done to a model: the state that one step leaves to the next."""
 from dataclasses import dataclass, replace
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -131,17 +131,20 @@ def require_teacher_of(student: nn.Module, teacher: nn.Module) -> None:
     if module_device(student) != module_device(teacher):
         raise UserError(f'the student is on {module_device(student)} and the teacher on '
                         f'{module_device(teacher)}: move them to one device first')
-    rotated = {id(p) for name, _ in named_rotations(student)
-               for p in student.get_submodule(name).parameters(recurse=False)}
+    rotated: Dict[str, Any] = {name: student.get_submodule(name)
+                               for name, _ in named_rotations(student)}
     learned = tuple(f'{block}.' for block in history_of(student).reconstructed)
     weights = dict(teacher.named_parameters(remove_duplicate=False))
     own = dict(student.named_parameters(remove_duplicate=False))
     settled = {id(p) for _, op in named_quant_ops(student) if op.weight_settled
                for p in op.parameters(recurse=False)}
     for name, weight in own.items():
-        if id(weight) in rotated:
+        layer, _, part = name.rpartition('.')
+        if layer in rotated and part == 'bias':  # it holds what the mean of the input gives
             continue
         other = weights.get(name)
+        if layer in rotated and other is not None and other.shape == weight.shape:
+            other = rotated[layer].in_own_basis(other)
         if other is None or other.shape != weight.shape \
                 or not (id(weight) in settled or name.startswith(learned)
                         or _alike(weight, other)):

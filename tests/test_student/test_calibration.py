@@ -286,6 +286,12 @@ def test_rotated_student_has_its_teacher(images):
     require_teacher_of(student, model)
     with pytest.raises(UserError, match='is not the float model of the student'):
         require_teacher_of(student, other)
+    other.load_state_dict(model.state_dict())
+    require_teacher_of(student, other)
+    with torch.no_grad():
+        other.stages[1].blocks[0].attn.w_msa.qkv.weight[3, 2] += 0.1
+    with pytest.raises(UserError, match='stages.1.blocks.0.attn.w_msa.qkv.weight differs'):
+        require_teacher_of(student, other)
 
 
 def test_weight_that_is_not_finite(images):
