@@ -64,7 +64,7 @@ class Recipe:
         """
         _require_known('preset', preset, PRESETS)
         _require_known('recipe', base, BASES)
-        return cls().changed(PRESETS[preset]).changed(BASES[base])
+        return cls().changed(BASES[base]).changed(PRESETS[preset])
 
     def changed(self, changes: Mapping[str, Any]) -> 'Recipe':
         """A recipe with other values, merged by the rule of configs

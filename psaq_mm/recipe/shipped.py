@@ -2,7 +2,7 @@
 """The recipes that are shipped, as what they change of the defaults.
 
 A *preset* says how much is done (images, steps, the game), a *base* how many bits
-there are. The preset comes first, then the base, then a config's own values.
+there are. The base comes first, then the preset, then a config's own values.
 """
 from typing import Any, Dict, Mapping
 

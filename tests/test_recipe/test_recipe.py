@@ -113,7 +113,8 @@ def test_sections():
 
 def test_changed():
     """Dicts are merged, and anything else replaced; the recipe itself stays."""
-    before = Recipe.shipped('w4a4', 'paper')
+    before = Recipe.shipped('w4a4', 'paper').changed(dict(quantization=dict(
+        overrides={'@segmentor': dict(attention=dict(bits=4))})))
     values = before.to_dict()
     recipe = before.changed(MINE)
     assert before.to_dict() == values

@@ -65,7 +65,7 @@ def test_every_base_takes_every_preset(base, preset):
     for section in ('synthesis', 'calibration', 'evolution'):
         assert getattr(recipe, section) == getattr(plain, section)
     assert recipe.quantization.placement == ('v1' if preset == 'paper' else 'operands')
-    assert recipe == Recipe().changed(PRESETS[preset]).changed(BASES[base])
+    assert recipe == Recipe().changed(BASES[base]).changed(PRESETS[preset])
 
 
 @pytest.mark.parametrize('base, percentile', [('w8a8', 0.999), ('w6a6', 0.999), ('w4a8', 0.999),
@@ -121,12 +121,12 @@ def test_paper(base):
     assert quantization.placement == 'v1' and quantization.channel_limit is None
     assert quantization.patch_embed_bits is quantization.predictor_bits is None
     assert quantization.spec_for('x', 'weight').rounding == 'nearest'
-    if base in ('w8a8', 'w6a6', 'w4a8'):  # naive ranges
-        assert not quantization.overrides and not quantization.roles
-        for role in ('weight', 'input', 'output', 'attention'):
-            for kinds in ((), ('patch_embed', ), ('roi_head', ), ('predictor', )):
-                spec = quantization.spec_for('x.attn.proj', role, kinds)
-                assert spec.observer == dict(type='MinMaxObserver') and spec.margin == 0
+    assert not quantization.overrides and not quantization.roles  # naive ranges
+    for role in ('weight', 'input', 'output', 'attention'):
+        for kinds in ((), ('patch_embed', ), ('roi_head', ), ('predictor', )):
+            spec = quantization.spec_for('x.attn.proj', role, kinds)
+            assert spec.observer == dict(type='MinMaxObserver') and spec.margin == 0
+            assert not spec.rotate and spec.bits == int(base[1 if role == 'weight' else 3])
     assert synthesis.num_images == synthesis.batch_size == 32
     assert (synthesis.steps, synthesis.shifts, synthesis.lr) == (500, (15, 30), 0.25)
     terms = synthesis.build_priors()
