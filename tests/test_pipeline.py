@@ -26,7 +26,8 @@ STEPS = dict(synthesis=2 * 2 * 2, evolution=2 * (1 + 2),
 
 
 def recipe(*changes):
-    result = Recipe.shipped('w4a4')
+    result = Recipe.shipped('w4a4').changed(dict(quantization=dict(roles=dict(
+        input=dict(rotate=True)))))
     for change in changes:
         result = result.changed(change)
     return result

@@ -46,7 +46,7 @@ BASES: Mapping[str, Mapping[str, Any]] = dict(
     # outputs are to show even attention too; detectors lose a little by that (docs/results.md).
     w4a4=dict(quantization=dict(
         scope='backbone', weight=dict(bits=4), activation=dict(bits=4, margin=0.),
-        roles=dict(attention=dict(margin=0.), input=dict(rotate=True)),
+        roles=dict(attention=dict(margin=0.)),
         overrides={'@segmentor': dict(attention=dict(observer=_EVEN_ATTENTION))})),
     w4a8=dict(quantization=_width(4, 8)),
     w6a6=dict(quantization=_width(6, 6)),

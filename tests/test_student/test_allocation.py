@@ -128,7 +128,7 @@ def test_margins_and_range_rules_are_those_of_the_bits():
     for bits, recipe in ((3, 'w3a3'), (4, 'w4a4'), (6, 'w6a6'), (8, 'w8a8')):
         shipped = psaq_mm.Recipe.shipped(recipe).quantization
         # Whether it is rotated does not depend on the bits.
-        expected = replace(shipped.spec_for(qkv, 'input'), rotate=True)
+        expected = replace(shipped.spec_for(qkv, 'input'), rotate=False)
         assert allocator.specs[qkv, 'input'][bits] == expected
     assert allocator.specs['patch_embed.projection', 'input'].keys() == {8}
     own = Allocator(swin(), settings(mean_bits=4, activation=dict(margin=0.25, symmetric=True)))
