@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from psaq_mm.adapters import import_hosts
 from psaq_mm.errors import UserError
 from psaq_mm.ops import (
-    QuantLinear,
     QuantOp,
     apply_plan,
     named_quant_ops,
@@ -203,10 +202,6 @@ def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str,
             flaw = _flaw_of_range(state, op, name, role)
             if flaw:
                 raise _damaged(path, flaw)
-        if isinstance(op, QuantLinear) and op.rotation is not None:
-            mean = state.get(f'{name}.rotation.mean')
-            if mean is None or mean.shape != (op.in_features, ):
-                raise _damaged(path, f'{name}.rotation.mean is not one value for each channel')
         weight = op.weight_quantizer
         key = f'{name}.weight_integers'
         if weight is None or key not in state and f'{name}.weight' in state:
@@ -223,6 +218,10 @@ def _unpack(model: nn.Module, packed: Mapping[str, Tensor], path: str,
         zero_point = state.get(f'{name}.quantizers.weight.zero_point', torch.zeros_like(scale))
         values = integers.to(torch.int32) + _offset(weight)
         state[f'{name}.weight'] = dequantize(values, scale, zero_point, weight.axis)
+    for name, rotation in named_rotations(model):
+        mean = state.get(f'{name}.rotation.mean')
+        if mean is None or mean.shape != rotation.signs.shape:
+            raise _damaged(path, f'{name}.rotation.mean is not one value for each channel')
     for second, name in _second_names(model).items():
         for key in [k for k in state if k.startswith(name + '.')]:
             state[second + key[len(name):]] = state[key]

@@ -98,8 +98,12 @@ def quantize_ahead(layer: Any, x: Tensor) -> Tensor:
     nothing: engines look for the integers next to it, and the gather moves integers. An input
     that is rotated cannot be rotated twice: it stays float.
     """
-    rotated = isinstance(layer, QuantLinear) and layer.rotation is not None
-    return x if rotated else quantize(layer, 'input', x)
+    return x if is_rotated(layer) else quantize(layer, 'input', x)
+
+
+def is_rotated(layer: nn.Module) -> bool:
+    """Whether a layer, float or quantized, rotates its input."""
+    return isinstance(layer, QuantLinear) and layer.rotation is not None
 
 
 def split_linear(layer: nn.Module, count: int) -> nn.ModuleList:

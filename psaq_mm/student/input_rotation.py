@@ -7,7 +7,7 @@ import torch
 from mmengine.dist import all_reduce
 from torch import Tensor, nn
 
-from psaq_mm.ops import QuantLinear, named_quant_ops, quantization_enabled
+from psaq_mm.ops import named_rotations, quantization_enabled
 from psaq_mm.processes import run_images
 from psaq_mm.quantization.observers import NOTHING_OBSERVED
 
@@ -21,8 +21,8 @@ def rotate_inputs(model: nn.Module, images: Tensor, forward: Callable[[Tensor], 
         ValueError: If an input has values that are not finite, or a layer was given none; it
             names the module. Nothing is rotated then.
     """
-    names = {op: name for name, op in named_quant_ops(model)
-             if isinstance(op, QuantLinear) and op.rotation and not op.rotation.active}
+    names: Dict[Any, str] = {model.get_submodule(name): name
+                             for name, rotation in named_rotations(model) if not rotation.active}
     if not names:
         return
     sums: Dict[nn.Module, Tensor] = {op: torch.zeros_like(op.weight[0]) for op in names}

@@ -19,7 +19,7 @@ from psaq_mm.adapters.adapter import module_device
 from psaq_mm.evolution.discrepancy import group_of
 from psaq_mm.evolution.views import random_blend, random_zoom
 from psaq_mm.modes import evaluating
-from psaq_mm.ops import QuantLinear, QuantOp, named_quant_ops, quantization_enabled
+from psaq_mm.ops import QuantOp, named_quant_ops, named_rotations, quantization_enabled
 from psaq_mm.prior import derived_seed
 from psaq_mm.processes import indices_of_this_process, stopping_together
 from psaq_mm.quantization import Quantizer, QuantSpec, fake_quantize
@@ -197,6 +197,7 @@ class _Meter(ExitStack):
         super().__init__()
         self.quantizers = quantizers
         self.ops: Dict[str, QuantOp] = dict(named_quant_ops(student))
+        self._rotations = [rotation for _, rotation in named_rotations(student)]
         self._parameters = list(student.parameters())
         device = module_device(student)
         self._products = {t: torch.zeros(len(by_bits), device=device)
@@ -216,10 +217,9 @@ class _Meter(ExitStack):
             else:
                 self.enter_context(self.ops[name].quantizers[role].register_forward_hook(
                     self._watch((name, role))))
-        for op in self.ops.values():
-            if isinstance(op, QuantLinear) and op.rotation:
-                self.enter_context(op.rotation.register_forward_hook(
-                    lambda _, args, output: self._unrotated.append((output, args[0]))))
+        for rotation in self._rotations:
+            self.enter_context(rotation.register_forward_hook(
+                lambda _, args, output: self._unrotated.append((output, args[0]))))
         return self
 
     def _watch(self, tensor: TensorName) -> Callable[..., None]:

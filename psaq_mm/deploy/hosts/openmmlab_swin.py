@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
-from psaq_mm.ops import QuantLinear
 
-from ..exportable_ops import linear_of_patches, quantize
+from ..exportable_ops import is_rotated, linear_of_patches, quantize
 from ..exportable_swin import ExportableBlock, ExportableMerging, ExportableStage, ExportableSwin
 from ..subgraph import Size
 from ..window_order import Window, padded
@@ -92,7 +91,7 @@ def exportable_merging(downsample: Any) -> ExportableMerging:
     with torch.no_grad():
         for values in (norm.weight, norm.bias) if norm is not None else ():
             values.copy_(values[order])
-        if isinstance(reduction, QuantLinear) and reduction.rotation is not None:
+        if is_rotated(reduction):
             # What is rotated has another order of its own.
             return ExportableMerging(norm, reduction, NEIGHBOURS, order.argsort())
         reduction.weight.copy_(reduction.weight[:, order])
