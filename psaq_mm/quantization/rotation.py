@@ -49,13 +49,19 @@ class Rotation(nn.Module):
     mean: Tensor
     """Of each channel, shape (C,); empty until it is set."""
     signs: Tensor
-    matrix: Tensor
+    left: Tensor
+    right: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer('mean', torch.empty(0))
         self.register_buffer('signs', rudin_shapiro(channels), persistent=False)
-        self.register_buffer('matrix', hadamard(block_size(channels)), persistent=False)
+        # As a Hadamard matrix of n is the Kronecker product of two of about the root of n: 4096
+        # channels would take one of 64 MB, and more products than the layer itself.
+        size = block_size(channels)
+        left = 1 << (size.bit_length() - 1) // 2
+        self.register_buffer('left', hadamard(left), persistent=False)
+        self.register_buffer('right', hadamard(size // left), persistent=False)
 
     @property
     def active(self) -> bool:
@@ -71,7 +77,8 @@ class Rotation(nn.Module):
         return self._mix(x) * self.signs
 
     def _mix(self, x: Tensor) -> Tensor:
-        return torch.matmul(x.unflatten(-1, (-1, len(self.matrix))), self.matrix).flatten(-2)
+        blocks = x.unflatten(-1, (-1, len(self.left), len(self.right)))
+        return (self.left @ blocks @ self.right).flatten(-3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rotate(x - self.mean) if self.active else x

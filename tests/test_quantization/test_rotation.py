@@ -50,6 +50,15 @@ def test_back_and_lengths(shape):
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
 
 
+@pytest.mark.parametrize('channels', [1, 2, 4, 8, 24, 32, 96, 128])
+def test_rotation_is_the_product_with_one_matrix(channels):
+    size = block_size(channels)
+    one = torch.from_numpy(scipys(size) / math.sqrt(size)).float()
+    turn = rudin_shapiro(channels).diag() @ torch.block_diag(*[one] * (channels // size))
+    x = torch.randn(3, 5, channels)
+    torch.testing.assert_close(Rotation(channels).rotate(x), x @ turn)
+
+
 def test_products_stay():
     x, weight, rotation = torch.randn(7, 24), torch.randn(5, 24), Rotation(24)
     torch.testing.assert_close(rotation.rotate(x) @ rotation.rotate(weight).T, x @ weight.T,
