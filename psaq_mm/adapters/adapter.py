@@ -1,6 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What the rest of the project asks of a host library."""
-import itertools
 import logging
 import math
 from collections import Counter
@@ -12,70 +11,28 @@ from typing import (
     Collection,
     Dict,
     FrozenSet,
-    Generic,
-    Iterable,
     Iterator,
     List,
     Mapping,
     Optional,
     Sequence,
     Tuple,
-    TypeVar,
 )
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from psaq_mm.devices import module_device
 from psaq_mm.errors import UserError
-from psaq_mm.prior import AttentionRecord, BatchNormRecord, channel_statistics
+from psaq_mm.prior import BatchNormRecord, channel_statistics
 
 from .predictors import last_layers, layers_of, layers_of_own_width, layers_that_run
+from .recorder import AttentionRecorder, BatchNormRecorder
 from .tap_record import TapRecord
-
-RecordT = TypeVar('RecordT')
-
-
-class Recorder(Generic[RecordT]):
-    """Collects what one forward pass after another leaves behind."""
-
-    def __init__(self) -> None:
-        self.records: List[RecordT] = []
-
-    def pop_all(self) -> List[RecordT]:
-        """Remove and return the records so far, in the order of the layers."""
-        records, self.records = self.records, []
-        return records
-
-
-AttentionRecorder = Recorder[AttentionRecord]
-"""Collects the attention outputs."""
-
-BatchNormRecorder = Recorder[BatchNormRecord]
-"""Collects the statistics of what goes into BatchNorm layers."""
-
-
-WindowGrid = Tuple[Tuple[int, int], Tuple[int, int]]
-"""How many rows and columns a stage merges into one, and the height and width of its
-windows."""
-
-
-def real_tokens(stages: Iterable[WindowGrid], size: Tuple[int, int]) -> Iterator[float]:
-    """The share of tokens in the windows of each stage that are no padding, above 0 to 1.
-
-    Args:
-        stages (Iterable[WindowGrid]): Of :meth:`Adapter.attention_windows`.
-        size (tuple[int, int]): Height and width of the images.
-    """
-    height, width = size
-    for step, window in stages:
-        height, width = -(-height // step[0]), -(-width // step[1])
-        padded = (height + -height % window[0]) * (width + -width % window[1])
-        yield height * width / padded
-
+from .window_grid import WindowGrid, real_tokens, window_period
 
 _LAYERS: 'WeakKeyDictionary[nn.Module, Tuple[FrozenSet[str], FrozenSet[str], str]]' = \
     WeakKeyDictionary()
@@ -261,7 +218,7 @@ class Adapter:
         """Height and width of the images that are made for a model: the one that it
         was built for, else the smallest that fills all attention windows."""
         fixed = self.fixed_size(model)
-        return fixed if fixed is not None else self._window_period(model)
+        return fixed if fixed is not None else window_period(self.attention_windows(model))
 
     def taken_size(self, model: nn.Module, size: Tuple[int, int]) -> Tuple[int, int]:
         """The smallest height and width, in pixels, from these on that the model can be run at,
@@ -286,11 +243,12 @@ class Adapter:
         """Log a warning if images of this height and width, in pixels, leave attention windows
         partly empty: what padding attends to says nothing about a model.
         """
-        stages = list(real_tokens(self.attention_windows(model), size))
+        windows = self.attention_windows(model)
+        stages = list(real_tokens(windows, size))
         if not stages or min(stages) == 1:
             return
         height, width = (max(1, round(side / period)) * period
-                         for side, period in zip(size, self._window_period(model)))
+                         for side, period in zip(size, window_period(windows)))
         try:
             self.check_image_size(model, (height, width))
         except UserError:  # it takes no other
@@ -299,16 +257,6 @@ class Adapter:
                   f'tokens in the windows of stage {stages.index(min(stages)) + 1} are real, the '
                   f'rest is padding; {height}x{width} leaves none', logger='current',
                   level=logging.WARNING)
-
-    def _window_period(self, model: nn.Module) -> Tuple[int, int]:
-        """Height and width whose multiples fill the windows of all stages."""
-        periods = [(1, 1)]
-        stride = (1, 1)
-        for step, window in self.attention_windows(model):
-            stride = (stride[0] * step[0], stride[1] * step[1])
-            periods.append((stride[0] * window[0], stride[1] * window[1]))
-        height, width = (int(np.lcm.reduce(sides)) for sides in zip(*periods))
-        return height, width
 
     def convert_state(self, model: nn.Module,
                       state: Mapping[str, Tensor]) -> Tuple[Dict[str, Tensor], str]:
@@ -434,52 +382,6 @@ class Adapter:
             for norm in self.batch_norms(model) if enabled else []:
                 hooks.enter_context(norm.register_forward_pre_hook(note))
             yield recorder
-
-
-def module_device(module: nn.Module) -> torch.device:
-    """Device of a module's first parameter or buffer."""
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return next((tensor.device for tensor in tensors), torch.device('cpu'))
-
-
-def require_float32(model: nn.Module) -> None:
-    """Raise if a model has weights in half or double precision, in which images and
-    ranges cannot be computed.
-
-    Raises:
-        UserError: If so.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            raise UserError(f'the model has weights in {parameter.dtype} ({name}), and '
-                            'quantization needs torch.float32: call model.float() first')
-
-
-def pixel_range(channels: int, mean: Optional[Tensor], std: Optional[Tensor],
-                highest: float = 255.) -> Tuple[Tensor, Tensor]:
-    """Smallest and largest pixel after a normalization.
-
-    Args:
-        channels (int): Channels C of an image.
-        mean (Tensor, optional): Subtracted from pixels in [0, highest]; one
-            value, or one for each channel. None for no normalization.
-        std (Tensor, optional): Divided by, likewise.
-        highest (float): The largest pixel before it. Defaults to 255.
-
-    Returns:
-        tuple[Tensor, Tensor]: Shape (1, C, 1, 1) each.
-
-    Raises:
-        UserError: If there are more or fewer values, or std is not positive.
-    """
-    low, high = torch.zeros(channels), torch.full((channels, ), highest)
-    if mean is not None and std is not None:
-        mean, std = mean.flatten().cpu(), std.flatten().cpu()
-        if mean.numel() not in (1, channels) or (std <= 0).any():
-            raise UserError('model.data_preprocessor: mean and std must have one value for '
-                            f'each of {channels} channels, and std must be positive')
-        low, high = (low - mean) / std, (high - mean) / std
-    return low.view(1, -1, 1, 1), high.view(1, -1, 1, 1)
 
 
 def shown_size(size: Sequence[int]) -> str:

@@ -25,6 +25,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from psaq_mm.devices import module_device
 from psaq_mm.errors import UserError
 from psaq_mm.modes import evaluating
 from psaq_mm.ops import QuantOp
@@ -34,14 +35,17 @@ from . import (
     mmcv_layers,  # noqa: F401 (registers the ops of the heads' layers)
     openmmlab_taps,
 )
-from .adapter import Adapter, AttentionRecorder, WindowGrid, module_device, pixel_range, shown_size
+from .adapter import Adapter, shown_size
 from .openmmlab_taps import fewer_regions, samples_for
+from .pixel_range import pixel_range
 from .predictors import last_layers
 from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
+from .recorder import AttentionRecorder
 from .seen_pixels import SeenPixels, seen_pixels, turns_channels
 from .swin_layouts import OPENMMLAB, SWIN_AUTHORS, convert_openmmlab_swin
 from .tap_record import TapRecord
 from .tested_size import test_dataset
+from .window_grid import WindowGrid
 from .window_tokens import valid_tokens
 
 

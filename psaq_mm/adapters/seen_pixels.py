@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psaq_mm.errors import UserError
 
-from .adapter import pixel_range
+from .pixel_range import pixel_range
 from .tested_size import step_name, test_dataset
 
 SIDE = 64

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp, register_op
 
-from .adapter import Adapter, pixel_range, shown_size
+from .adapter import Adapter, shown_size
+from .pixel_range import pixel_range
 from .tap_record import TapRecord
 
 PSAQ_MM = 'psaq_mm'

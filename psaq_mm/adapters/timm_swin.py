@@ -19,9 +19,10 @@ from psaq_mm.ops import QuantOp, register_op
 from psaq_mm.prior import AttentionRecord
 from psaq_mm.registry import ADAPTERS
 
-from .adapter import AttentionRecorder, WindowGrid
 from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
+from .recorder import AttentionRecorder
 from .timm_adapter import NORMS_OF_BLOCK, PSAQ_MM, TIMM, TimmAdapter
+from .window_grid import WindowGrid
 
 SWIN_AUTHORS = 'Swin authors (classification)'
 

@@ -12,8 +12,8 @@ from psaq_mm.ops import QuantOp, register_op
 from psaq_mm.prior import AttentionRecord
 from psaq_mm.registry import ADAPTERS
 
-from .adapter import AttentionRecorder
 from .quantized_attention import ROLES, attend
+from .recorder import AttentionRecorder
 from .timm_adapter import NORMS_OF_BLOCK, PSAQ_MM, TIMM, TimmAdapter
 
 DEIT_III_AUTHORS = 'DeiT III authors'

@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from psaq_mm.adapters.adapter import Adapter
+from psaq_mm.adapters import Adapter
 from psaq_mm.errors import UserError
 
 from .safe_load import extract_state_dict

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.adapters import TapRecord, find_adapter
-from psaq_mm.adapters.adapter import module_device
+from psaq_mm.devices import module_device
 from psaq_mm.errors import UserError
 from psaq_mm.modes import evaluating
 from psaq_mm.ops import named_quant_ops

@@ -119,15 +119,16 @@ def _label_map(logits: np.ndarray, prepared: Prepared, info: Mapping[str, Any]) 
     then, without the padding, to the image."""
     given, size, corners = prepared.array.shape[2:], prepared.size, info['align_corners']
     best = np.full(prepared.original, -np.inf, np.float32)
-    labels = np.zeros(prepared.original, np.int64)
+    labels = np.zeros(prepared.original, np.int16)
     for label, plane in enumerate(logits):
         plane = _resized(plane, given, corners)[:size[0], :size[1]]
         plane = _resized(plane, prepared.original, corners)
         if len(logits) == 1:  # one class, and what is not it
             return (1 / (1 + np.exp(-plane)) > info['threshold']).astype(np.int64)
-        labels[plane > best] = label
-        np.maximum(best, plane, out=best)
-    return labels
+        better = cv2.compare(plane, best, cv2.CMP_GT)
+        cv2.copyTo(np.full_like(labels, label), better, labels)
+        cv2.max(plane, best, best)
+    return labels.astype(np.int64)
 
 
 def _resized(plane: np.ndarray, size: Tuple[int, ...], align_corners: bool) -> np.ndarray:

@@ -19,9 +19,10 @@ def color_of(label: int) -> Tuple[int, int, int]:
     return round(255 * blue), round(255 * green), round(255 * red)
 
 
-def halfway(pixels: np.ndarray, color: Any) -> np.ndarray:
-    """uint8 pixels of shape (..., 3), mixed half and half with one colour, or one for each."""
-    return ((pixels.astype(np.uint16) + np.asarray(color, np.uint16)) >> 1).astype(np.uint8)
+def halfway(pixels: np.ndarray, colors: np.ndarray, out: Optional[np.ndarray] = None) \
+        -> np.ndarray:
+    """uint8 pixels of shape (H, W, 3), mixed half and half with as many others."""
+    return cv2.addWeighted(pixels, 0.5, colors, 0.5, -0.25, out)  # halves are rounded down
 
 
 @dataclass
@@ -80,14 +81,16 @@ class Detections(Result):
     def draw(self, score_thr: float = 0.3) -> np.ndarray:
         shown = [i for i in range(len(self)) if self.scores[i] >= score_thr][::-1]
         picture = self.image.copy()
+        colors, mixed = np.empty_like(picture), np.empty_like(picture)
         for i in shown if self.masks is not None else []:
             assert self.masks is not None
-            mask = np.ascontiguousarray(self.masks[i], np.uint8)
+            mask = np.ascontiguousarray(self.masks[i], bool).view(np.uint8)
             x, y, width, height = cv2.boundingRect(mask)
             part = np.s_[y:y + height, x:x + width]
             if width:
-                table = halfway(np.arange(256)[None, :, None], color_of(self.labels[i]))
-                cv2.copyTo(cv2.LUT(picture[part], table), mask[part], picture[part])
+                cv2.rectangle(colors, (x, y, width, height), color_of(self.labels[i]), -1)
+                cv2.copyTo(halfway(picture[part], colors[part], mixed[part]), mask[part],
+                           picture[part])
         size = max(0.4, min(picture.shape[:2]) / 1200)
         for i in shown:
             color = color_of(self.labels[i])
@@ -122,7 +125,7 @@ class Segmentation(Result):
 
     def draw(self, score_thr: float = 0.3) -> np.ndarray:
         table = np.array([color_of(i) for i in range(int(self.labels.max()) + 1)], np.uint8)
-        return halfway(self.image, table[self.labels])
+        return halfway(self.image, table.take(self.labels, axis=0))
 
     def plain(self, score_thr: float = 0.) -> Dict[str, Any]:
         found, counts = np.unique(self.labels, return_counts=True)

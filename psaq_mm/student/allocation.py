@@ -24,8 +24,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.adapter import require_float32
 from psaq_mm.checkpoint import planned_bytes
+from psaq_mm.devices import require_float32
 from psaq_mm.errors import UserError
 from psaq_mm.ops import Plan, apply_plan, kinds_in, plan_quantization
 from psaq_mm.quantization.packing import packed_bytes

@@ -6,9 +6,9 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 from mmengine.dist import all_gather_object, get_world_size
 from torch import Tensor, nn
 
-from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.adapter import Adapter, module_device
+from psaq_mm.adapters import Adapter, find_adapter
 from psaq_mm.adapters.hosts import matching_adapter
+from psaq_mm.devices import module_device
 from psaq_mm.errors import UserError
 from psaq_mm.modes import evaluating
 from psaq_mm.ops import named_quant_ops, named_quantizers, quantization_enabled

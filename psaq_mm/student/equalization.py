@@ -9,8 +9,8 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.adapter import module_device
 from psaq_mm.checkpoint import require_finite
+from psaq_mm.devices import module_device
 from psaq_mm.errors import UserError
 from psaq_mm.modes import evaluating
 from psaq_mm.ops import plan_quantization

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.adapter import module_device
+from psaq_mm.devices import module_device
 from psaq_mm.errors import UserError
 from psaq_mm.ops import named_quant_ops, named_quantizers, named_rotations
 from psaq_mm.recipe.checks import check_model, check_positive_int, check_seed

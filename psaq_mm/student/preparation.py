@@ -7,8 +7,8 @@ from mmengine.logging import print_log
 from torch import nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.adapter import require_float32
 from psaq_mm.checkpoint import require_finite
+from psaq_mm.devices import require_float32
 from psaq_mm.errors import UserError
 from psaq_mm.ops import apply_plan, plan_quantization, unquantized_weights
 from psaq_mm.recipe import QuantizationSettings

@@ -14,7 +14,7 @@ from mmengine.dist import broadcast
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.adapter import module_device
+from psaq_mm.devices import module_device
 from psaq_mm.errors import UserError
 from psaq_mm.modes import evaluating
 from psaq_mm.ops import QuantOp

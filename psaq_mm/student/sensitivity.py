@@ -15,7 +15,7 @@ from mmengine.dist import all_reduce, broadcast_object_list
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.adapter import module_device
+from psaq_mm.devices import module_device
 from psaq_mm.evolution.discrepancy import group_of
 from psaq_mm.evolution.views import random_blend, random_zoom
 from psaq_mm.modes import evaluating

@@ -7,7 +7,7 @@ from typing import Callable, Dict, Iterator, Optional, Sequence
 from torch import Tensor, nn
 
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.adapter import module_device, require_float32
+from psaq_mm.devices import module_device, require_float32
 from psaq_mm.errors import UserError
 from psaq_mm.modes import evaluating
 from psaq_mm.recipe import SynthesisSettings

@@ -9,7 +9,7 @@ from mmseg.models.backbones.swin import SwinTransformer as SegSwin
 
 import psaq_mm
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.adapter import require_float32
+from psaq_mm.devices import require_float32
 from psaq_mm.errors import UserError
 
 SMALL = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
@@ -98,7 +98,7 @@ def test_no_warning_without_another_choice(warnings_of):
 def test_share_of_real_tokens_is_that_of_the_records():
     model = DetSwin(**SMALL, window_size=5)
     adapter = find_adapter(model)
-    from psaq_mm.adapters.adapter import real_tokens
+    from psaq_mm.adapters.window_grid import real_tokens
     for size in ((160, 160), (100, 200), (61, 333)):
         with adapter.record_attention(model) as recorder, torch.no_grad():
             model(torch.zeros(1, 3, *size))

@@ -14,13 +14,13 @@ from torch import nn
 
 import psaq_mm
 from psaq_mm.adapters import find_adapter
-from psaq_mm.adapters.adapter import module_device
 from psaq_mm.adapters.mmdet_swin import (
     MMDetSwinAdapter,
     QuantPatchEmbed,
     QuantSwinBlock,
     QuantWindowMSA,
 )
+from psaq_mm.devices import module_device
 from psaq_mm.errors import UserError
 from psaq_mm.ops import (
     QuantOp,
