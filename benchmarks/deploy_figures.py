@@ -31,6 +31,8 @@ TITLES = {'swin-t 448': 'Swin-T, 448x448', 'swin-s 448': 'Swin-S, 448x448',
 ENGINES = dict(openvino='OpenVINO (peer: NNCF)',
                onnxruntime='onnxruntime (peer: quantize_static)')
 
+THREADS = {1: 'one thread', 2: 'two threads'}
+
 WHOLE = {'demo': 'Demo detector, 224x224', 'cascade': 'Demo cascade, 224x224',
          'bccd': 'BCCD detector, 240x320',
          'segmentor': 'Demo segmentor, 224x224',
@@ -93,7 +95,7 @@ def by_case(rows: List[Row]) -> Dict[Key, List[Row]]:
 
 def name_of(key: Key) -> str:
     """Such as ``Swin-T, 448x448, two threads``."""
-    return f'{TITLES[key[0]]}, {"one thread" if key[1] == 1 else "two threads"}'
+    return f'{TITLES[key[0]]}, {THREADS[key[1]]}'
 
 
 def speeds(rows: List[Row]) -> Dict[str, Optional[float]]:
@@ -151,17 +153,17 @@ def _points(row: Row) -> str:
     return ' / '.join(f'{value:.1f}' for value in row.get('points', ()))
 
 
-def summary_table(rows: List[Row]) -> str:
-    """Whole models on one thread: the engine's fp32, the peer's int8 from data, ours without."""
-    lines = ['| image to results, one thread | engine | fp32 | int8 by a peer, from images | '
-             '**int8 by ours, without** | the same, simulated in torch | times as fast as the '
-             'peer |',
+def summary_table(rows: List[Row], threads: int = 1) -> str:
+    """Whole models: the engine's fp32, the peer's int8 from data, ours without."""
+    lines = [f'| image to results, {THREADS[threads]} | engine | fp32 | '
+             'int8 by a peer, from images | **int8 by ours, without** | the same, simulated in '
+             'torch | times as fast as the peer |',
              '|---' * 7 + '|']
-    for (case, threads), group in by_case(rows).items():
+    for (case, used), group in by_case(rows).items():
         sides = {row['side']: row for row in group}
         for engine, peer in PEERS.items():
             whole = sides.get(f'{engine} ours, model')
-            if threads > 1 or whole is None:
+            if used != threads or whole is None:
                 continue
             cells = []
             for row in (sides[f'{engine} fp32'], sides.get(peer), whole):
@@ -207,14 +209,17 @@ def main() -> None:
     parser.add_argument('--measured', type=Path, metavar='FILE')
     parser.add_argument('--whole', action='store_true', help='what deploy_whole.py measured')
     parser.add_argument('--brief', action='store_true', help='one line for each case')
-    parser.add_argument('--summary', action='store_true', help='of whole models, one thread')
+    parser.add_argument('--summary', action='store_true', help='of whole models')
+    parser.add_argument('--threads', type=int, choices=list(THREADS), default=1,
+                        help='of the summary')
     parser.add_argument('--without', nargs='+', metavar='CASE', default=())
     parser.add_argument('--plot', type=Path, metavar='PNG')
     args = parser.parse_args()
     rows = [row for row in read(args.measured or (MEASURED_WHOLE if args.whole else MEASURED))
             if row['case'] not in args.without]
     if args.whole:
-        print(f'whole models\n\n{summary_table(rows) if args.summary else whole_table(rows)}')
+        table = summary_table(rows, args.threads) if args.summary else whole_table(rows)
+        print(f'whole models\n\n{table}')
     elif args.brief:
         print(f'times as fast\n\n{brief_table(rows)}')
     else:

@@ -13,8 +13,9 @@ from other_device import OTHER, OtherTensor, other_device
 from torch import nn
 
 import psaq_mm
-from psaq_mm import EvolutionSettings, Recipe, SynthesisSettings
+from psaq_mm import EvolutionSettings, Recipe, SynthesisSettings, UserError
 from psaq_mm.adapters import find_adapter
+from psaq_mm.devices import module_device, require_float32
 from psaq_mm.engine import build_float_model
 from psaq_mm.evolution import discrepancy
 from psaq_mm.evolution.views import random_blend, random_zoom
@@ -432,3 +433,20 @@ def test_whole_run(other, scope):
     found, expected = run(other), run('cpu')
     assert same(found, expected), [
         key for key in found[0] if not torch.equal(found[0][key].cpu(), expected[0][key])]
+
+
+def test_module_device():
+    assert module_device(nn.Linear(2, 2, device='meta')).type == 'meta'
+    assert module_device(nn.ReLU()).type == 'cpu'
+    buffered = nn.Module()
+    buffered.register_buffer('table', torch.zeros(1, device='meta'))
+    assert module_device(buffered).type == 'meta'
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_refused(dtype):
+    model = DetSwin(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)).to(dtype)
+    for call in (require_float32, psaq_mm.synthesize, psaq_mm.quantize):
+        with pytest.raises(UserError, match=rf'{dtype} .*call model.float\(\) first'):
+            call(model)
+    require_float32(model.float())

@@ -43,7 +43,7 @@ class Adapter:
 
     One subclass for each, registered with ``@ADAPTERS.register_module()``;
     it holds no state, the model comes with each call. The quantized
-    counterparts of the host's own modules live in the same file.
+    counterparts of the host's own modules live beside it.
     """
 
     norm_readers_of: ClassVar[Mapping[type, Mapping[str, str]]] = {}

@@ -12,14 +12,8 @@ from mmseg.models.utils import PatchEmbed
 from psaq_mm.ops import register_op
 from psaq_mm.registry import ADAPTERS
 
-from .openmmlab_swin import (
-    NORMS_OF_BLOCK,
-    NORMS_OF_MERGING,
-    OpenMMLabSwinAdapter,
-    PatchEmbedOp,
-    SwinBlockOp,
-    WindowMSAOp,
-)
+from .openmmlab_ops import PatchEmbedOp, SwinBlockOp, WindowMSAOp
+from .openmmlab_swin import NORMS_OF_BLOCK, NORMS_OF_MERGING, OpenMMLabSwinAdapter
 
 
 @register_op(WindowMSA)

@@ -21,14 +21,10 @@ from typing import (
 )
 from weakref import WeakKeyDictionary
 
-import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from psaq_mm.devices import module_device
 from psaq_mm.errors import UserError
-from psaq_mm.modes import evaluating
-from psaq_mm.ops import QuantOp
 from psaq_mm.prior import AttentionRecord
 
 from . import (
@@ -36,10 +32,10 @@ from . import (
     openmmlab_taps,
 )
 from .adapter import Adapter, shown_size
+from .neck_sizes import first_taken
 from .openmmlab_taps import fewer_regions, samples_for
 from .pixel_range import pixel_range
 from .predictors import last_layers
-from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
 from .recorder import AttentionRecorder
 from .seen_pixels import SeenPixels, seen_pixels, turns_channels
 from .swin_layouts import OPENMMLAB, SWIN_AUTHORS, convert_openmmlab_swin
@@ -47,84 +43,6 @@ from .tap_record import TapRecord
 from .tested_size import test_dataset
 from .window_grid import WindowGrid
 from .window_tokens import valid_tokens
-
-
-class WindowMSAOp(QuantOp):
-    """Window attention with its two matmuls quantized.
-
-    Modifications: as said in ``quantized_attention.py``, and nothing else;
-    ``qkv`` and ``proj`` are ops of their own.
-    """
-
-    roles = WINDOW_ROLES
-
-    num_heads: int
-    scale: float
-    relative_position_bias_table: Tensor
-    relative_position_index: Tensor
-    qkv: nn.Module
-    attn_drop: nn.Module
-    proj: nn.Module
-    proj_drop: nn.Module
-
-    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
-        """Args:
-            x (Tensor): Input features with shape of (num_windows*B, N, C).
-            mask (Tensor, optional): Shape (num_windows, N, N), 0 or -100.
-                Defaults to None.
-
-        Returns:
-            Tensor: Shape (num_windows*B, N, C).
-        """
-        n_windows, n_tokens, channels = x.shape
-        heads = self.num_heads
-        qkv = self.qkv(x).reshape(n_windows, n_tokens, 3, heads, channels // heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (num_windows*B, heads, N, head_dim) each
-        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
-        bias = bias.view(n_tokens, n_tokens, heads).permute(2, 0, 1).contiguous()
-        out = attend(self, q, k, v, lambda logits: add_window_bias(self, logits, bias, mask))
-        return self.proj_drop(self.proj(out))
-
-
-class SwinBlockOp(QuantOp):
-    """Swin block with the residual stream quantized after both additions.
-
-    Modifications: as said; activation checkpointing is not supported.
-    """
-
-    roles = dict(attention_residual=-1, ffn_residual=-1)
-
-    norm1: nn.Module
-    norm2: nn.Module
-    attn: nn.Module
-    ffn: nn.Module
-
-    def forward(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
-        """Args:
-            x (Tensor): Shape (B, H*W, C).
-            hw_shape (tuple[int, int]): H and W.
-
-        Returns:
-            Tensor: Shape (B, H*W, C).
-        """
-        x = self.quantize('attention_residual', x + self.attn(self.norm1(x), hw_shape))
-        return self.quantize('ffn_residual', self.ffn(self.norm2(x), identity=x))
-
-
-class PatchEmbedOp(QuantOp):
-    """Patch embedding with its output, after the norm, quantized."""
-
-    roles = dict(output=-1)
-
-    def forward(self, x: Tensor) -> Tuple[Tensor, Tuple[int, int]]:
-        """Args:
-            x (Tensor): Images of shape (B, C, H, W).
-
-        Returns:
-            tuple: Tokens of shape (B, h*w, embed_dims), and (h, w).
-        """
-        tokens, hw_shape = super().forward(x)
-        return self.quantize('output', tokens), hw_shape
 
 
 def _config_of(model: nn.Module) -> Any:
@@ -137,7 +55,6 @@ REGIONS = 256, 32
 [choice]."""
 
 _SEEN: 'WeakKeyDictionary[nn.Module, SeenPixels]' = WeakKeyDictionary()
-_PARTS: 'WeakKeyDictionary[nn.Module, Dict[Tuple[int, int], int]]' = WeakKeyDictionary()
 
 NORMS_OF_BLOCK = {'norm1': 'attn.w_msa.qkv', 'norm2': 'ffn.layers.0.0'}
 NORMS_OF_MERGING = {'norm': 'reduction'}
@@ -222,45 +139,9 @@ class OpenMMLabSwinAdapter(Adapter):
 
     def _first_taken(self, model: nn.Module, sizes: Sequence[Tuple[int, int]]) \
             -> Optional[Tuple[int, int]]:
-        """The first size at which neck and head can be run; as far as they can at any of them."""
-        best: Tuple[int, Optional[Tuple[int, int]]] = (-1, None)
-        for size in sizes:
-            parts = self._parts_that_run(model, size)
-            if parts > best[0]:
-                best = parts, size
-            if parts == 2:
-                break
-        return best[1]
-
-    def _parts_that_run(self, model: Any, size: Tuple[int, int]) -> int:
-        """How many of neck and dense head can be run on feature maps of images of a size."""
-        neck = getattr(model, 'neck', None)
-        if neck is None:
-            return 2
-        head = None if self.is_segmentor(model) else openmmlab_taps.dense_head(model)
-        known = _PARTS.setdefault(model, {})
-        if size not in known:
-            backbone, (height, width) = self._backbone(model), size
-            maps: Any = []
-            for i, (step, _) in enumerate(self.attention_windows(model)):
-                height, width = -(-height // step[0]), -(-width // step[1])
-                if i in backbone.out_indices:
-                    maps.append(torch.zeros(1, backbone.num_features[i], height, width,
-                                            device=module_device(model)))
-            parts = 0
-            try:
-                with evaluating(model), torch.no_grad():
-                    maps = neck(maps)
-                    parts = 1
-                    if head is not None:
-                        head(maps)
-                    parts = 2
-            except (torch.cuda.OutOfMemoryError, MemoryError):  # says nothing of the size
-                raise
-            except Exception:  # necks and heads are anyone's code
-                pass
-            known[size] = parts
-        return known[size]
+        plain = getattr(model, 'neck', None) is None or self.is_segmentor(model)
+        head = None if plain else openmmlab_taps.dense_head(model)
+        return first_taken(model, head, self.attention_windows(model), sizes)
 
     def check_image_size(self, model: nn.Module, size: Tuple[int, int],
                          key: str = 'synthesis.image_size') -> None:

@@ -9,7 +9,6 @@ from mmseg.models.backbones.swin import SwinTransformer as SegSwin
 
 import psaq_mm
 from psaq_mm.adapters import find_adapter
-from psaq_mm.devices import require_float32
 from psaq_mm.errors import UserError
 
 SMALL = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
@@ -122,12 +121,3 @@ def test_position_embedding_of_another_size(swin):
     find_adapter(oblong).check_image_size(oblong, (96, 64))
     with pytest.raises(UserError, match='must make 384 patches, since'):
         find_adapter(oblong).check_image_size(oblong, find_adapter(oblong).image_size(oblong))
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_are_refused(dtype):
-    model = DetSwin(**SMALL).to(dtype)
-    for call in (require_float32, psaq_mm.synthesize, psaq_mm.quantize):
-        with pytest.raises(UserError, match=rf'{dtype} .*call model.float\(\) first'):
-            call(model)
-    require_float32(model.float())

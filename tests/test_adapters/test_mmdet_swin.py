@@ -20,7 +20,6 @@ from psaq_mm.adapters.mmdet_swin import (
     QuantSwinBlock,
     QuantWindowMSA,
 )
-from psaq_mm.devices import module_device
 from psaq_mm.errors import UserError
 from psaq_mm.ops import (
     QuantOp,
@@ -639,14 +638,6 @@ def test_forward_of_a_backbone_as_a_model():
     with torch.no_grad():
         images, model = torch.randn(1, 3, 28, 28), swin()
         assert all(map(torch.equal, ADAPTER.forward_model(model, images), model(images)))
-
-
-def test_module_device():
-    assert module_device(nn.Linear(2, 2, device='meta')).type == 'meta'
-    assert module_device(nn.ReLU()).type == 'cpu'
-    buffered = nn.Module()
-    buffered.register_buffer('table', torch.zeros(1, device='meta'))
-    assert module_device(buffered).type == 'meta'
 
 
 def test_ops_are_instances_of_the_host_classes():

@@ -8,7 +8,7 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 
 import psaq_mm
-from psaq_mm.adapters import find_adapter, openmmlab_swin
+from psaq_mm.adapters import find_adapter, neck_sizes
 from psaq_mm.deploy import export_graphs
 from psaq_mm.errors import UserError
 from psaq_mm.pipeline import Pipeline
@@ -89,7 +89,7 @@ def test_head_that_needs_large_maps(model, monkeypatch):
         return features
 
     monkeypatch.setattr(model.bbox_head, 'forward', forward)
-    monkeypatch.setattr(openmmlab_swin, '_PARTS', WeakKeyDictionary())
+    monkeypatch.setattr(neck_sizes, '_PARTS', WeakKeyDictionary())
     adapter = find_adapter(model)
     assert adapter.taken_size(model, (64, 64)) == (128, 128)
     assert adapter.image_size(model) == (96, 96)
@@ -97,7 +97,7 @@ def test_head_that_needs_large_maps(model, monkeypatch):
 
 def test_parts_that_run_at_no_size_decide_nothing(model, monkeypatch):
     adapter = find_adapter(model)
-    monkeypatch.setattr(type(adapter), '_parts_that_run', lambda *args: 1)
+    monkeypatch.setattr(neck_sizes, 'parts_that_run', lambda *args: 1)
     assert adapter.image_size(model) == (48, 48)
     assert adapter.taken_size(model, (50, 60)) == (50, 60)
 
@@ -107,7 +107,7 @@ def test_memory_that_is_short_says_nothing_of_a_size(model, monkeypatch, error):
     def short(features):
         raise error('out of memory')
 
-    monkeypatch.setattr(openmmlab_swin, '_PARTS', WeakKeyDictionary())
+    monkeypatch.setattr(neck_sizes, '_PARTS', WeakKeyDictionary())
     adapter, forward = find_adapter(model), model.neck.forward
     monkeypatch.setattr(model.neck, 'forward', short)
     with pytest.raises(error, match='out of memory'):
