@@ -21,6 +21,7 @@ import json
 import logging
 import statistics
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -66,10 +67,6 @@ UNTRAINED: Dict[str, Tuple[str, Size]] = {
 SCENES = 480
 """That demo models are tested on: four times as many as their configs have, as graphs differ by
 little."""
-
-
-DRAWN = ', drawn'
-"""Follows a side that :mod:`psaq_mm.runtime` runs, from an image to a picture of the results."""
 
 
 class Case(NamedTuple):
@@ -202,14 +199,26 @@ def ours(case: Case, args: argparse.Namespace, folder: Path) \
     return runs, files, simulated
 
 
-def through_runtime(case: Case, files: Dict[str, Path], threads: int) \
-        -> Dict[str, Callable[[], Any]]:
-    """Our graphs of whole models once more: resizing, engine, masks of full size, drawing."""
-    pixels = np.ascontiguousarray(case.samples[0][0].transpose(1, 2, 0).astype(np.uint8))
-    models = {side: Model(file, threads) for side, file in files.items()
-              if side.endswith('ours, model')}
-    return {side + DRAWN: (lambda model=model: model(pixels).draw())
-            for side, model in models.items()}
+def runtime_share(file: Path, threads: int, image: np.ndarray, rounds: int) -> float:
+    """The part of a call, from an image to a picture of its results, that is not the engine's:
+    preparing the image, masks of full size, drawing. The median over rounds; both times are of
+    one call."""
+    model, engine_seconds, shares = Model(file, threads), [0.], []
+    pixels = np.ascontiguousarray(image[0].transpose(1, 2, 0).astype(np.uint8))
+    run = model.engine.run
+
+    def timed(array: np.ndarray) -> List[np.ndarray]:
+        start = time.perf_counter()
+        outputs = run(array)
+        engine_seconds[0] = time.perf_counter() - start
+        return outputs
+
+    model.engine.run = timed  # type: ignore[method-assign]
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        model(pixels).draw()
+        shares.append(1 - engine_seconds[0] / (time.perf_counter() - start))
+    return statistics.median(shares[1:])
 
 
 def points(subject: Subject, model: nn.Module) -> List[float]:
@@ -242,7 +251,6 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str,
     files.update(named)
     sides: Dict[str, Callable[[], Any]] = {
         side: (lambda run=run: run(case.samples[0])) for side, run in runs.items()}
-    sides.update(through_runtime(case, files, args.threads))
     seconds = interleave(sides, args.rounds)
     info = file_info(find_subgraph(case.model, 'model'), case.size,
                      case.model.dataset_meta['classes'], case.model.cfg)
@@ -253,8 +261,9 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str,
         for key, other in (('to_peer', PEERS[engine]), ('to_fp32', f'{engine} fp32')):
             if other in runs:
                 row[key] = median_ratio(seconds, side, other)
-        if side + DRAWN in seconds:
-            row['runtime_share'] = 1 - 1 / median_ratio(seconds, side + DRAWN, side)
+        if side.endswith('ours, model'):
+            row['runtime_share'] = runtime_share(files[side], args.threads, case.samples[0],
+                                                 args.rounds)
         if side in files:
             row['megabytes'] = size_of(files[side])
             row['size_to_fp32'] = row['megabytes'] / size_of(files[f'{engine} fp32'])
