@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from psaq_mm.ops import QuantOp
 
-from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
+from .quantized_attention import WINDOW_ROLES, attend_in_windows
 
 
 class WindowMSAOp(QuantOp):
@@ -19,13 +19,8 @@ class WindowMSAOp(QuantOp):
     roles = WINDOW_ROLES
 
     num_heads: int
-    scale: float
     relative_position_bias_table: Tensor
     relative_position_index: Tensor
-    qkv: nn.Module
-    attn_drop: nn.Module
-    proj: nn.Module
-    proj_drop: nn.Module
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Args:
@@ -36,14 +31,10 @@ class WindowMSAOp(QuantOp):
         Returns:
             Tensor: Shape (num_windows*B, N, C).
         """
-        n_windows, n_tokens, channels = x.shape
-        heads = self.num_heads
-        qkv = self.qkv(x).reshape(n_windows, n_tokens, 3, heads, channels // heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (num_windows*B, heads, N, head_dim) each
+        n_tokens = x.shape[1]
         bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
-        bias = bias.view(n_tokens, n_tokens, heads).permute(2, 0, 1).contiguous()
-        out = attend(self, q, k, v, lambda logits: add_window_bias(self, logits, bias, mask))
-        return self.proj_drop(self.proj(out))
+        bias = bias.view(n_tokens, n_tokens, self.num_heads).permute(2, 0, 1).contiguous()
+        return attend_in_windows(self, x, bias, mask)
 
 
 class SwinBlockOp(QuantOp):

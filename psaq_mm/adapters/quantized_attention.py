@@ -40,7 +40,28 @@ def attend(op: Any, q: Tensor, k: Tensor, v: Tensor,
     return (attention @ op.quantize('value', v)).transpose(1, 2).flatten(2)
 
 
-def add_window_bias(op: Any, logits: Tensor, bias: Tensor, mask: Optional[Tensor]) -> Tensor:
+def attend_in_windows(op: Any, x: Tensor, bias: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """Window attention with both matmuls quantized.
+
+    Args:
+        op (QuantOp): With ``qkv``, ``num_heads``, ``proj`` and ``proj_drop``, and what
+            :func:`attend` needs.
+        x (Tensor): Shape (num_windows*B, N, C).
+        bias (Tensor): Relative position bias, shape (heads, N, N).
+        mask (Tensor, optional): Shape (num_windows, N, N), 0 or -100.
+
+    Returns:
+        Tensor: Shape (num_windows*B, N, C).
+    """
+    n_windows, n_tokens, _ = x.shape
+    qkv = op.qkv(x).reshape(n_windows, n_tokens, 3, op.num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (num_windows*B, heads, N, head_dim) each
+    out = attend(op, q, k, v, lambda logits: _add_window_bias(op, logits, bias, mask))
+    return op.proj_drop(op.proj(out))
+
+
+def _add_window_bias(op: Any, logits: Tensor, bias: Tensor,
+                     mask: Optional[Tensor]) -> Tensor:
     """Add the relative position bias and the mask of shifted windows.
 
     Args:

@@ -19,7 +19,7 @@ from psaq_mm.ops import QuantOp, register_op
 from psaq_mm.prior import AttentionRecord
 from psaq_mm.registry import ADAPTERS
 
-from .quantized_attention import WINDOW_ROLES, add_window_bias, attend
+from .quantized_attention import WINDOW_ROLES, attend_in_windows
 from .recorder import AttentionRecorder
 from .timm_adapter import NORMS_OF_BLOCK, PSAQ_MM, TIMM, TimmAdapter
 from .window_grid import WindowGrid
@@ -46,12 +46,7 @@ class QuantTimmWindowAttention(QuantOp, WindowAttention):
         Returns:
             Tensor: Shape (num_windows*B, N, C).
         """
-        n_windows, n_tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(n_windows, n_tokens, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (num_windows*B, heads, N, head_dim) each
-        bias = self._get_rel_pos_bias().squeeze(0)  # (heads, N, N)
-        out = attend(self, q, k, v, lambda logits: add_window_bias(self, logits, bias, mask))
-        return self.proj_drop(self.proj(out))
+        return attend_in_windows(self, x, self._get_rel_pos_bias().squeeze(0), mask)
 
 
 @register_op(SwinTransformerBlock)
