@@ -131,15 +131,15 @@ def brief_table(rows: List[Row]) -> str:
 
 def whole_table(rows: List[Row]) -> str:
     """All sides of whole models, a case after the other."""
-    lines = ['| | threads | | median ms | times as fast as the peer | as fp32 | MB | peak MiB '
-             "| runtime's share | on the test set |", '|---' * 10 + '|']
+    lines = ['| | threads | | median ms | times as fast as the peer | as fp32 | as torch fp32 '
+             "| MB | peak MiB | runtime's share | on the test set |", '|---' * 11 + '|']
     for (case, threads), group in by_case(rows).items():
         for row in group:
             seconds = row.get('median')  # of the simulation nobody times
             cells = [_number(seconds and 1000 * seconds, 0), _inverse(row.get('to_peer')),
-                     _inverse(row.get('to_fp32')), _number(row.get('megabytes'), 1),
-                     _number(row.get('peak_mib'), 0), _number(row.get('runtime_share'), 2),
-                     _points(row)]
+                     _inverse(row.get('to_fp32')), _inverse(row.get('to_torch')),
+                     _number(row.get('megabytes'), 1), _number(row.get('peak_mib'), 0),
+                     _number(row.get('runtime_share'), 2), _points(row)]
             lines.append(f'| {WHOLE[case]} | {threads} | {row["side"]} | {" | ".join(cells)} |')
     return '\n'.join(lines)
 

@@ -2,9 +2,9 @@
 r"""Whole models, from the pixels of an image to results: ours without data beside the engines'
 own precisions and peers that saw data.
 
-    OMP_NUM_THREADS=1 python benchmarks/deploy_whole.py                        # the demo detector
-    OMP_NUM_THREADS=1 python benchmarks/deploy_whole.py --cases bccd segmentor
-    OMP_NUM_THREADS=1 python benchmarks/deploy_whole.py --cases mask-rcnn-t \
+    python benchmarks/deploy_whole.py                             # the demo detector, one thread
+    python benchmarks/deploy_whole.py --cases bccd segmentor
+    python benchmarks/deploy_whole.py --cases mask-rcnn-t --threads 1 2 --scopes model \
         --engines openvino      # then onnxruntime: memory. Rows of all runs add up
 
 The peers, NNCF (`model_type=TRANSFORMER`) in OpenVINO and onnxruntime's quantize_static (QDQ, 32
@@ -19,6 +19,7 @@ import argparse
 import copy
 import json
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -41,6 +42,7 @@ from psaq_mm.deploy.file_info import file_info
 from psaq_mm.deploy.hosts import find_subgraph
 from psaq_mm.deploy.hosts.detection import ExportableDetections
 from psaq_mm.deploy.hosts.whole import WholeGraph
+from psaq_mm.deploy.latency import pin
 from psaq_mm.deploy.onnx_export import save_onnx, trace
 from psaq_mm.deploy.peak_memory import peak_in_process
 from psaq_mm.engine import build_float_model, load_config
@@ -52,6 +54,12 @@ from psaq_mm.runtime.images import pad
 ROOT = Path(__file__).resolve().parents[1]
 Run = Callable[[np.ndarray], List[np.ndarray]]
 Size = Tuple[int, int]
+
+
+class Side(NamedTuple):
+    """A graph, and how an engine computes what is not in integers."""
+    file: Path
+    precision: str = 'fp32'
 
 TRAINED = dict(demo='demo', cascade='cascade', bccd='bccd', segmentor='upernet')
 """Case to its name in experiment.py."""
@@ -147,36 +155,31 @@ def untrained(config: str, size: Size) -> Case:
     return Case(model.eval(), size, [image], None)
 
 
-def peers(plain: Path, samples: List[np.ndarray], threads: int, folder: Path,
-          engines: List[str]) -> Tuple[Dict[str, Run], Dict[str, Path]]:
+def peers(plain: Path, samples: List[np.ndarray], folder: Path, engines: List[str]) \
+        -> Dict[str, Side]:
     """The engines' own precisions, and the peers' int8."""
-    runs: Dict[str, Run] = {}
-    files: Dict[str, Path] = {}
+    sides: Dict[str, Side] = {}
     if 'openvino' in engines:
-        files.update(openvino_peers(plain, samples, folder))
-        for side, bf16 in zip(tuple(files), ('openvino bf16', 'openvino nncf + bf16')):
-            runs[side] = ENGINES['openvino'](files[side], threads).run
-            runs[bf16] = ENGINES['openvino'](files[side], threads, 'bf16').run
+        for side, file in openvino_peers(plain, samples, folder).items():
+            sides[side] = Side(file)
+        for side, bf16 in zip(tuple(sides), ('openvino bf16', 'openvino nncf + bf16')):
+            sides[bf16] = Side(sides[side].file, 'bf16')
     if 'onnxruntime' in engines:
-        side = 'onnxruntime quantize_static'
-        runs['onnxruntime fp32'] = ENGINES['onnxruntime'](plain, threads).run
-        files['onnxruntime fp32'] = plain
+        sides['onnxruntime fp32'] = Side(plain)
         try:
             static = quantize_static(plain, samples[:32], folder)
-            run = ENGINES['onnxruntime'](static, threads).run
-            run(samples[0])
-            runs[side], files[side] = run, static
+            ENGINES['onnxruntime'](static).run(samples[0])
+            sides['onnxruntime quantize_static'] = Side(static)
         except Exception as error:  # what it writes may not run
             print(f'quantize_static fails: {" ".join(str(error).split())[:200]}', flush=True)
-    return runs, files
+    return sides
 
 
 def ours(case: Case, args: argparse.Namespace, folder: Path) \
-        -> Tuple[Dict[str, Run], Dict[str, Path], List[Dict[str, Any]]]:
+        -> Tuple[Dict[str, Side], List[Dict[str, Any]]]:
     """Our graphs, of each scope and for each engine, and rows of the simulation."""
     simulated: List[Dict[str, Any]] = []
-    runs: Dict[str, Run] = {}
-    files: Dict[str, Path] = {}
+    sides: Dict[str, Side] = {}
     for scope in args.scopes:
         student = quantized(case, scope)
         for engine, target in (('openvino', 'openvino'), ('onnxruntime', 'onnx')):
@@ -186,17 +189,15 @@ def ours(case: Case, args: argparse.Namespace, folder: Path) \
             export_graphs(student, out, target, [case.size], part='model', config=case.model.cfg,
                           classes=case.model.dataset_meta['classes'], least_share=0.)
             side = f'{engine} ours, {scope}'
-            loaded = Graphs(out, engine, args.threads).engine(case.size)
-            runs[side], files[side] = loaded.run, loaded.path
+            sides[side] = Side(Graphs(out, engine).engine(case.size).path)
             print(f'{side}: exported', flush=True)
             if engine == 'openvino':
-                runs[f'{side} + bf16'] = Graphs(out, engine, args.threads, 'bf16') \
-                    .engine(case.size).run
+                sides[f'{side} + bf16'] = Side(sides[side].file, 'bf16')
         if case.subject is not None:
             simulated.append(dict(side=f'torch simulation, {scope}',
                                   points=points(case.subject, student)))
             print(json.dumps(simulated[-1]), flush=True)
-    return runs, files, simulated
+    return sides, simulated
 
 
 def runtime_share(file: Path, threads: int, image: np.ndarray, rounds: int) -> float:
@@ -239,41 +240,59 @@ def quantized(case: Case, scope: str) -> nn.Module:
 
 
 def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
-    """All sides of a case."""
+    """All sides of a case, at each number of threads."""
     case = trained(TRAINED[name], args.samples, args.work_dir) if name in TRAINED else \
         untrained(*UNTRAINED[name])
     print(f'{name}: {len(case.samples)} images of {case.size} for the peers', flush=True)
-    runs, files, rows = ours(case, args, folder)
-    rows = [dict(case=name, threads=args.threads, **row) for row in rows]
+    sides, simulated = ours(case, args, folder)
     plain_onnx(case.model, case.size, folder / 'plain.onnx')
-    more, named = peers(folder / 'plain.onnx', case.samples, args.threads, folder, args.engines)
-    runs.update(more)
-    files.update(named)
-    sides: Dict[str, Callable[[], Any]] = {
-        side: (lambda run=run: run(case.samples[0])) for side, run in runs.items()}
-    seconds = interleave(sides, args.rounds)
-    info = file_info(find_subgraph(case.model, 'model'), case.size,
-                     case.model.dataset_meta['classes'], case.model.cfg)
+    sides.update(peers(folder / 'plain.onnx', case.samples, folder, args.engines))
+    rows = [dict(case=name, threads=args.threads[0], **row) for row in simulated]
+    cores = os.sched_getaffinity(0)
+    for threads in sorted(args.threads, reverse=True):  # threads of a pool stay on their cores
+        os.sched_setaffinity(0, cores)
+        for row in timed(case, sides, threads, args.rounds,
+                         threads == args.threads[0]):
+            rows.append(dict(case=name, threads=threads, **row))
+            print(json.dumps(rows[-1]), flush=True)
+    os.sched_setaffinity(0, cores)
+    return rows
+
+
+def timed(case: Case, sides: Dict[str, Side], threads: int, rounds: int, test: bool) \
+        -> List[Dict[str, Any]]:
+    """A row for each side at one number of threads, and for float in torch. Of a trained model
+    it is tested too if asked for."""
+    pin(threads)
+    image = case.samples[0]
+    runs: Dict[str, Run] = {
+        side: ENGINES[side.split()[0]](file, threads, precision).run
+        for side, (file, precision) in sides.items()}
+    host: Any = find_subgraph(case.model, 'model')
+    info = file_info(host, case.size, case.model.dataset_meta['classes'], case.model.cfg)
+    with torch.no_grad():
+        seconds = interleave({
+            'torch fp32': lambda: host.run(torch.from_numpy(image)),
+            **{side: (lambda run=run: run(image)) for side, run in runs.items()}}, rounds)
+    rows = [dict(side='torch fp32', median=statistics.median(seconds['torch fp32']))]
     for side, run in runs.items():
-        engine = side.split()[0]
-        row: Dict[str, Any] = dict(case=name, threads=args.threads, side=side,
-                                   median=statistics.median(seconds[side]))
+        engine, file = side.split()[0], sides[side].file
+        row: Dict[str, Any] = dict(side=side, median=statistics.median(seconds[side]),
+                                   to_torch=median_ratio(seconds, side, 'torch fp32'))
         for key, other in (('to_peer', PEERS[engine]), ('to_fp32', f'{engine} fp32')):
             if other in runs:
                 row[key] = median_ratio(seconds, side, other)
         if side.endswith('ours, model'):
-            row['runtime_share'] = runtime_share(files[side], args.threads, case.samples[0],
-                                                 args.rounds)
-        if side in files:
-            row['megabytes'] = size_of(files[side])
-            row['size_to_fp32'] = row['megabytes'] / size_of(files[f'{engine} fp32'])
+            row['runtime_share'] = runtime_share(file, threads, image, rounds)
+        if sides[side].precision == 'fp32':
+            row['megabytes'] = size_of(file)
+            row['size_to_fp32'] = row['megabytes'] / size_of(sides[f'{engine} fp32'].file)
             row['peak_mib'] = peak_in_process(dict(
-                engine=engine, file=str(files[side]), threads=args.threads, precision='fp32',
+                engine=engine, file=str(file), threads=threads, precision='fp32',
                 size=case.size, channels=3))
-        if case.subject is not None:
+        if test and case.subject is not None:
             row['points'] = points(case.subject, GraphModel(OneGraph(run, info)))  # type: ignore
-        row['objects'] = len(run(case.samples[0])[0])
-        print(json.dumps(row), flush=True)
+        row['objects'] = len(run(image)[0])
         rows.append(row)
     return rows
 
@@ -284,7 +303,7 @@ def main() -> None:
     parser.add_argument('--engines', nargs='+', choices=list(PEERS), default=list(PEERS))
     parser.add_argument('--scopes', nargs='+', choices=['backbone', 'model'],
                         default=['backbone', 'model'])
-    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--threads', type=int, nargs='+', default=[1], help='in turn')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--samples', type=int, default=300, help='of the peers, if there are '
                         'as many; with random weights 1')
@@ -293,7 +312,6 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter('ignore')
     logging.disable(logging.INFO)
-    torch.set_num_threads(args.threads)
     for name in args.cases:
         with tempfile.TemporaryDirectory() as folder:
             keep(args.measured, measure(name, args, Path(folder)), WHOLE)

@@ -25,6 +25,15 @@ def halfway(pixels: np.ndarray, colors: np.ndarray, out: Optional[np.ndarray] = 
     return cv2.addWeighted(pixels, 0.5, colors, 0.5, -0.25, out)  # halves are rounded down
 
 
+def write(picture: np.ndarray, text: str, left: int, bottom: int, size: float,
+          color: Tuple[int, int, int]) -> None:
+    """Write a line on a black background, in place. An outline took ten times as long."""
+    font, width = cv2.FONT_HERSHEY_SIMPLEX, max(1, round(size))
+    (right, up), down = cv2.getTextSize(text, font, size, width)
+    cv2.rectangle(picture, (left, bottom - up), (left + right, bottom + down // 2), (0, 0, 0), -1)
+    cv2.putText(picture, text, (left, bottom), font, size, color, width, cv2.LINE_AA)
+
+
 @dataclass
 class Result:
     """What was found in an image.
@@ -96,11 +105,8 @@ class Detections(Result):
             color = color_of(self.labels[i])
             x1, y1, x2, y2 = (int(round(float(v))) for v in self.boxes[i])
             cv2.rectangle(picture, (x1, y1), (x2, y2), color, max(1, round(2 * size)))
-            text = f'{self.name_of(int(self.labels[i]))} {self.scores[i]:.2f}'
-            place = x1, max(y1 - 3, round(22 * size))
-            for paint, width in (((0, 0, 0), 3), (color, 1)):
-                cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, paint,
-                            max(1, round(width * size)), cv2.LINE_AA)
+            write(picture, f'{self.name_of(int(self.labels[i]))} {self.scores[i]:.2f}', x1,
+                  max(y1 - round(10 * size), round(22 * size)), size, color)
         return picture
 
     def plain(self, score_thr: float = 0.) -> Dict[str, Any]:
@@ -145,11 +151,8 @@ class Classification(Result):
     def draw(self, score_thr: float = 0.3) -> np.ndarray:
         picture, size = self.image.copy(), max(0.4, min(self.image.shape[:2]) / 800)
         for row, entry in enumerate(self.plain()['top']):
-            place = 4, round(28 * size * (row + 1))
-            text = f'{entry["class"]} {100 * entry["score"]:.1f} %'
-            for paint, width in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-                cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, size, paint,
-                            max(1, round(width * size)), cv2.LINE_AA)
+            write(picture, f'{entry["class"]} {100 * entry["score"]:.1f} %', 4,
+                  round(32 * size * (row + 1)), size, (255, 255, 255))
         return picture
 
     def plain(self, score_thr: float = 0.) -> Dict[str, Any]:
