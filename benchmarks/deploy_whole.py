@@ -61,6 +61,10 @@ class Side(NamedTuple):
     file: Path
     precision: str = 'fp32'
 
+
+Points = Dict[str, List[float]]
+"""Side to its metrics on the test set."""
+
 TRAINED = dict(demo='demo', cascade='cascade', bccd='bccd', segmentor='upernet')
 """Case to its name in experiment.py."""
 
@@ -175,17 +179,17 @@ def peers(plain: Path, samples: List[np.ndarray], folder: Path, engines: List[st
     return sides
 
 
-def ours(case: Case, args: argparse.Namespace, folder: Path) \
-        -> Tuple[Dict[str, Side], List[Dict[str, Any]]]:
-    """Our graphs, of each scope and for each engine, and rows of the simulation."""
-    simulated: List[Dict[str, Any]] = []
+def ours(case: Case, args: argparse.Namespace, seed: int, folder: Path) \
+        -> Tuple[Dict[str, Side], Points]:
+    """Our graphs, of each scope and for each engine, and the metrics of the simulation."""
+    simulated: Points = {}
     sides: Dict[str, Side] = {}
     for scope in args.scopes:
-        student = quantized(case, scope)
+        student = quantized(case, scope, seed)
         for engine, target in (('openvino', 'openvino'), ('onnxruntime', 'onnx')):
             if engine not in args.engines:
                 continue
-            out = folder / f'{engine}_{scope}'
+            out = folder / f'{engine}_{scope}_{seed}'
             export_graphs(student, out, target, [case.size], part='model', config=case.model.cfg,
                           classes=case.model.dataset_meta['classes'], least_share=0.)
             side = f'{engine} ours, {scope}'
@@ -194,9 +198,7 @@ def ours(case: Case, args: argparse.Namespace, folder: Path) \
             if engine == 'openvino':
                 sides[f'{side} + bf16'] = Side(sides[side].file, 'bf16')
         if case.subject is not None:
-            simulated.append(dict(side=f'torch simulation, {scope}',
-                                  points=points(case.subject, student)))
-            print(json.dumps(simulated[-1]), flush=True)
+            simulated[f'torch simulation, {scope}'] = points(case.subject, student)
     return sides, simulated
 
 
@@ -225,56 +227,46 @@ def runtime_share(file: Path, threads: int, image: np.ndarray, rounds: int) -> f
 def points(subject: Subject, model: nn.Module) -> List[float]:
     """The metrics of a test set, in points."""
     found = subject.test(model)
-    return [round(METRICS[key][1] * found[key], 1) for key in METRICS if key in found]
+    return [METRICS[key][1] * found[key] for key in METRICS if key in found]
 
 
-def quantized(case: Case, scope: str) -> nn.Module:
+def tested(case: Case, sides: Dict[str, Side]) -> Points:
+    """The metrics of each graph of a trained model."""
+    found: Points = {}
+    for side, (file, precision) in sides.items() if case.subject is not None else ():
+        info = file_info(find_subgraph(case.model, 'model'), case.size,
+                         case.model.dataset_meta['classes'], case.model.cfg)
+        graph: Any = OneGraph(ENGINES[side.split()[0]](file, precision=precision).run, info)
+        found[side] = points(case.subject, GraphModel(graph))
+        print(side, found[side], flush=True)
+    return found
+
+
+def quantized(case: Case, scope: str, seed: int) -> nn.Module:
     """Our W8A8: of a trained model by the shipped recipe, without data; else by ranges of noise,
     which cost the same time."""
     if case.subject is not None:
-        return case.subject.student(experiment('w8a8', scope), 0)[0]
+        return case.subject.student(experiment('w8a8', scope), seed)[0]
     settings = psaq_mm.Recipe.shipped('w8a8').changed(dict(quantization=dict(
         scope=scope, channel_limit=None, weight=dict(rounding='nearest')))).quantization
     return psaq_mm.calibrate(psaq_mm.prepare(case.model, settings),
                              torch.from_numpy(case.samples[0]) / 64 - 2)
 
 
-def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
-    """All sides of a case, at each number of threads."""
-    case = trained(TRAINED[name], args.samples, args.work_dir) if name in TRAINED else \
-        untrained(*UNTRAINED[name])
-    print(f'{name}: {len(case.samples)} images of {case.size} for the peers', flush=True)
-    sides, simulated = ours(case, args, folder)
-    plain_onnx(case.model, case.size, folder / 'plain.onnx')
-    sides.update(peers(folder / 'plain.onnx', case.samples, folder, args.engines))
-    rows = [dict(case=name, threads=args.threads[0], **row) for row in simulated]
-    cores = os.sched_getaffinity(0)
-    for threads in sorted(args.threads, reverse=True):  # threads of a pool stay on their cores
-        os.sched_setaffinity(0, cores)
-        for row in timed(case, sides, threads, args.rounds,
-                         threads == args.threads[0]):
-            rows.append(dict(case=name, threads=threads, **row))
-            print(json.dumps(rows[-1]), flush=True)
-    os.sched_setaffinity(0, cores)
-    return rows
-
-
-def timed(case: Case, sides: Dict[str, Side], threads: int, rounds: int, test: bool) \
-        -> List[Dict[str, Any]]:
-    """A row for each side at one number of threads, and for float in torch. Of a trained model
-    it is tested too if asked for."""
+def timed(case: Case, sides: Dict[str, Side], threads: int, rounds: int) -> List[Dict[str, Any]]:
+    """A row for float in torch and for each side, at one number of threads."""
     pin(threads)
     image = case.samples[0]
     runs: Dict[str, Run] = {
         side: ENGINES[side.split()[0]](file, threads, precision).run
         for side, (file, precision) in sides.items()}
     host: Any = find_subgraph(case.model, 'model')
-    info = file_info(host, case.size, case.model.dataset_meta['classes'], case.model.cfg)
     with torch.no_grad():
         seconds = interleave({
             'torch fp32': lambda: host.run(torch.from_numpy(image)),
             **{side: (lambda run=run: run(image)) for side, run in runs.items()}}, rounds)
-    rows = [dict(side='torch fp32', median=statistics.median(seconds['torch fp32']))]
+    rows: List[Dict[str, Any]] = [
+        dict(side='torch fp32', median=statistics.median(seconds['torch fp32']))]
     for side, run in runs.items():
         engine, file = side.split()[0], sides[side].file
         row: Dict[str, Any] = dict(side=side, median=statistics.median(seconds[side]),
@@ -290,11 +282,38 @@ def timed(case: Case, sides: Dict[str, Side], threads: int, rounds: int, test: b
             row['peak_mib'] = peak_in_process(dict(
                 engine=engine, file=str(file), threads=threads, precision='fp32',
                 size=case.size, channels=3))
-        if test and case.subject is not None:
-            row['points'] = points(case.subject, GraphModel(OneGraph(run, info)))  # type: ignore
         row['objects'] = len(run(image)[0])
         rows.append(row)
     return rows
+
+
+def measure(name: str, args: argparse.Namespace, folder: Path) -> List[Dict[str, Any]]:
+    """All sides of a case: tested, our own of each seed, and timed at each number of threads."""
+    case = trained(TRAINED[name], args.samples, args.work_dir) if name in TRAINED else \
+        untrained(*UNTRAINED[name])
+    print(f'{name}: {len(case.samples)} images of {case.size} for the peers', flush=True)
+    plain_onnx(case.model, case.size, folder / 'plain.onnx')
+    sides = peers(folder / 'plain.onnx', case.samples, folder, args.engines)
+    metrics = [tested(case, sides)]
+    for seed in reversed(args.seeds if case.subject is not None else args.seeds[:1]):
+        own, simulated = ours(case, args, seed, folder)
+        metrics += [simulated, tested(case, own)]
+    sides = {**own, **sides}  # times are of the first seed
+    means = {side: [round(statistics.mean(values), 1) for values in zip(
+        *(found[side] for found in metrics if side in found))]
+        for found in metrics for side in found}
+    rows: List[Dict[str, Any]] = [dict(side=side, threads=args.threads[0], points=means[side])
+                                  for side in means if side not in sides]
+    cores = os.sched_getaffinity(0)
+    for threads in sorted(args.threads, reverse=True):  # threads of a pool stay on their cores
+        os.sched_setaffinity(0, cores)
+        for row in timed(case, sides, threads, args.rounds):
+            rows.append(dict(threads=threads, **row))
+            if row['side'] in means and threads == args.threads[0]:
+                rows[-1]['points'] = means[row['side']]
+            print(json.dumps(rows[-1]), flush=True)
+    os.sched_setaffinity(0, cores)
+    return [dict(case=name, **row) for row in rows]
 
 
 def main() -> None:
@@ -304,6 +323,8 @@ def main() -> None:
     parser.add_argument('--scopes', nargs='+', choices=['backbone', 'model'],
                         default=['backbone', 'model'])
     parser.add_argument('--threads', type=int, nargs='+', default=[1], help='in turn')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='of our images, for '
+                        'trained models: metrics are means, times are of the first')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--samples', type=int, default=300, help='of the peers, if there are '
                         'as many; with random weights 1')

@@ -41,3 +41,20 @@ def test_segments_are_mixed_half_and_half():
     for label in range(4):
         mixed(expected, labels == label, label)
     assert np.array_equal(Segmentation(IMAGE, list('abcd'), labels).draw(), expected)
+
+
+@pytest.mark.parametrize('top', [0, 3, 60])
+@pytest.mark.parametrize('scale', [1, 8])
+def test_labels_are_readable_on_a_background(top, scale):
+    """Letters of the class's colour on black, inside of the image, whatever is behind."""
+    image = np.full((100 * scale, 200 * scale, 3), 200, np.uint8)
+    found = Detections(image, ['cat'], np.array([[20., top, 90., 90.]]) * scale, np.array([0.9]),
+                       np.array([0]))
+    drawn = found.draw()
+    black, color = (drawn == 0).all(-1), (drawn == color_of(0)).all(-1)
+    rows, columns = np.nonzero(black)
+    assert len(rows) > 300 and color.sum() > 30
+    ground = drawn[rows.min():rows.max() + 1, columns.min():columns.max() + 1]
+    assert ground[(ground == image[0, 0]).all(-1)].size == 0
+    if top == 60:  # above the box
+        assert rows.max() <= top * scale
