@@ -413,7 +413,8 @@ def test_whole_run(other, scope):
     prior = SynthesisSettings(num_images=2, batch_size=2, image_size=56, steps=2)
     settings = Recipe().changed(dict(quantization=dict(
         scope=scope, weight=dict(bits=4), activation=dict(bits=6),
-        roles=dict(input=dict(rotate=True))))).quantization
+        roles=dict(input=dict(rotate=True, granularity='per_token'),
+                   attention=dict(granularity='per_token'))))).quantization
     game = EvolutionSettings(rounds=1, sample_steps=1, student_steps=1, batch_size=2, taps=taps,
                              learn='both' if scope == 'model' else 'ranges')
 

@@ -37,7 +37,6 @@ from psaq_mm.quantization import (
 from psaq_mm.quantization.packing import old_slot_bits, packed_bytes
 from psaq_mm.quantization.quantizer import restoring_ranges
 from psaq_mm.quantization.ranges import flaw_of_range
-from psaq_mm.quantization.spec import PER_TENSOR
 
 from .manifest import (
     MANIFEST_KEY,
@@ -243,7 +242,7 @@ def _flaw_of_range(state: Mapping[str, Tensor], op: QuantOp, name: str, role: st
             continue
         if scale is None:
             scale = value
-        if quantizer.spec.granularity == PER_TENSOR:
+        if quantizer.axis is None:
             fits = value.dim() == 0
         else:
             fits = value.dim() == 1 and len(value) > 0 and channels in (None, len(value))

@@ -9,12 +9,14 @@ from torch.nn.utils import skip_init
 
 from psaq_mm.ops import QuantLinear, QuantOp, named_quant_ops
 from psaq_mm.quantization import Quantizer
+from psaq_mm.quantization.spec import PER_TOKEN
 
 from .exportable_conv import fold_batch_norms, is_matrix_product, matrix_product_forward
 from .exportable_quantizer import (
     ExportableFakeQuantize,
     ExportableQuantizer,
     ExportableRounding,
+    ExportableTokens,
     ExportableWeight,
 )
 
@@ -47,6 +49,8 @@ def make_exportable(model: nn.Module, target: str, float_roles: Collection[str] 
                 cls = ExportableQuantizer if target != 'openvino' else \
                     ExportableRounding if role in ATTENTION_ROLES else ExportableFakeQuantize
                 exportable = cls(quantizer, f'{name} ({role})')
+                if quantizer.spec.granularity == PER_TOKEN:
+                    exportable = ExportableTokens(exportable, quantizer.softmax)
             op.quantizers[role] = exportable
         weight = op.weight_quantizer
         if weight is None or not weight.active:
@@ -96,9 +100,11 @@ def quantize(module: Any, role: str, x: Tensor) -> Tensor:
 def quantize_ahead(layer: Any, x: Tensor) -> Tensor:
     """Quantize the input of a layer in front of a gather. The layer does it again, which changes
     nothing: engines look for the integers next to it, and the gather moves integers. An input
-    that is rotated cannot be rotated twice: it stays float.
+    that is rotated, or whose tokens have scales of their own, would change: it stays float.
     """
-    return x if is_rotated(layer) else quantize(layer, 'input', x)
+    twice = is_rotated(layer) or (isinstance(layer, QuantOp) and 'input' in layer.quantizers
+                                  and isinstance(layer.quantizers['input'], ExportableTokens))
+    return x if twice else quantize(layer, 'input', x)
 
 
 def is_rotated(layer: nn.Module) -> bool:

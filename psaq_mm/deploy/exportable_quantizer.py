@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from psaq_mm.errors import UserError
 from psaq_mm.ops import QuantOp
-from psaq_mm.quantization import Quantizer
+from psaq_mm.quantization import Quantizer, token_sizes
 from psaq_mm.quantization.ranges import flaw_of_range
 
 from .graph_ops import dequantize_linear, fake_quantize, quantize_linear
@@ -123,6 +123,25 @@ class ExportableRounding(ExportableQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.integers(x) * self.step
+
+
+class ExportableTokens(nn.Module):
+    """The quantizer of tokens that have scales of their own: what is quantized is a token over
+    its size.
+
+    Args:
+        quantizer (nn.Module): The exportable one of what is left.
+        softmax (bool): Whether tokens are rows of softmax outputs.
+    """
+
+    def __init__(self, quantizer: nn.Module, softmax: bool) -> None:
+        super().__init__()
+        self.quantizer, self.softmax = quantizer, softmax
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = token_sizes(x, self.softmax)
+        values: Tensor = self.quantizer(x / sizes) * sizes
+        return values
 
 
 class ExportableWeight(nn.Module):

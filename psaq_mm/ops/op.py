@@ -61,7 +61,8 @@ class QuantOp(nn.Module):
         op.__dict__['_weight_cache'] = None
         op.weight_settled = False
         op.quantizers = nn.ModuleDict({  # type: ignore[assignment]
-            role: Quantizer(spec, cls.roles[role]) for role, spec in specs.items()})
+            role: Quantizer(spec, cls.roles[role], role == 'attention')
+            for role, spec in specs.items()})
         return op
 
     def set_weight_range(self) -> None:

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which modules of a model are quantized, and how: a plan, before any change."""
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Callable, Dict, FrozenSet, List, Sequence
 
@@ -7,6 +8,7 @@ from torch import nn
 
 from psaq_mm.errors import UserError
 from psaq_mm.quantization import QuantSpec
+from psaq_mm.quantization.spec import PER_TENSOR, PER_TOKEN
 from psaq_mm.recipe.quantization import QuantizationSettings
 
 from .op import QuantOp, op_for
@@ -75,11 +77,20 @@ def plan_quantization(model: nn.Module, settings: QuantizationSettings,
     for name in candidates:
         if name not in idle and _any_match(name, settings.include) \
                 and not _any_match(name, settings.exclude):
-            plan[name] = {r: settings.spec_for(name, r, kinds(name)) for r in roles[name]}
+            plan[name] = {r: _fitting(settings.spec_for(name, r, kinds(name)), r,
+                                      model.get_submodule(name)) for r in roles[name]}
     if not plan:
         raise UserError('quantization: nothing is left to quantize after include, exclude and '
                         'placement')
     return plan
+
+
+def _fitting(spec: QuantSpec, role: str, module: nn.Module) -> QuantSpec:
+    """A spec as a module can have it: outputs of a convolution mix pixels, which would have one
+    scale each."""
+    if role == 'input' and spec.granularity == PER_TOKEN and not isinstance(module, nn.Linear):
+        return replace(spec, granularity=PER_TENSOR)
+    return spec
 
 
 def unquantized_weights(model: nn.Module, plan: Plan, adapter: 'Adapter', scope: str) -> List[str]:

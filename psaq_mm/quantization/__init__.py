@@ -10,10 +10,11 @@ from .ranges import scale_and_zero_point
 from .rotation import Rotation
 from .spec import QuantSpec
 from .sqnr import sqnr_db
+from .token_sizes import token_sizes
 
 __all__ = [
     'MAEObserver', 'MSEObserver', 'MinMaxObserver', 'Observer', 'PercentileObserver', 'QuantSpec',
     'Quantizer', 'Rotation', 'dequantize', 'excess_width', 'fake_quantize', 'gptq_round',
     'pack_integers', 'quantize_to_integers', 'scale_and_zero_point', 'second_moments', 'sqnr_db',
-    'unpack_integers'
+    'token_sizes', 'unpack_integers'
 ]

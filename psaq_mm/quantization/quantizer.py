@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The module that quantizes one tensor of a network."""
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,15 @@ from psaq_mm.errors import UserError
 from .fake_quantize import fake_quantize, quantize_to_integers
 from .observers import NOTHING_OBSERVED, Observer
 from .ranges import scale_and_zero_point
-from .spec import PER_CHANNEL, QuantSpec
+from .spec import PER_CHANNEL, PER_TOKEN, QuantSpec
+from .token_sizes import token_sizes
 
 LEARNED = 'psaq_mm_learned'
 """Key in a state dict that says that a range was learned; there only if it was."""
 
 INTEGERS = 'psaq_mm_integers'
-"""Key in a state dict of what integers a range is for: bits, and 1 if it is symmetric;
-on the CPU, wherever the model is."""
+"""Key in a state dict of what integers a range is for: bits, 1 if it is symmetric, and a 1 if
+it is of tokens over their sizes; on the CPU, wherever the model is."""
 
 
 class Quantizer(nn.Module):
@@ -33,14 +34,17 @@ class Quantizer(nn.Module):
     Args:
         spec (QuantSpec): Bits, symmetry, granularity and range rule.
         channel_axis (int, optional): The axis that per-channel scales run
-            along; unused for ``per_tensor``. Defaults to None.
+            along; unused but for ``per_channel``. Defaults to None.
+        softmax (bool): Whether it quantizes rows of softmax outputs, whose size is another one
+            if tokens have scales of their own. Defaults to False.
     """
 
-    def __init__(self, spec: QuantSpec, channel_axis: Optional[int] = None) -> None:
+    def __init__(self, spec: QuantSpec, channel_axis: Optional[int] = None,
+                 softmax: bool = False) -> None:
         super().__init__()
         if spec.granularity == PER_CHANNEL and channel_axis is None:
             raise ValueError('a per-channel quantizer needs its channel axis')
-        self.spec = spec
+        self.spec, self.softmax = spec, softmax
         self.axis = channel_axis if spec.granularity == PER_CHANNEL else None
         self.enabled = True
         """bool: False while quantization is off for a moment, such as to observe."""
@@ -115,12 +119,24 @@ class Quantizer(nn.Module):
         return quantize_to_integers(x, self.scale, self.zero_point, self.spec.integer_range,
                                     self.axis)
 
+    def simulate(self, x: Tensor) -> Tensor:
+        """Round to the integers of the range and back, whether it is switched off or not."""
+        sizes = self.sizes(x)
+        if sizes is not None:
+            x = x / sizes
+        x = fake_quantize(x, self.scale, self.zero_point, self.spec.integer_range, self.axis)
+        return x if sizes is None else x * sizes
+
+    def sizes(self, x: Tensor) -> Optional[Tensor]:
+        """Of its tokens, if they have scales of their own."""
+        per_token = self.spec.granularity == PER_TOKEN
+        return token_sizes(x, self.softmax) if per_token else None
+
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
-            self.observer.observe(x, self.axis)
-        if not self.active:
-            return x
-        return fake_quantize(x, self.scale, self.zero_point, self.spec.integer_range, self.axis)
+            sizes = self.sizes(x.detach())
+            self.observer.observe(x if sizes is None else x / sizes, self.axis)
+        return self.simulate(x) if self.active else x
 
     def extra_repr(self) -> str:
         kind = 'symmetric' if self.spec.symmetric else 'asymmetric'
@@ -152,7 +168,7 @@ class Quantizer(nn.Module):
                             keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.calibrated:
-            destination[prefix + INTEGERS] = torch.tensor([self.spec.bits, self.spec.symmetric])
+            destination[prefix + INTEGERS] = torch.tensor(self._integers)
         if self.learned:
             destination[prefix + LEARNED] = torch.tensor(True)
 
@@ -164,12 +180,19 @@ class Quantizer(nn.Module):
         self.learned = bool(own.pop(prefix + LEARNED, False))
         super()._load_from_state_dict(own, prefix, *args, **kwargs)
 
+    @property
+    def _integers(self) -> List[int]:
+        """What a state dict says of the integers."""
+        per_token = [1] if self.spec.granularity == PER_TOKEN else []
+        return [self.spec.bits, int(self.spec.symmetric), *per_token]
+
     def _require_own_integers(self, given: Optional[Tensor], prefix: str) -> None:
         """Raise if a state dict has its range for other integers; older ones do not say."""
-        own = [self.spec.bits, int(self.spec.symmetric)]
+        own = self._integers
         if given is not None and given.tolist() != own:
-            theirs, ours = (f'{bits} bits ({"symmetric" if symmetric else "asymmetric"})'
-                            for bits, symmetric in (given.tolist(), own))
+            theirs, ours = (f'{bits} bits ({"symmetric" if symmetric else "asymmetric"}'
+                            f'{", per token" if per_token else ""})'
+                            for bits, symmetric, *per_token in (given.tolist(), own))
             op, _, role = prefix[:-1].partition('.quantizers.')
             where = f'{op} ({role}): ' if role else ''
             raise UserError(f'{where}the state dict is quantized to {theirs}, the model to '

@@ -13,6 +13,7 @@ from psaq_mm.sections import build_section, is_integer
 
 PER_TENSOR = 'per_tensor'
 PER_CHANNEL = 'per_channel'
+PER_TOKEN = 'per_token'
 
 NEAREST = 'nearest'
 GPTQ = 'gptq'
@@ -38,7 +39,10 @@ class QuantSpec:
             uint8 of QuantizeLinear. Defaults to True.
         granularity (str): ``per_tensor``: one scale. ``per_channel``: one
             scale for each index of the channel axis, e.g. a weight of shape
-            (out, in) has scales of shape (out,). Defaults to ``per_tensor``.
+            (out, in) has scales of shape (out,). ``per_token``: one scale, of what is left
+            after each token was divided by its size, by
+            :func:`psaq_mm.quantization.token_sizes`. Inputs of linear layers and softmax
+            outputs alone may have it. Defaults to ``per_tensor``.
         observer (dict): Config of the range rule in the OBSERVERS registry.
             Defaults to ``dict(type='MinMaxObserver')``.
         margin (float): How far the range is widened beyond what was observed, for
@@ -74,9 +78,9 @@ class QuantSpec:
             raise UserError(f'bits must be an integer from 2 to 8, got {self.bits!r}')
         if not isinstance(self.symmetric, bool):
             raise UserError(f'symmetric must be True or False, got {self.symmetric!r}')
-        if self.granularity not in (PER_TENSOR, PER_CHANNEL):
-            raise UserError(f"granularity must be '{PER_TENSOR}' or '{PER_CHANNEL}', "
-                            f'got {self.granularity!r}')
+        if self.granularity not in (PER_TENSOR, PER_CHANNEL, PER_TOKEN):
+            raise UserError(f"granularity must be '{PER_TENSOR}', '{PER_CHANNEL}' or "
+                            f"'{PER_TOKEN}', got {self.granularity!r}")
         if not isinstance(self.observer, Mapping) \
                 or not isinstance(self.observer.get('type'), str):
             raise UserError("observer must be a dict with a 'type', such as "

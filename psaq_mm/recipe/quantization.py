@@ -7,7 +7,7 @@ from typing import Any, Collection, Dict, FrozenSet, Mapping, Optional, Sequence
 
 from psaq_mm.errors import UserError
 from psaq_mm.quantization.placement import ROLES, resolve_placement
-from psaq_mm.quantization.spec import GPTQ, NEAREST, PER_CHANNEL, QuantSpec
+from psaq_mm.quantization.spec import GPTQ, NEAREST, PER_CHANNEL, PER_TOKEN, QuantSpec
 from psaq_mm.sections import build_section, is_integer, is_number, nearest
 
 from .merging import merged, plain_copy
@@ -294,6 +294,10 @@ class QuantizationSettings:
         if spec.rotate and role != 'input':
             raise UserError(f'{where}.rotate must be False: only inputs of layers (roles.input) '
                             f'can be rotated, and this sets it for {role}')
+        if spec.granularity == PER_TOKEN and role not in ('input', 'attention'):
+            raise UserError(f"{where}.granularity cannot be '{PER_TOKEN}' for {role}: only inputs "
+                            'of linear layers (roles.input) and softmax outputs '
+                            '(roles.attention) can have a scale for each token')
         return spec
 
     @classmethod

@@ -6,9 +6,6 @@ there are. The base comes first, then the preset, then a config's own values.
 """
 from typing import Any, Dict, Mapping
 
-_EVEN_ATTENTION = dict(type='MAEObserver', min_factor=0.02, candidates=100)
-"""Range rule of softmax outputs that shows even attention too, not large weights alone."""
-
 PRESETS: Mapping[str, Mapping[str, Any]] = dict(
     # Images by the prior, ranges set on them, weights rounded by GPTQ.
     default={},
@@ -35,19 +32,20 @@ def _width(weight: int, activation: int) -> Dict[str, Any]:
     return dict(scope='backbone', weight=dict(bits=weight), activation=dict(bits=activation))
 
 
+def _narrow(bits: int, percentile: float, rotate: bool) -> Dict[str, Any]:
+    # Steps are too coarse to give some away: no margin, and the farthest inputs are cut off. Over
+    # the sizes of their tokens inputs are alike, so that the last layer of attention needs no
+    # rule of its own (docs/results/quantizer.md).
+    observer = dict(type='PercentileObserver', percentile=percentile)
+    return dict(_width(bits, bits), activation=dict(bits=bits, margin=0.), roles=dict(
+        attention=dict(margin=0., granularity='per_token'),
+        input=dict(rotate=rotate, granularity='per_token', observer=observer)),
+        overrides={'*attn*.proj': dict(input=dict(observer=observer))})
+
+
 BASES: Mapping[str, Mapping[str, Any]] = dict(
-    w3a3=dict(quantization=dict(
-        scope='backbone', weight=dict(bits=3), activation=dict(bits=3, margin=0.),
-        # With 8 integers a range that holds all but 0.1 % of the inputs is still too wide.
-        roles=dict(attention=dict(margin=0., observer=_EVEN_ATTENTION),
-                   input=dict(rotate=True, observer=dict(type='PercentileObserver',
-                                                         percentile=0.99))))),
-    # Steps of 4 bits are too coarse to give some away: no margin. Of segmentors softmax
-    # outputs are to show even attention too; detectors lose a little by that (docs/results.md).
-    w4a4=dict(quantization=dict(
-        scope='backbone', weight=dict(bits=4), activation=dict(bits=4, margin=0.),
-        roles=dict(attention=dict(margin=0.)),
-        overrides={'@segmentor': dict(attention=dict(observer=_EVEN_ATTENTION))})),
+    w3a3=dict(quantization=_narrow(3, percentile=0.98, rotate=True)),
+    w4a4=dict(quantization=_narrow(4, percentile=0.999, rotate=False)),
     w4a8=dict(quantization=_width(4, 8)),
     w6a6=dict(quantization=_width(6, 6)),
     # The whole model: it loses 0.3 points at most, and whole graphs are fast (docs/deploy.md).

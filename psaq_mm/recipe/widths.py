@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, Collection, Mapping
 
 from psaq_mm.quantization import QuantSpec
+from psaq_mm.quantization.spec import PER_TOKEN
 
 from .quantization import BUDGETS, QuantizationSettings
 from .recipe import Recipe
@@ -46,12 +47,15 @@ def spec_at_width(settings: QuantizationSettings, bits: int, name: str, role: st
     """The spec of a tensor at other bits than the settings give it.
 
     Margin and range rule become those of the shipped recipe of these bits, where they are those
-    of the shipped recipe of the tensor's bits; what a user has set stays.
+    of the shipped recipe of the tensor's bits; what a user has set stays. So does the range rule
+    where that of the width is made for tokens with scales of their own, and these have none.
     """
     spec = settings.spec_for(name, role, kinds)
     before, after = (_shipped(width).spec_for(name, role, kinds) for width in (spec.bits, bits))
     changes = {key: getattr(after, key) for key in OF_WIDTH
                if getattr(spec, key) == getattr(before, key)}
+    if after.granularity == PER_TOKEN != spec.granularity:  # its range rule is for tokens alone
+        changes.pop('observer', None)
     return replace(spec, bits=bits, **changes)
 
 

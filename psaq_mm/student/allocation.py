@@ -142,7 +142,8 @@ class Allocator:
         self.plan = plan_quantization(model, settings, adapter)
         kinds, free = kinds_in(model, settings, adapter), FreeTensors(settings)
         self.specs: Specs = {
-            (name, role): {bits: spec_at_width(settings, bits, name, role, kinds(name))
+            (name, role): {bits: replace(spec_at_width(settings, bits, name, role, kinds(name)),
+                                         granularity=spec.granularity)
                            for bits in settings.candidate_bits}
             if free.has(name, role, kinds(name)) else {spec.bits: spec}
             for name, roles in self.plan.items() for role, spec in roles.items()}

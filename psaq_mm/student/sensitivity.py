@@ -22,7 +22,7 @@ from psaq_mm.modes import evaluating
 from psaq_mm.ops import QuantOp, named_quant_ops, named_rotations, quantization_enabled
 from psaq_mm.prior import derived_seed
 from psaq_mm.processes import indices_of_this_process, stopping_together
-from psaq_mm.quantization import Quantizer, QuantSpec, fake_quantize
+from psaq_mm.quantization import Quantizer, QuantSpec
 from psaq_mm.recipe import EvolutionSettings
 
 from .calibration import calibrate_ranges, forward_of_scope
@@ -184,7 +184,7 @@ def _calibrated_quantizers(student: nn.Module, images: Tensor, specs: Specs,
                     bits, spec = list(by_bits.items())[index]
                     op = ops[name]
                     op.quantizers[role] = found[name, role][bits] = Quantizer(
-                        spec, op.roles[role]).to(module_device(student))
+                        spec, op.roles[role], role == 'attention').to(module_device(student))
             calibrate_ranges(student, images, forward, batch_size)
     return found
 
@@ -236,8 +236,8 @@ class _Meter(ExitStack):
         flat = grad.detach().reshape(-1)
         with torch.no_grad():
             self._products[tensor] += torch.stack([
-                flat @ (fake_quantize(values, q.scale, q.zero_point, q.spec.integer_range, q.axis)
-                        - values).reshape(-1) for q in self.quantizers[tensor].values()])
+                flat @ (q.simulate(values) - values).reshape(-1)
+                for q in self.quantizers[tensor].values()])
 
     def finish_probe(self) -> None:
         """Square the products of one random direction."""

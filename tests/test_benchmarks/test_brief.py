@@ -73,5 +73,5 @@ def test_tables_of_whole_models(monkeypatch, tmp_path):
     assert lines[3].endswith('| 30 ms, 64.8 / 62.7 | 20 ms | 10 ms |  | 2.00 |')
     everything = deploy_figures.whole_table(deploy_figures.read(file)).splitlines()
     assert len(everything) == 2 + 6
-    assert '| torch simulation, model |  |  |  |  |  |  | 64.7 / 62.6 |' in everything[2]
+    assert '| torch simulation, model |  |  |  |  |  |  |  | 64.7 / 62.6 |' in everything[2]
     assert '| openvino ours, model | 10 | 2.00 | 3.03 |' in everything[-1]

@@ -89,6 +89,8 @@ SETTINGS = {
     'part': dict(include='stages.1.*', exclude='*.qkv'),
     'mixed': dict(overrides={'stages.0.*': dict(weight=dict(bits=2)),
                              '*.ffn.*': dict(weight=dict(bits=5, symmetric=False))}),
+    'scales of tokens': dict(roles={role: dict(granularity='per_token')
+                                    for role in ('input', 'attention')}, **bits(3, 3)),
     'rotated inputs': dict(roles=dict(input=dict(rotate=True)), **bits(4, 4)),
     'percentile': dict(activation=dict(observer=dict(type='PercentileObserver', percentile=0.99))),
 }

@@ -88,11 +88,16 @@ def test_float_model(tmp_path, target, backend):
     assert lowest(export_graphs(model, tmp_path, target, [SIZE])) > 80
 
 
+PER_TOKEN = dict(roles=dict(input=dict(granularity='per_token', rotate=True),
+                            attention=dict(granularity='per_token')))
+
+
 @pytest.mark.parametrize('target, backend', TARGETS)
 @pytest.mark.parametrize('name, settings', [
     ('swin', dict(weight=dict(bits=4))), ('deit', dict(weight=dict(bits=4, symmetric=False))),
     ('swin', dict(activation=dict(bits=6))), ('swin', dict(activation=dict(symmetric=True))),
     ('swin', dict(placement='v1')),
+    ('swin', PER_TOKEN), ('deit', PER_TOKEN),
     ('upernet_swin', dict(scope='model'))], ids=str)
 def test_settings(tmp_path, target, backend, name, settings):
     """Few bits, other types and places, heads too: always the simulated values."""

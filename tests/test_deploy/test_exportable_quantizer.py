@@ -7,6 +7,7 @@ from psaq_mm.deploy.exportable_quantizer import (
     ExportableFakeQuantize,
     ExportableQuantizer,
     ExportableRounding,
+    ExportableTokens,
 )
 from psaq_mm.errors import UserError
 from psaq_mm.quantization import Quantizer, QuantSpec
@@ -31,6 +32,21 @@ def test_activation(form, bits, symmetric):
     # A value halfway between two integers may fall to either.
     assert (difference > 1e-5 * step * 2**bits).float().mean() < 0.003
     assert difference.max() <= step * 1.001
+
+
+@pytest.mark.parametrize('form', [ExportableQuantizer, ExportableFakeQuantize, ExportableRounding])
+@pytest.mark.parametrize('softmax', [False, True])
+def test_scales_of_tokens(form, softmax):
+    torch.manual_seed(0)
+    source = quantizer([0. if softmax else -1.3], [0.8 if softmax else 1.9], bits=3,
+                       symmetric=False, granularity='per_token')
+    source.softmax = softmax
+    x = torch.randn(50, 40) * torch.logspace(-2, 2, 50)[:, None]
+    x = x.softmax(-1) if softmax else x
+    x[0] = 0  # padding
+    found, expected = ExportableTokens(form(source, 'x'), softmax)(x), source(x)
+    near = (found - expected).abs() <= 1e-5 * x.abs().amax(-1, keepdim=True)
+    assert near.float().mean() > 0.997 and torch.equal(found[0], torch.zeros(40))
 
 
 def test_rounded_operands():

@@ -35,6 +35,8 @@ def test_float_classifier_is_timms(name):
 
 @pytest.mark.parametrize('settings', [
     {}, dict(roles=dict(input=dict(rotate=True))), dict(placement='v1'),
+    dict(roles={role: dict(granularity='per_token') for role in ('input', 'attention')}),
+    dict(roles=dict(input=dict(granularity='per_token', rotate=True))),
     dict(placement=['weight', 'input', 'query', 'attention', 'output',
                     'bias_table', 'logits'])])
 @pytest.mark.parametrize('size', [(96, 128), (224, 224)])

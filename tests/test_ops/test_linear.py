@@ -397,6 +397,19 @@ def test_rotated_input_by_hand(shape, bias):
     torch.testing.assert_close(op(x), expected)
 
 
+def test_scales_of_rotated_tokens_by_hand():
+    """The input is rotated first; the size is that of what comes out of it."""
+    linear, x = nn.Linear(12, 7), torch.randn(2, 3, 12) * torch.tensor([1e-2, 1., 1e2])[:, None]
+    spec = QuantSpec(4, False, 'per_token', rotate=True)
+    op = QuantLinear.from_float(linear, dict(input=spec))
+    op.rotate_input(torch.randn(12))
+    calibrated_op(op, x)
+    turned = op.rotation(x)
+    sizes = turned.square().mean(-1, keepdim=True).sqrt()
+    expected = F.linear(reference(turned / sizes, 4, False) * sizes, op.weight, op.bias)
+    torch.testing.assert_close(op(x), expected)
+
+
 def test_rotation_leaves_the_float_layer_and_those_that_share_its_weight():
     linear, other, x = nn.Linear(12, 7), nn.Linear(12, 7), torch.randn(3, 12)
     other.weight, other.bias = linear.weight, linear.bias

@@ -280,3 +280,16 @@ def test_include_that_matches_only_what_the_placement_leaves_float():
         plan(swin(), include=['*.qkv', 'patch_embed'])
     with pytest.raises(UserError, match='include: .* matches no module'):
         plan(swin(), include='*.qkv', placement=['attention'])
+
+
+def test_inputs_of_convolutions_have_one_scale():
+    """A convolution adds pixels up: their scales would have to be equal."""
+    chosen = plan(Detector(), roles={role: dict(granularity='per_token')
+                                     for role in ('input', 'attention')}, scope='model')
+    per_token = {(name, role) for name, specs in chosen.items()
+                 for role, spec in specs.items() if spec.granularity == 'per_token'}
+    linear = prefixed(LAYERS) - {'backbone.patch_embed.projection'} | {
+        'roi_head.fc_cls', 'backbone_like'}
+    assert per_token == {(name, 'input') for name in linear} | {
+        (name, 'attention') for name in prefixed(ATTENTION)}
+    assert chosen['neck.conv']['input'].granularity == 'per_tensor'

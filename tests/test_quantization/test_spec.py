@@ -38,9 +38,10 @@ def test_symmetric_is_no_bool(symmetric):
         QuantSpec(symmetric=symmetric)
 
 
-@pytest.mark.parametrize('granularity', ['per_token', '', None, 'PER_TENSOR'])
+@pytest.mark.parametrize('granularity', ['per_row', '', None, 'PER_TENSOR'])
 def test_unknown_granularity(granularity):
-    with pytest.raises(UserError, match="granularity must be 'per_tensor' or 'per_channel'"):
+    with pytest.raises(UserError, match="granularity must be 'per_tensor', 'per_channel' or "
+                                        "'per_token', got"):
         QuantSpec(granularity=granularity)
 
 

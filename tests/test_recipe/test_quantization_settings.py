@@ -161,6 +161,20 @@ def test_rotation_is_of_inputs(values, where):
         settings(**values)
 
 
+@pytest.mark.parametrize('values, where', [
+    (dict(activation=dict(granularity='per_token')), 'activation.granularity.* for '),
+    (dict(weight=dict(granularity='per_token')), 'weight.granularity.* for weight'),
+    (dict(roles=dict(value=dict(granularity='per_token'))), 'roles.value.granularity'),
+    (dict(overrides={'a.*': dict(key=dict(granularity='per_token'))}),
+     r"overrides\['a.\*'\].key.granularity")])
+def test_scales_of_tokens_are_of_rows_of_products(values, where):
+    for role in ('input', 'attention'):
+        chosen = settings(roles={role: dict(granularity='per_token')})
+        assert chosen.spec_for('layer', role).granularity == 'per_token'
+    with pytest.raises(UserError, match=rf'^quantization\.{where}'):
+        settings(**values)
+
+
 def test_rounding_is_of_weights():
     chosen = settings(weight=dict(rounding='gptq'), roles=dict(weight=dict(bits=4)))
     assert chosen.spec_for('layer', 'weight').rounding == 'gptq'

@@ -127,8 +127,8 @@ def test_margins_and_range_rules_are_those_of_the_bits():
     qkv = 'stages.0.blocks.0.attn.w_msa.qkv'
     for bits, recipe in ((3, 'w3a3'), (4, 'w4a4'), (6, 'w6a6'), (8, 'w8a8')):
         shipped = psaq_mm.Recipe.shipped(recipe).quantization
-        # Whether it is rotated does not depend on the bits.
-        expected = replace(shipped.spec_for(qkv, 'input'), rotate=False)
+        # Whether it is rotated, and has a scale for each token, does not depend on the bits.
+        expected = replace(shipped.spec_for(qkv, 'input'), rotate=False, granularity='per_token')
         assert allocator.specs[qkv, 'input'][bits] == expected
     assert allocator.specs['patch_embed.projection', 'input'].keys() == {8}
     own = Allocator(swin(), settings(mean_bits=4, activation=dict(margin=0.25, symmetric=True)))

@@ -14,10 +14,13 @@ from psaq_mm.quantization import QuantSpec
 from psaq_mm.student import measure_sensitivity, measure_tap_error
 from psaq_mm.student.sensitivity import tap_error
 
+ROTATED = dict(input=dict(rotate=True))
+PER_TOKEN = dict(input=dict(rotate=True, granularity='per_token'),
+                 attention=dict(granularity='per_token'))
 
-def student_of(model, rotate=False):
-    chosen = QuantizationSettings.from_dict(dict(channel_limit=None, roles=dict(
-        input=dict(rotate=rotate))))
+
+def student_of(model, roles=None):
+    chosen = QuantizationSettings.from_dict(dict(channel_limit=None, roles=roles or {}))
     plan = plan_quantization(model, chosen, find_adapter(model))
     student = copy.deepcopy(model)
     apply_plan(student, plan)
@@ -26,11 +29,11 @@ def student_of(model, rotate=False):
                      for name, roles in plan.items() for role, spec in roles.items()}
 
 
-@pytest.mark.parametrize('rotate', [False, True])
-def test_losses_are_those_of_the_tensor_alone(rotate):
+@pytest.mark.parametrize('roles', [{}, ROTATED, PER_TOKEN])
+def test_losses_are_those_of_the_tensor_alone(roles):
     torch.manual_seed(0)
     model, images = swin(), torch.randn(2, 3, 56, 56)
-    student, specs = student_of(model, rotate)
+    student, specs = student_of(model, roles)
     groups = measure_sensitivity(student, images, specs, probes=24, views=False)
     quantizers = {(name, role): q for name, role, q in named_quantizers(student)}
     assert [t for group in groups for t in group.tensors] == list(specs)
@@ -80,14 +83,14 @@ class TwoReaders(nn.Module):
         return self.query(x) + self.key(x)
 
 
-@pytest.mark.parametrize('rotate', [False, True])
-def test_readers_of_one_tensor_have_equal_bits(rotate):
+@pytest.mark.parametrize('roles', [{}, ROTATED, PER_TOKEN])
+def test_readers_of_one_tensor_have_equal_bits(roles):
     from psaq_mm.student import sensitivity
     model = swin()
     model.extra = TwoReaders()
     model.norm1.register_forward_hook(
         lambda module, args, out: out + 1e-3 * model.extra(out[..., :4]).sum(-1, keepdim=True))
-    student, specs = student_of(model, rotate)
+    student, specs = student_of(model, roles)
     student.norm1._forward_hooks.clear()
     student.norm1.register_forward_hook(
         lambda module, args, out: out + 1e-3 * student.extra(out[..., :4]).sum(-1, keepdim=True))
