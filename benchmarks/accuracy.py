@@ -77,9 +77,11 @@ from experiment import (
 from psaq_mm.checkpoint import planned_bytes
 from psaq_mm.ops import plan_quantization
 
+PLAIN_SCALES = dict(granularity='per_tensor')
 NAIVE: Changes = dict(quantization=dict(
     activation=dict(margin=0.), overrides=dict(_delete_=True),
-    roles=dict(input=dict(MIN_MAX, rotate=False), attention=dict(MIN_MAX, margin=0.))))
+    roles=dict(input=dict(MIN_MAX, **PLAIN_SCALES, rotate=False),
+               attention=dict(MIN_MAX, **PLAIN_SCALES, margin=0.))))
 SMALLER_PAPER: Changes = dict(
     synthesis=dict(num_images=8, batch_size=8, steps=100),
     evolution=dict(rounds=5, sample_steps=5, student_steps=20, batch_size=4))

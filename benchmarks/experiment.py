@@ -125,9 +125,9 @@ TRAINING = DEMO / 'data' / 'families'
 
 SYNTHETIC = 'synthetic'
 
-OLD = 'not rotated', 'before 0.3', 'before 0.2'
-"""In the place of a fingerprint: measured when no input was rotated, when the first layer's range
-was that of the images, and when these were made otherwise."""
+OLD = 'one scale for all tokens', 'not rotated', 'before 0.3', 'before 0.2'
+"""In the place of a fingerprint: measured when tokens had no scales of their own, when no input was
+rotated, when the first layer's range was that of the images, and when these were made otherwise."""
 
 
 class Experiment(NamedTuple):
@@ -517,9 +517,10 @@ class Results:
     def print_note(self) -> None:
         """Say what † means, if :meth:`over_seeds` gave such values."""
         if self.has_old:
-            print('\n† Measured before inputs of linear layers were rotated at 3 bits; some of '
-                  'these values before 0.3, which gives the first layer the whole range of '
-                  'pixels, or before 0.2, which makes images in another way.')
+            print('\n† Measured before tokens had scales of their own at 3 and 4 bits; some of '
+                  'these values before inputs were rotated, before 0.3, which gives the first '
+                  'layer the whole range of pixels, or before 0.2, which makes images in another '
+                  'way.')
 
 
 def print_note_once(tables: Iterable[Results]) -> None:
