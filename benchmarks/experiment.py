@@ -126,8 +126,9 @@ TRAINING = DEMO / 'data' / 'families'
 SYNTHETIC = 'synthetic'
 
 OLD = 'one scale for all tokens', 'not rotated', 'before 0.3', 'before 0.2'
-"""In the place of a fingerprint: measured when tokens had no scales of their own, when no input was
-rotated, when the first layer's range was that of the images, and when these were made otherwise."""
+"""In the place of a fingerprint: measured when tokens had no scales of their own, when no input
+was rotated, when the first layer's range was that of the images, and when these were made
+otherwise."""
 
 
 class Experiment(NamedTuple):
