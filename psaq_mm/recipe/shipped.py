@@ -32,20 +32,24 @@ def _width(weight: int, activation: int) -> Dict[str, Any]:
     return dict(scope='backbone', weight=dict(bits=weight), activation=dict(bits=activation))
 
 
-def _narrow(bits: int, percentile: float, rotate: bool) -> Dict[str, Any]:
-    # Steps are too coarse to give some away: no margin, and the farthest inputs are cut off. Over
-    # the sizes of their tokens inputs are alike, so that the last layer of attention needs no
-    # rule of its own (docs/results/quantizer.md).
-    observer = dict(type='PercentileObserver', percentile=percentile)
-    return dict(_width(bits, bits), activation=dict(bits=bits, margin=0.), roles=dict(
-        attention=dict(margin=0., granularity='per_token'),
-        input=dict(rotate=rotate, granularity='per_token', observer=observer)),
-        overrides={'*attn*.proj': dict(input=dict(observer=observer))})
-
+_MOST_INPUTS = dict(type='PercentileObserver', percentile=0.98)
+"""Range rule of layers' inputs for 8 integers, once these are alike."""
 
 BASES: Mapping[str, Mapping[str, Any]] = dict(
-    w3a3=dict(quantization=_narrow(3, percentile=0.98, rotate=True)),
-    w4a4=dict(quantization=_narrow(4, percentile=0.999, rotate=False)),
+    # Once rotated and divided by the sizes of tokens, inputs are alike, so that the last layer of
+    # attention needs no rule of its own.
+    w3a3=dict(quantization=dict(
+        scope='backbone', weight=dict(bits=3), activation=dict(bits=3, margin=0.),
+        roles=dict(attention=dict(margin=0., granularity='per_token'),
+                   input=dict(rotate=True, granularity='per_token', observer=_MOST_INPUTS)),
+        overrides={'*attn*.proj': dict(input=dict(observer=_MOST_INPUTS))})),
+    # Steps of 4 bits are too coarse to give some away: no margin. Of segmentors softmax
+    # outputs are to show even attention too; detectors lose a little by that (docs/results.md).
+    w4a4=dict(quantization=dict(
+        scope='backbone', weight=dict(bits=4), activation=dict(bits=4, margin=0.),
+        roles=dict(attention=dict(margin=0.)),
+        overrides={'@segmentor': dict(attention=dict(observer=dict(
+            type='MAEObserver', min_factor=0.02, candidates=100)))})),
     w4a8=dict(quantization=_width(4, 8)),
     w6a6=dict(quantization=_width(6, 6)),
     # The whole model: it loses 0.3 points at most, and whole graphs are fast (docs/deploy.md).

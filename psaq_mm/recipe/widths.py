@@ -18,6 +18,14 @@ OF_WIDTH = ('observer', 'margin')
 """What shipped recipes set by the bits."""
 
 
+ONE_SCALE: Mapping[str, Mapping[str, Any]] = dict(
+    PercentileObserver=dict(type='PercentileObserver', percentile=0.99),
+    # With 8 integers the squared error looks at large weights alone, and may round to 0 all of a
+    # window that attends evenly.
+    MSEObserver=dict(type='MAEObserver', min_factor=0.02, candidates=100))
+"""A range rule to what it becomes for 8 integers and one scale for all tokens [measured]."""
+
+
 def without_budget(settings: QuantizationSettings, **changes: Any) -> QuantizationSettings:
     """Settings with other values, for whose bits nothing is left to choose."""
     return replace(settings, **{**dict.fromkeys(BUDGETS), **changes})
@@ -47,15 +55,15 @@ def spec_at_width(settings: QuantizationSettings, bits: int, name: str, role: st
     """The spec of a tensor at other bits than the settings give it.
 
     Margin and range rule become those of the shipped recipe of these bits, where they are those
-    of the shipped recipe of the tensor's bits; what a user has set stays. So does the range rule
-    where that of the width is made for tokens with scales of their own, and these have none.
+    of the shipped recipe of the tensor's bits; what a user has set stays. Where that range rule
+    is made for tokens with scales of their own, and these have none, it is of :data:`ONE_SCALE`.
     """
     spec = settings.spec_for(name, role, kinds)
     before, after = (_shipped(width).spec_for(name, role, kinds) for width in (spec.bits, bits))
     changes = {key: getattr(after, key) for key in OF_WIDTH
                if getattr(spec, key) == getattr(before, key)}
-    if after.granularity == PER_TOKEN != spec.granularity:  # its range rule is for tokens alone
-        changes.pop('observer', None)
+    if after.granularity == PER_TOKEN != spec.granularity and 'observer' in changes:
+        changes['observer'] = ONE_SCALE.get(spec.observer['type'], spec.observer)
     return replace(spec, bits=bits, **changes)
 
 

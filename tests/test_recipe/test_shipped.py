@@ -83,16 +83,26 @@ def test_ranges_of_a_base(base, percentile):
 
 @pytest.mark.parametrize('base', BASES)
 def test_tokens_of_a_base(base):
-    """Where integers are few, tokens have scales of their own; at 3 bits inputs are rotated."""
+    """At 3 bits tokens have scales of their own, and inputs are rotated."""
     quantization = Recipe.shipped(base).quantization
-    narrow = base in ('w4a4', 'w3a3')
+    narrow = base == 'w3a3'
     for name in ('mlp.fc1', 'attn.proj'):
         spec = quantization.spec_for(name, 'input')
-        assert spec.rotate == (base == 'w3a3')
+        assert spec.rotate == narrow
         assert spec.granularity == ('per_token' if narrow else 'per_tensor')
         assert (spec.observer['type'] == 'PercentileObserver') == (narrow or name == 'mlp.fc1')
     assert quantization.spec_for('x', 'attention').granularity == (
         'per_token' if narrow else 'per_tensor')
+
+
+@pytest.mark.parametrize('base, detector, segmentor', [
+    ('w8a8', 'MSEObserver', 'MSEObserver'), ('w4a4', 'MSEObserver', 'MAEObserver'),
+    ('w3a3', 'MSEObserver', 'MSEObserver')])
+def test_softmax_outputs_of_a_base(base, detector, segmentor):
+    quantization = Recipe.shipped(base).quantization
+    for kinds, rule in (((), detector), (('segmentor', ), segmentor)):
+        assert quantization.spec_for('x', 'attention', kinds).observer == dict(
+            type=rule, min_factor=0.02, candidates=100)
 
 
 @pytest.mark.parametrize('base', ['w4a4', 'w3a3', 'w4a8', 'w8a8'])

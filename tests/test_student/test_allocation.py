@@ -128,8 +128,21 @@ def test_margins_and_range_rules_are_those_of_the_bits():
     for bits, recipe in ((3, 'w3a3'), (4, 'w4a4'), (6, 'w6a6'), (8, 'w8a8')):
         shipped = psaq_mm.Recipe.shipped(recipe).quantization
         # Whether it is rotated, and has a scale for each token, does not depend on the bits.
-        expected = replace(shipped.spec_for(qkv, 'input'), rotate=False, granularity='per_token')
+        expected = replace(shipped.spec_for(qkv, 'input'), rotate=False, granularity='per_tensor')
+        if bits == 3:
+            expected = replace(expected, observer=dict(type='PercentileObserver', percentile=0.99))
         assert allocator.specs[qkv, 'input'][bits] == expected
+    # Few tokens are far larger than the rest: with one scale for all, all must fit.
+    few = allocator.specs['stages.0.blocks.0.attn.w_msa.proj', 'input'][3]
+    assert few.observer == dict(type='MinMaxObserver') and few.margin == 0
+    few = allocator.specs['stages.0.blocks.0.attn.w_msa', 'attention'][3]
+    assert few.observer['type'] == 'MAEObserver' and few.granularity == 'per_tensor'
+    own = Allocator(swin(), psaq_mm.Recipe.shipped('w3a3').changed(dict(quantization=dict(
+        mean_bits=3, channel_limit=None))).quantization)
+    for bits, percentile in ((2, 0.98), (3, 0.98), (4, 0.999), (8, 0.999)):
+        spec = own.specs[qkv, 'input'][bits]
+        assert spec.observer == dict(type='PercentileObserver', percentile=percentile)
+        assert spec.rotate and spec.granularity == 'per_token'
     assert allocator.specs['patch_embed.projection', 'input'].keys() == {8}
     own = Allocator(swin(), settings(mean_bits=4, activation=dict(margin=0.25, symmetric=True)))
     assert {(spec.margin, spec.symmetric) for spec in own.specs[qkv, 'input'].values()} == {

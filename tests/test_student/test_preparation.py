@@ -129,9 +129,11 @@ def test_scope(values, expected):
     assert scope_of(student, find_adapter(student)) == expected
 
 
-@pytest.mark.parametrize('name', ['upernet_swin_demo', 'mask_rcnn_swin_demo'])
-def test_one_base_for_all_families(name, tmp_path):
-    """Detectors and segmentors have the same range rules at 4 bits."""
+@pytest.mark.parametrize('name, observer', [
+    ('upernet_swin_demo', 'MAEObserver'), ('mask_rcnn_swin_demo', 'MSEObserver')])
+def test_one_base_for_all_families(name, observer, tmp_path):
+    """Softmax outputs of segmentors need another range rule than those of detectors at
+    4 bits; the same ``w4a4`` gives each its own."""
     from conftest import DEMO, ROOT
     config = tmp_path / 'x.py'
     config.write_text(f"_base_ = ['{DEMO}/{name}.py', '{ROOT}/configs/_base_/w4a4.py']\n")
@@ -141,5 +143,5 @@ def test_one_base_for_all_families(name, tmp_path):
     plan = plan_quantization(model, recipe.quantization, find_adapter(model))
     found = [specs['attention'] for specs in plan.values() if 'attention' in specs]
     assert len(found) == 10  # blocks of the demo models
-    assert {spec.observer['type'] for spec in found} == {'MSEObserver'}
-    assert {(spec.bits, spec.granularity) for spec in found} == {(4, 'per_token')}
+    assert {spec.observer['type'] for spec in found} == {observer}
+    assert {spec.bits for spec in found} == {4}
