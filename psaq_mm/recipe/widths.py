@@ -59,7 +59,10 @@ def spec_at_width(settings: QuantizationSettings, bits: int, name: str, role: st
     is made for tokens with scales of their own, and these have none, it is of :data:`ONE_SCALE`.
     """
     spec = settings.spec_for(name, role, kinds)
-    before, after = (_shipped(width).spec_for(name, role, kinds) for width in (spec.bits, bits))
+    before = _shipped(spec.bits).spec_for(name, role, kinds)
+    # Over the sizes of their tokens inputs are alike: there is no rule by the name of a layer.
+    nameless = spec.granularity == PER_TOKEN
+    after = _shipped(bits).spec_for('' if nameless else name, role, kinds)
     changes = {key: getattr(after, key) for key in OF_WIDTH
                if getattr(spec, key) == getattr(before, key)}
     if after.granularity == PER_TOKEN != spec.granularity and 'observer' in changes:

@@ -140,9 +140,10 @@ def test_margins_and_range_rules_are_those_of_the_bits():
     own = Allocator(swin(), psaq_mm.Recipe.shipped('w3a3').changed(dict(quantization=dict(
         mean_bits=3, channel_limit=None))).quantization)
     for bits, percentile in ((2, 0.98), (3, 0.98), (4, 0.999), (8, 0.999)):
-        spec = own.specs[qkv, 'input'][bits]
-        assert spec.observer == dict(type='PercentileObserver', percentile=percentile)
-        assert spec.rotate and spec.granularity == 'per_token'
+        for layer in (qkv, 'stages.0.blocks.0.attn.w_msa.proj'):
+            spec = own.specs[layer, 'input'][bits]
+            assert spec.observer == dict(type='PercentileObserver', percentile=percentile)
+            assert spec.rotate and spec.granularity == 'per_token'
     assert allocator.specs['patch_embed.projection', 'input'].keys() == {8}
     own = Allocator(swin(), settings(mean_bits=4, activation=dict(margin=0.25, symmetric=True)))
     assert {(spec.margin, spec.symmetric) for spec in own.specs[qkv, 'input'].values()} == {
