@@ -34,21 +34,19 @@ def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: Tuple[int, int],
         np.ndarray: bool, shape (N, H, W).
     """
     found = np.zeros((len(masks), *size), bool)
-    box: Any
-    for full, mask, box in zip(found, masks, boxes.astype(np.float32)):
-        x0, y0 = np.maximum(np.floor(box[:2]).astype(int) - 1, 0)
-        x1, y1 = np.minimum(np.ceil(box[2:]).astype(int) + 1, (size[1], size[0]))
-        if x1 <= x0 or y1 <= y0:
-            continue
-        weights = []
-        for first, last, low, high, length in ((y0, y1, box[1], box[3], mask.shape[0]),
-                                               (x0, x1, box[0], box[2], mask.shape[1])):
-            places = np.arange(first, last, dtype=np.float32) + np.float32(0.5)
-            with np.errstate(divide='ignore', invalid='ignore'):
-                places = (places - low) / (high - low) * length - np.float32(0.5)
-            places[~np.isfinite(places)] = -2  # a box without area holds nothing
-            weights.append(interpolation(places, length))
-        full[y0:y1, x0:x1] = weights[0] @ mask @ weights[1].T >= threshold
+    low, high = boxes[:, :2].astype(np.float32), boxes[:, 2:].astype(np.float32)
+    starts = np.maximum(np.floor(low).astype(int) - 1, 0)
+    stops = np.minimum(np.ceil(high).astype(int) + 1, (size[1], size[0]))
+    rows, columns = (np.arange(length, dtype=np.float32) + np.float32(0.5) for length in size)
+    # A box without area holds nothing.
+    for i in np.flatnonzero(((stops > starts) & (high > low)).all(1)):
+        (x0, y0), (x1, y1), mask = starts[i], stops[i], masks[i]
+        down, along = (
+            interpolation((places - first) / (last - first) * length - np.float32(0.5), length)
+            for places, first, last, length in (
+                (rows[y0:y1], low[i, 1], high[i, 1], mask.shape[0]),
+                (columns[x0:x1], low[i, 0], high[i, 0], mask.shape[1])))
+        np.greater_equal(down @ mask @ along.T, threshold, out=found[i, y0:y1, x0:x1])
     return found
 
 
