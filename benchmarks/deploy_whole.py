@@ -233,9 +233,11 @@ def points(subject: Subject, model: nn.Module) -> List[float]:
 def tested(case: Case, sides: Dict[str, Side]) -> Points:
     """The metrics of each graph of a trained model."""
     found: Points = {}
-    for side, (file, precision) in sides.items() if case.subject is not None else ():
-        info = file_info(find_subgraph(case.model, 'model'), case.size,
-                         case.model.dataset_meta['classes'], case.model.cfg)
+    if case.subject is None:
+        return found
+    info = file_info(find_subgraph(case.model, 'model'), case.size,
+                     case.model.dataset_meta['classes'], case.model.cfg)
+    for side, (file, precision) in sides.items():
         graph: Any = OneGraph(ENGINES[side.split()[0]](file, precision=precision).run, info)
         found[side] = points(case.subject, GraphModel(graph))
         print(side, found[side], flush=True)

@@ -27,7 +27,7 @@ STEPS = dict(synthesis=2 * 2 * 2, evolution=2 * (1 + 2),
 
 def recipe(*changes):
     result = Recipe.shipped('w4a4').changed(dict(quantization=dict(roles=dict(
-        input=dict(rotate=True), attention=dict(granularity='per_tensor')))))
+        input=dict(rotate=True)))))
     for change in changes:
         result = result.changed(change)
     return result

@@ -6,6 +6,9 @@ there are. The base comes first, then the preset, then a config's own values.
 """
 from typing import Any, Dict, Mapping
 
+EVEN_ATTENTION = dict(type='MAEObserver', min_factor=0.02, candidates=100)
+"""Range rule of softmax outputs that shows even attention too, not large weights alone."""
+
 PRESETS: Mapping[str, Mapping[str, Any]] = dict(
     # Images by the prior, ranges set on them, weights rounded by GPTQ.
     default={},
@@ -48,8 +51,7 @@ BASES: Mapping[str, Mapping[str, Any]] = dict(
     w4a4=dict(quantization=dict(
         scope='backbone', weight=dict(bits=4), activation=dict(bits=4, margin=0.),
         roles=dict(attention=dict(margin=0.)),
-        overrides={'@segmentor': dict(attention=dict(observer=dict(
-            type='MAEObserver', min_factor=0.02, candidates=100)))})),
+        overrides={'@segmentor': dict(attention=dict(observer=EVEN_ATTENTION))})),
     w4a8=dict(quantization=_width(4, 8)),
     w6a6=dict(quantization=_width(6, 6)),
     # The whole model: it loses 0.3 points at most, and whole graphs are fast (docs/deploy.md).

@@ -9,6 +9,7 @@ from psaq_mm.quantization.spec import PER_TOKEN
 
 from .quantization import BUDGETS, QuantizationSettings
 from .recipe import Recipe
+from .shipped import EVEN_ATTENTION
 
 BASE_OF_WIDTH: Mapping[int, str] = {2: 'w3a3', 3: 'w3a3', 4: 'w4a4', 5: 'w6a6', 6: 'w6a6',
                                     7: 'w8a8', 8: 'w8a8'}
@@ -20,9 +21,7 @@ OF_WIDTH = ('observer', 'margin')
 
 ONE_SCALE: Mapping[str, Mapping[str, Any]] = dict(
     PercentileObserver=dict(type='PercentileObserver', percentile=0.99),
-    # With 8 integers the squared error looks at large weights alone, and may round to 0 all of a
-    # window that attends evenly.
-    MSEObserver=dict(type='MAEObserver', min_factor=0.02, candidates=100))
+    MSEObserver=EVEN_ATTENTION)
 """A range rule to what it becomes for 8 integers and one scale for all tokens [measured]."""
 
 
