@@ -1,9 +1,11 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Make the quantized ops of a model exportable, and split or reshape layers."""
 import copy
-from typing import Any, Callable, Collection, Optional
+from functools import partial
+from typing import Any, Callable, Collection, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
@@ -55,9 +57,10 @@ def make_exportable(model: nn.Module, target: str, float_roles: Collection[str] 
         weight = op.weight_quantizer
         if weight is None or not weight.active:
             continue
-        forward = None
+        forward: Optional[Callable[[Tensor], Tensor]] = None
         if isinstance(op, QuantLinear):
-            forward = _linear_forward(op)
+            op.__dict__['product'] = _linear_product(op)
+            forward = partial(_linear_forward, op)
         elif target == 'onnx' and is_matrix_product(op):
             forward = matrix_product_forward(op)
         op.quantizers['weight'] = ExportableWeight(op, f'{name} (weight)', forward is not None)
@@ -69,18 +72,25 @@ def make_exportable(model: nn.Module, target: str, float_roles: Collection[str] 
         fold_batch_norms(model)
 
 
-def _linear_forward(op: Any) -> Callable[[Tensor], Tensor]:
-    """The forward of a linear layer whose weight is stored as a matrix (in, out)."""
+def _linear_forward(op: Any, x: Tensor) -> Tensor:
+    return product(op, *quantize_input(op, x))
 
-    def forward(x: Tensor) -> Tensor:
-        x = torch.matmul(op.quantize('input', x), op.quantizers['weight']())
+
+def _linear_product(op: Any) -> Callable[..., Tensor]:
+    """What :func:`product` computes for a linear layer whose weight is stored as a matrix
+    (in, out)."""
+
+    def product(x: Tensor, sizes: Optional[Tensor] = None) -> Tensor:
+        x = torch.matmul(x, op.quantizers['weight']())
+        if sizes is not None:
+            x = x * sizes
         if op.bias is not None:
             # The bias gets all dimensions: with one, onnxruntime would fuse it into a float
             # Gemm before it looks for integers.
             x = x + op.bias.view([1] * (x.dim() - 1) + [-1])
         return op.quantize('output', x)
 
-    return forward
+    return product
 
 
 def quantize(module: Any, role: str, x: Tensor) -> Tensor:
@@ -97,14 +107,45 @@ def quantize(module: Any, role: str, x: Tensor) -> Tensor:
     return module.quantize(role, x) if isinstance(module, QuantOp) else x
 
 
-def quantize_ahead(layer: Any, x: Tensor) -> Tensor:
-    """Quantize the input of a layer in front of a gather. The layer does it again, which changes
-    nothing: engines look for the integers next to it, and the gather moves integers. An input
-    that is rotated, or whose tokens have scales of their own, would change: it stays float.
+def quantize_input(layer: Any, x: Tensor, move: Optional[Callable[[Tensor], Tensor]] = None) \
+        -> Tuple[Tensor, Optional[Tensor]]:
+    """Quantize the input of a linear layer, for :func:`product`.
+
+    Args:
+        layer (nn.Module): An ``nn.Linear``, or its quantized op.
+        x (Tensor): Tokens, shape (..., C).
+        move (Callable, optional): Puts tokens in another order. It moves what is quantized, as
+            integers are a quarter of the bytes. What it gives is quantized again, which changes
+            nothing: engines look for the integers next to the product. Defaults to None.
+
+    Returns:
+        tuple: The tokens; and what the product has to be multiplied by, shape (..., 1), None for
+        1. A token's own size commutes with the product. Behind it, it leaves integers to the
+        engine.
     """
-    twice = is_rotated(layer) or (isinstance(layer, QuantOp) and 'input' in layer.quantizers
-                                  and isinstance(layer.quantizers['input'], ExportableTokens))
-    return x if twice else quantize(layer, 'input', x)
+    quantizer = layer.quantizers['input'] if isinstance(layer, QuantOp) \
+        and 'input' in layer.quantizers else nn.Identity()
+    if is_rotated(layer):
+        x = layer.rotation(x)
+    sizes = None
+    if isinstance(quantizer, ExportableTokens):
+        x, sizes = quantizer.split(x)
+        quantizer = quantizer.rest
+    x = quantizer(x)
+    if move is not None:
+        x, sizes = quantizer(move(x)), None if sizes is None else move(sizes)
+    return x, sizes
+
+
+def product(layer: Any, x: Tensor, sizes: Optional[Tensor]) -> Tensor:
+    """A linear layer behind :func:`quantize_input`: product, bias, and the output's quantizer."""
+    known: Optional[Callable[..., Tensor]] = layer.__dict__.get('product')
+    if known is not None:
+        return known(x, sizes)
+    x = x if sizes is None else x * sizes
+    if not isinstance(layer, QuantLinear):
+        return layer(x)
+    return layer.quantize('output', F.linear(x, layer.quantized_weight(), layer.bias))
 
 
 def is_rotated(layer: nn.Module) -> bool:
@@ -117,7 +158,7 @@ def split_linear(layer: nn.Module, count: int) -> nn.ModuleList:
 
     Engines then need no copies to separate the outputs. Integers, scales and
     zero points stay the same. The new layers do not quantize their input: call
-    :func:`quantize` once for all of them.
+    :func:`quantize_input` once for all of them.
 
     Args:
         layer (nn.Module): An ``nn.Linear``, or its quantized op.

@@ -4,7 +4,7 @@
 A quantizer simulates quantization in float. Its counterpart uses operators that
 engines know. Scales and zero points are copied: nothing is calibrated here.
 """
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,11 @@ class ExportableQuantizer(nn.Module):
         info = torch.iinfo(self.dtype)
         self.clipped = spec.integer_range != (info.min, info.max)
         scale, zero_point = quantizer.scale.detach(), quantizer.zero_point.detach().round()
-        self.low, self.high = (float((end - zero_point) * scale) for end in spec.integer_range)
+        # A quarter beyond the ends, which are rounded to them: OpenVINO brings the limits to the
+        # scale of integers and drops what is behind the point, so that 14.9999 became 14.
+        first, last = spec.integer_range
+        self.low, self.high = (float((end - zero_point) * scale)
+                               for end in (first - 0.25, last + 0.25))
         self.register_buffer('scale', scale.clone())
         self.register_buffer('zero_point', zero_point.to(self.dtype))
 
@@ -130,17 +134,23 @@ class ExportableTokens(nn.Module):
     its size.
 
     Args:
-        quantizer (nn.Module): The exportable one of what is left.
+        quantizer (nn.Module): The exportable one of what is left, :attr:`rest`.
         softmax (bool): Whether tokens are rows of softmax outputs.
     """
 
     def __init__(self, quantizer: nn.Module, softmax: bool) -> None:
         super().__init__()
-        self.quantizer, self.softmax = quantizer, softmax
+        self.rest, self.softmax = quantizer, softmax
+
+    def split(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Tokens over their sizes, not quantized yet, of shape (..., C), and their sizes, of
+        shape (..., 1)."""
+        sizes = token_sizes(x, self.softmax)
+        return x / sizes, sizes
 
     def forward(self, x: Tensor) -> Tensor:
-        sizes = token_sizes(x, self.softmax)
-        values: Tensor = self.quantizer(x / sizes) * sizes
+        x, sizes = self.split(x)
+        values: Tensor = self.rest(x) * sizes
         return values
 
 

@@ -10,6 +10,7 @@ It differs from the hosts' in these points, none of which changes a result:
 - Query, key and value are three linear layers, so that no copy separates them.
 - The mask of shifted windows is one of four, looked up by the kind of window.
 """
+from functools import partial
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from psaq_mm.ops import QuantOp
 
-from .exportable_ops import quantize, quantize_ahead, split_linear
-from .exportable_quantizer import ExportableRounding
+from .exportable_ops import product, quantize, quantize_input, split_linear
+from .exportable_quantizer import ExportableRounding, ExportableTokens
 from .window_order import (
     Grid,
     MergeOrder,
@@ -77,19 +78,10 @@ class ExportableAttention(nn.Module):
         self.register_buffer('index', index.int())
         self.register_buffer('masks', shift_masks(window, shift))
 
-    def _operand(self, role: str, x: Tensor, factor: float = 1.) -> Tuple[Tensor, float]:
-        """Quantize ``factor * x`` for a matrix product.
-
-        Returns:
-            tuple: The operand, and the number that the product has to be
-            multiplied by. It is the step of a rounded operand, which is left
-            out here so that the steps of both operands are multiplied in once.
-        """
-        quantizer = self.host.quantizers[role] if isinstance(self.host, QuantOp) \
-            and role in self.host.quantizers else None
-        if isinstance(quantizer, ExportableRounding):
-            return quantizer.integers(x, factor), quantizer.step
-        return quantize(self.host, role, _times(x, factor)), 1.
+    def _quantizer(self, role: str) -> Any:
+        host = self.host
+        return host.quantizers[role] if isinstance(host, QuantOp) and role in host.quantizers \
+            else nn.Identity()
 
     def _heads(self, x: Tensor) -> Tensor:
         """Separate the heads: shape (num_windows*B, heads, N, head_dim)."""
@@ -107,14 +99,15 @@ class ExportableAttention(nn.Module):
         """
         channels = x.shape[-1]
         if moves.valid is None:
-            x = _gather(quantize_ahead(self.host.qkv, x), moves.enter)
+            x, sizes = quantize_input(self.host.qkv, x, partial(_gather, places=moves.enter))
         else:
             x = _gather(x, moves.enter) * moves.valid  # padding is zero
-        x = quantize(self.host.qkv, 'input', x)
+            x, sizes = quantize_input(self.host.qkv, x)
         # Operands are quantized before the heads are separated: engines do it in the layer.
-        q, q_step = self._operand('query', self.q(x), float(self.host.scale))
-        k, k_step = self._operand('key', self.k(x))
-        v, v_step = self._operand('value', self.v(x))
+        q, q_step = _operand(self._quantizer('query'), product(self.q, x, sizes),
+                             float(self.host.scale))
+        k, k_step = _operand(self._quantizer('key'), product(self.k, x, sizes))
+        v, v_step = _operand(self._quantizer('value'), product(self.v, x, sizes))
         q, k = self._heads(q), self._heads(_times(k, q_step * k_step))
         bias = self.table.index_select(1, self.index)
         bias = bias.reshape(1, self.host.num_heads, self.area, self.area)
@@ -122,10 +115,20 @@ class ExportableAttention(nn.Module):
         if self.masks is not None:
             kind = moves.kind.repeat(batch) if batch > 1 else moves.kind
             logits = logits + self.masks[kind].unsqueeze(1)
-        attention, step = self._operand('attention', logits.softmax(dim=-1))
-        v = self._heads(_times(v, v_step * step))
-        out = (attention @ v).transpose(1, 2).reshape(batch, -1, channels)
-        return self.host.proj(_gather(quantize_ahead(self.host.proj, out), moves.leave))
+        out = self._weighted(logits.softmax(dim=-1), v, v_step)
+        out = out.transpose(1, 2).reshape(batch, -1, channels)
+        return product(self.host.proj, *quantize_input(
+            self.host.proj, out, partial(_gather, places=moves.leave)))
+
+    def _weighted(self, weights: Tensor, v: Tensor, v_step: float) -> Tensor:
+        """Values, weighted by softmax outputs. Sizes of their rows come in behind the product."""
+        quantizer, sizes = self._quantizer('attention'), None
+        if isinstance(quantizer, ExportableTokens):
+            weights, sizes = quantizer.split(weights)
+            quantizer = quantizer.rest
+        weights, step = _operand(quantizer, weights)
+        out = weights @ self._heads(_times(v, v_step * step))
+        return out if sizes is None else out * sizes
 
 
 class ExportableBlock(nn.Module):
@@ -327,6 +330,19 @@ class ExportableSwin(nn.Module):
             if stage.output is not None:
                 outputs.append((stage.output(x), height, width))
         return outputs
+
+
+def _operand(quantizer: nn.Module, x: Tensor, factor: float = 1.) -> Tuple[Tensor, float]:
+    """Quantize ``factor * x`` for a matrix product.
+
+    Returns:
+        tuple: The operand, and the number that the product has to be multiplied by. It is the
+        step of a rounded operand, which is left out here so that the steps of both operands are
+        multiplied in once.
+    """
+    if isinstance(quantizer, ExportableRounding):
+        return quantizer.integers(x, factor), quantizer.step
+    return quantizer(_times(x, factor)), 1.
 
 
 def _times(x: Tensor, factor: float) -> Tensor:

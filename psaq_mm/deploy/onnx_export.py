@@ -19,9 +19,6 @@ from .exportable_quantizer import ExportableWeight
 from .graph_ops import OPENVINO_DOMAIN, OPSET, PATCH_DOMAIN
 from .subgraph import Size, Subgraph
 
-INT4_OPSET = 21
-"""The first operator set with 4-bit integers in DequantizeLinear."""
-
 
 def trace(subgraph: Subgraph, size: Optional[Size], target: str,
           float_roles: Collection[str] = (), batch: int = 1) -> Any:
@@ -76,7 +73,8 @@ def trace(subgraph: Subgraph, size: Optional[Size], target: str,
         _expand_patch_products(model)
     if target == 'tensorrt':
         _require_zero_points_of_zero(model)
-    _pack_small_weights(model, exportable)
+    else:
+        pack_small_weights(model, exportable)
     return model
 
 
@@ -123,51 +121,48 @@ def _require_zero_points_of_zero(model: Any) -> None:
                             'with quantization.activation.symmetric=True')
 
 
-def _pack_small_weights(model: Any, exportable: nn.Module) -> None:
-    """Store weights of up to 4 bits in the 4-bit types of ONNX."""
-    onnx = require_package('onnx')
-    small = {}
-    for name, module in exportable.named_modules(remove_duplicate=False):
-        if isinstance(module, ExportableWeight) and module.bits <= 4:
-            for key in ('integers', 'zero_point'):
-                small[f'{name}.{key}'] = module
-    packed = False
-    for tensor in model.graph.initializer:
-        if tensor.name not in small:
-            continue
-        signed = small[tensor.name].zero_point is None
-        kind = onnx.TensorProto.INT4 if signed else onnx.TensorProto.UINT4
-        values = onnx.numpy_helper.to_array(tensor)
-        slots = np.append(values.flatten(), np.zeros(values.size % 2)).astype(np.int8) & 15
-        halves = slots.astype(np.uint8).reshape(-1, 2)  # the first in the low half
-        data = (halves[:, 0] | halves[:, 1] << 4).tobytes()
-        tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, list(values.shape), data,
-                                                raw=True))
-        packed = True
-    if packed:
-        _raise_opset(model)
+def pack_small_weights(model: Any, exportable: nn.Module) -> None:
+    """Store weights of up to 4 bits two a byte, in place; an odd number stays in 8.
 
+    The graph looks both up in a table of all bytes. That is a constant, which engines compute
+    once, when they load the graph. Then they have 8-bit integers, for which they have kernels.
+    ONNX has 4-bit types too, but for those onnxruntime and OpenVINO have no product with
+    quantized inputs: they multiply in float, and round the inputs once more, to 8 bits of a
+    range of their own [measured].
 
-def _raise_opset(model: Any) -> None:
-    """Convert a graph of opset 17 to the first with 4-bit integers.
-
-    Of the operators that torch writes, reductions and splits differ. onnx's own
-    converter refuses graphs with operators of OpenVINO.
+    Args:
+        model (onnx.ModelProto): A traced graph.
+        exportable (nn.Module): What was traced.
     """
     onnx = require_package('onnx')
-    for node in model.graph.node:
-        axes = next((a for a in node.attribute if a.name == 'axes'), None)
-        if node.op_type.startswith('Reduce') and axes is not None:
-            name = f'{node.output[0]}_axes'
-            model.graph.initializer.append(onnx.numpy_helper.from_array(
-                np.array(axes.ints, dtype=np.int64), name))
-            node.input.append(name)
-            node.attribute.remove(axes)
-        if node.op_type == 'Split' and len(node.input) == 1:
-            node.attribute.append(onnx.helper.make_attribute('num_outputs', len(node.output)))
-    for entry in model.opset_import:
-        if entry.domain == '':
-            entry.version = INT4_OPSET
+    make, arrays = onnx.helper, onnx.numpy_helper
+    small = {f'{name}.integers' for name, module in
+             exportable.named_modules(remove_duplicate=False)
+             if isinstance(module, ExportableWeight) and module.bits <= 4}
+    pairs = np.stack([np.arange(256) & 15, np.arange(256) >> 4], 1)  # the first in the low half
+    tables = {onnx.TensorProto.UINT8: pairs.astype(np.uint8),
+              onnx.TensorProto.INT8: ((pairs + 8 & 15) - 8).astype(np.int8)}
+    nodes: List[Any] = []
+    constants: Dict[str, np.ndarray] = {}
+    for tensor in list(model.graph.initializer):
+        integers = arrays.to_array(tensor)
+        if tensor.name not in small or integers.size % 2:
+            continue
+        halves = integers.astype(np.uint8).reshape(-1, 2) & 15
+        table, prefix = f'pairs_{tensor.data_type}', f'packed_{len(nodes)}'
+        constants.update({table: tables[tensor.data_type],
+                          f'{prefix}_bytes': halves[:, 0] | halves[:, 1] << 4,
+                          f'{prefix}_shape': np.array(integers.shape)})
+        nodes += [make.make_node('Cast', [f'{prefix}_bytes'], [f'{prefix}_places'],
+                                 to=onnx.TensorProto.INT32),
+                  make.make_node('Gather', [table, f'{prefix}_places'], [f'{prefix}_pairs']),
+                  make.make_node('Reshape', [f'{prefix}_pairs', f'{prefix}_shape'],
+                                 [tensor.name])]
+        model.graph.initializer.remove(tensor)
+    model.graph.initializer.extend(arrays.from_array(value, name)
+                                   for name, value in constants.items())
+    for node in reversed(nodes):  # before what reads them
+        model.graph.node.insert(0, node)
 
 
 def _remove_identities(model: Any) -> None:

@@ -32,6 +32,8 @@ def save_openvino(model: Any, path: Path, about: Mapping[str, str]) -> List[Path
     for key, value in about.items():
         # Keys of the Model API have a place of their own.
         graph.set_rt_info(value, key.split(' ') if ' ' in key else ['psaq_mm', key])
+    # Where a weight alone is quantized OpenVINO would round the input to 8 bits, unasked.
+    graph.set_rt_info('0', ['runtime_options', 'DYNAMIC_QUANTIZATION_GROUP_SIZE'])
     files = [path.with_suffix('.bin'), path]  # the .xml last: it is what users look for
     with tempfile.TemporaryDirectory() as folder:
         # In float32: float16 would change the numbers of the checkpoint.

@@ -27,6 +27,9 @@ class ONNXRuntimeEngine(Engine):
         options = runtime.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3
+        # Where a weight alone is quantized it would round the input to 8 bits, unasked: 1 is
+        # float32 [onnxruntime, MatMulNBits].
+        options.add_session_config_entry('session.qdq_matmulnbits_accuracy_level', '1')
         providers = [name for name in runtime.get_available_providers()
                      if name.upper().startswith(f'{self.device}EXECUTION')]
         self._session: Any = runtime.InferenceSession(str(self.path), options,
