@@ -67,7 +67,7 @@ def main() -> None:
                      # a client of the exported files that is not ours
                      'openvino-model-api>=0.4,<0.5; python_version >= "3.11"'],
             # What exports, and the engines that run it: imported when used.
-            'deploy': ['onnx>=1.16,<2', 'onnxruntime>=1.18,<2', 'openvino>=2024.4'],
+            'deploy': ['onnx>=1.16,<2', 'onnxruntime>=1.18,<2', 'openvino>=2025'],
             'lint': ['ruff>=0.6,<1', 'mypy>=1.8', 'codespell>=2.3,<3'],
             'docs': ['sphinx>=7.4,<9', 'myst-parser>=3,<6', 'furo>=2024.8',
                      'sphinx-copybutton>=0.5,<1'],
