@@ -518,10 +518,8 @@ class Results:
     def print_note(self) -> None:
         """Say what † means, if :meth:`over_seeds` gave such values."""
         if self.has_old:
-            print('\n† Measured before tokens had scales of their own at 3 bits; some of '
-                  'these values before inputs were rotated, before 0.3, which gives the first '
-                  'layer the whole range of pixels, or before 0.2, which makes images in another '
-                  'way.')
+            print('\n† Measured with settings of an earlier version, which `docs/results/setup.md` '
+                  'names: compare only roughly.')
 
 
 def print_note_once(tables: Iterable[Results]) -> None:

@@ -69,7 +69,7 @@ def test_old_values_are_marked(scripts, tmp_path, capsys):
     found = results.over_seeds([0, 1, 2], made, 'row')
     assert experiment.cell(found, 'sqnr') == '2.00 (1.0 to 3.0) †'
     results.print_note()
-    assert capsys.readouterr().out.startswith('\n† Measured before')
+    assert capsys.readouterr().out.startswith('\n† Measured with settings of an earlier version')
     results.values['row/1']['recipe'] = made.fingerprint
     assert experiment.cell(results.over_seeds([0, 1, 2], made, 'row'), 'sqnr') == '3.0'
 
