@@ -518,8 +518,8 @@ class Results:
     def print_note(self) -> None:
         """Say what † means, if :meth:`over_seeds` gave such values."""
         if self.has_old:
-            print('\n† Measured with settings of an earlier version, which `docs/results/setup.md` '
-                  'names: compare only roughly.')
+            print('\n† Measured with settings of an earlier version, which '
+                  '`docs/results/setup.md` names: compare only roughly.')
 
 
 def print_note_once(tables: Iterable[Results]) -> None:
