@@ -55,7 +55,7 @@ def matrix_product_forward(op: Any) -> Callable[[Tensor], Tensor]:
         if factor is not None:
             out = out * factor
         if shift is not None:
-            out = out + shift.view(1, 1, 1, -1)  # all dimensions: see _linear_forward
+            out = out + shift.view(1, 1, 1, -1)  # all dimensions: see exportable_ops.product
         return op.quantize('output', out.permute(0, 3, 1, 2))
 
     return forward

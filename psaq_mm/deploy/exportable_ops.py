@@ -59,7 +59,6 @@ def make_exportable(model: nn.Module, target: str, float_roles: Collection[str] 
             continue
         forward: Optional[Callable[[Tensor], Tensor]] = None
         if isinstance(op, QuantLinear):
-            op.__dict__['product'] = _linear_product(op)
             forward = partial(_linear_forward, op)
         elif target == 'onnx' and is_matrix_product(op):
             forward = matrix_product_forward(op)
@@ -74,23 +73,6 @@ def make_exportable(model: nn.Module, target: str, float_roles: Collection[str] 
 
 def _linear_forward(op: Any, x: Tensor) -> Tensor:
     return product(op, *quantize_input(op, x))
-
-
-def _linear_product(op: Any) -> Callable[..., Tensor]:
-    """What :func:`product` computes for a linear layer whose weight is stored as a matrix
-    (in, out)."""
-
-    def product(x: Tensor, sizes: Optional[Tensor] = None) -> Tensor:
-        x = torch.matmul(x, op.quantizers['weight']())
-        if sizes is not None:
-            x = x * sizes
-        if op.bias is not None:
-            # The bias gets all dimensions: with one, onnxruntime would fuse it into a float
-            # Gemm before it looks for integers.
-            x = x + op.bias.view([1] * (x.dim() - 1) + [-1])
-        return op.quantize('output', x)
-
-    return product
 
 
 def quantize(module: Any, role: str, x: Tensor) -> Tensor:
@@ -123,29 +105,49 @@ def quantize_input(layer: Any, x: Tensor, move: Optional[Callable[[Tensor], Tens
         1. A token's own size commutes with the product. Behind it, it leaves integers to the
         engine.
     """
-    quantizer = layer.quantizers['input'] if isinstance(layer, QuantOp) \
-        and 'input' in layer.quantizers else nn.Identity()
     if is_rotated(layer):
         x = layer.rotation(x)
-    sizes = None
-    if isinstance(quantizer, ExportableTokens):
-        x, sizes = quantizer.split(x)
-        quantizer = quantizer.rest
+    quantizer, x, sizes = without_sizes(quantizer_of(layer, 'input'), x)
     x = quantizer(x)
     if move is not None:
         x, sizes = quantizer(move(x)), None if sizes is None else move(sizes)
     return x, sizes
 
 
+def quantizer_of(module: Any, role: str) -> nn.Module:
+    """The exportable quantizer that a module has for a role; one that does nothing if none."""
+    if isinstance(module, QuantOp) and role in module.quantizers:
+        return module.quantizers[role]
+    return nn.Identity()
+
+
+def without_sizes(quantizer: nn.Module, x: Tensor) -> Tuple[nn.Module, Tensor, Optional[Tensor]]:
+    """Take from tokens the sizes that a quantizer gives each of them, if it does.
+
+    Returns:
+        tuple: The quantizer of what is left, that, and the sizes, None for 1.
+    """
+    if isinstance(quantizer, ExportableTokens):
+        return (quantizer.rest, *quantizer.split(x))
+    return quantizer, x, None
+
+
 def product(layer: Any, x: Tensor, sizes: Optional[Tensor]) -> Tensor:
     """A linear layer behind :func:`quantize_input`: product, bias, and the output's quantizer."""
-    known: Optional[Callable[..., Tensor]] = layer.__dict__.get('product')
-    if known is not None:
-        return known(x, sizes)
-    x = x if sizes is None else x * sizes
-    if not isinstance(layer, QuantLinear):
-        return layer(x)
-    return layer.quantize('output', F.linear(x, layer.quantized_weight(), layer.bias))
+    weight = quantizer_of(layer, 'weight')
+    if not isinstance(weight, ExportableWeight):
+        x = x if sizes is None else x * sizes
+        if not isinstance(layer, QuantLinear):
+            return layer(x)
+        return layer.quantize('output', F.linear(x, layer.quantized_weight(), layer.bias))
+    x = torch.matmul(x, weight())  # it is stored as a matrix (in, out)
+    if sizes is not None:
+        x = x * sizes
+    if layer.bias is not None:
+        # The bias gets all dimensions: with one, onnxruntime would fuse it into a float Gemm
+        # before it looks for integers.
+        x = x + layer.bias.view([1] * (x.dim() - 1) + [-1])
+    return layer.quantize('output', x)
 
 
 def is_rotated(layer: nn.Module) -> bool:

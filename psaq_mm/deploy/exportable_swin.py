@@ -16,10 +16,15 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import torch
 from torch import Tensor, nn
 
-from psaq_mm.ops import QuantOp
-
-from .exportable_ops import product, quantize, quantize_input, split_linear
-from .exportable_quantizer import ExportableRounding, ExportableTokens
+from .exportable_ops import (
+    product,
+    quantize,
+    quantize_input,
+    quantizer_of,
+    split_linear,
+    without_sizes,
+)
+from .exportable_quantizer import ExportableRounding
 from .window_order import (
     Grid,
     MergeOrder,
@@ -78,11 +83,6 @@ class ExportableAttention(nn.Module):
         self.register_buffer('index', index.int())
         self.register_buffer('masks', shift_masks(window, shift))
 
-    def _quantizer(self, role: str) -> Any:
-        host = self.host
-        return host.quantizers[role] if isinstance(host, QuantOp) and role in host.quantizers \
-            else nn.Identity()
-
     def _heads(self, x: Tensor) -> Tensor:
         """Separate the heads: shape (num_windows*B, heads, N, head_dim)."""
         heads = self.host.num_heads
@@ -104,10 +104,10 @@ class ExportableAttention(nn.Module):
             x = _gather(x, moves.enter) * moves.valid  # padding is zero
             x, sizes = quantize_input(self.host.qkv, x)
         # Operands are quantized before the heads are separated: engines do it in the layer.
-        q, q_step = _operand(self._quantizer('query'), product(self.q, x, sizes),
+        q, q_step = _operand(quantizer_of(self.host, 'query'), product(self.q, x, sizes),
                              float(self.host.scale))
-        k, k_step = _operand(self._quantizer('key'), product(self.k, x, sizes))
-        v, v_step = _operand(self._quantizer('value'), product(self.v, x, sizes))
+        k, k_step = _operand(quantizer_of(self.host, 'key'), product(self.k, x, sizes))
+        v, v_step = _operand(quantizer_of(self.host, 'value'), product(self.v, x, sizes))
         q, k = self._heads(q), self._heads(_times(k, q_step * k_step))
         bias = self.table.index_select(1, self.index)
         bias = bias.reshape(1, self.host.num_heads, self.area, self.area)
@@ -122,10 +122,7 @@ class ExportableAttention(nn.Module):
 
     def _weighted(self, weights: Tensor, v: Tensor, v_step: float) -> Tensor:
         """Values, weighted by softmax outputs. Sizes of their rows come in behind the product."""
-        quantizer, sizes = self._quantizer('attention'), None
-        if isinstance(quantizer, ExportableTokens):
-            weights, sizes = quantizer.split(weights)
-            quantizer = quantizer.rest
+        quantizer, weights, sizes = without_sizes(quantizer_of(self.host, 'attention'), weights)
         weights, step = _operand(quantizer, weights)
         out = weights @ self._heads(_times(v, v_step * step))
         return out if sizes is None else out * sizes

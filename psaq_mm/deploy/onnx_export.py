@@ -144,9 +144,9 @@ def pack_small_weights(model: Any, exportable: nn.Module) -> None:
               onnx.TensorProto.INT8: ((pairs + 8 & 15) - 8).astype(np.int8)}
     nodes: List[Any] = []
     constants: Dict[str, np.ndarray] = {}
-    for tensor in list(model.graph.initializer):
+    for tensor in [t for t in model.graph.initializer if t.name in small]:
         integers = arrays.to_array(tensor)
-        if tensor.name not in small or integers.size % 2:
+        if integers.size % 2:
             continue
         halves = integers.astype(np.uint8).reshape(-1, 2) & 15
         table, prefix = f'pairs_{tensor.data_type}', f'packed_{len(nodes)}'

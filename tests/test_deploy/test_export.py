@@ -23,7 +23,6 @@ from psaq_mm.ops import QuantConv2d, QuantLinear, named_quant_ops
 from psaq_mm.quantization import QuantSpec, sqnr_db
 
 onnx = pytest.importorskip('onnx')
-pytest.importorskip('onnx.reference')
 pytest.importorskip('onnxruntime')
 pytest.importorskip('openvino')
 
@@ -150,7 +149,7 @@ def test_layers_multiply_integers(tmp_path, settings):
     import onnxruntime
     model = demo_model('upernet_swin', scope='model', **settings)
     manifest = export_graphs(model, tmp_path, 'onnx', [SIZE])
-    assert lowest(manifest) > 25
+    assert lowest(manifest) > 30
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / 'optimized.onnx')
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -207,11 +206,14 @@ def test_limits_of_few_integers_are_exact(tmp_path, target, backend):
 @pytest.mark.parametrize('symmetric', [True, False])
 def test_two_weights_a_byte(shape, symmetric):
     """What engines compute from the bytes, by onnx's own arithmetic."""
-    spec = QuantSpec(bits=4, symmetric=symmetric)
-    layer = nn.Linear(shape[0], shape[1]) if len(shape) == 2 else nn.Conv2d(shape[1], shape[0], 3)
-    x = torch.randn(1, shape[0]) if len(shape) == 2 else torch.randn(1, shape[1], 4, 4)
-    kind = QuantLinear if len(shape) == 2 else QuantConv2d
-    op = calibrated_op(kind.from_float(layer, dict(weight=spec)), x)
+    from onnx.reference import ReferenceEvaluator
+    specs = dict(weight=QuantSpec(bits=4, symmetric=symmetric))
+    if len(shape) == 2:
+        op = QuantLinear.from_float(nn.Linear(*shape), specs)
+        op = calibrated_op(op, torch.randn(1, shape[0]))
+    else:
+        op = QuantConv2d.from_float(nn.Conv2d(shape[1], shape[0], shape[2:]), specs)
+        op = calibrated_op(op, torch.randn(1, shape[1], 4, 4))
     holder = nn.Sequential(ExportableWeight(op, 'op', as_matrix=len(shape) == 2))
     integers = holder[0].integers.numpy()
     kind = onnx.helper.np_dtype_to_tensor_dtype(integers.dtype)
@@ -225,7 +227,7 @@ def test_two_weights_a_byte(shape, symmetric):
     stored = [t for t in model.graph.initializer if t.name.endswith(('bytes', 'integers'))]
     assert [onnx.numpy_helper.to_array(t).nbytes for t in stored] == [
         integers.size if integers.size % 2 else integers.size // 2]
-    found = onnx.reference.ReferenceEvaluator(model).run(None, {})[0]
+    found = ReferenceEvaluator(model).run(None, {})[0]
     assert found.dtype == integers.dtype and np.array_equal(found, integers)
 
 
@@ -248,12 +250,13 @@ def test_four_bits_are_stored_in_four(tmp_path):
     size = {}
     for target in ('onnx', 'openvino'):
         suffix = dict(onnx='.onnx', openvino='.bin')[target]  # beside it lies a text, OpenVINO's
+        whole = {}
         for bits, one in ((4, model), (8, demo_model('swin'))):
-            export_graphs(one, tmp_path / target, target)
+            whole[bits] = export_graphs(one, tmp_path / target, target)['graphs'][0]['bytes']
             size[bits] = next((tmp_path / target).glob(f'*{suffix}')).stat().st_size
         linear = sum(op.weight.numel() for _, op in named_quant_ops(model)
                      if op.weight_quantizer is not None and op.weight_quantizer.spec.bits == 4)
-        assert abs(size[8] - size[4] - linear / 2) < 0.02 * size[8]
+        assert abs(size[8] - size[4] - linear / 2) < 0.02 * size[8] and whole[4] < whole[8]
 
 
 def test_float_roles(tmp_path):
