@@ -108,10 +108,10 @@ def interpret(outputs: Sequence[np.ndarray], prepared: Prepared, info: Mapping[s
     height, width = prepared.size
     boxes = np.clip(rows[:, :4], 0, np.array([width, height, width, height], np.float32))
     boxes = boxes / prepared.scale
-    masks = None
+    crops = None
     if len(outputs) > 2:
-        masks = paste_masks(outputs[2], boxes, prepared.original, info['mask_threshold'])
-    return Detections(pixels, classes, boxes, rows[:, 4], labels.astype(np.int64), masks)
+        crops = paste_masks(outputs[2], boxes, prepared.original, info['mask_threshold'])
+    return Detections(pixels, classes, boxes, rows[:, 4], labels.astype(np.int64), crops)
 
 
 def _label_map(logits: np.ndarray, prepared: Prepared, info: Mapping[str, Any]) -> np.ndarray:

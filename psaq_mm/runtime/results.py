@@ -2,12 +2,13 @@
 """What was found in an image: as arrays, as a picture, and as plain values."""
 import colorsys
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
 
-from .masks import run_lengths
+from .masks import Crop, run_lengths, whole_masks
 
 TOP = 5
 """Classes that are shown of a classifier."""
@@ -77,29 +78,33 @@ class Detections(Result):
         boxes (np.ndarray): x1, y1, x2, y2 in pixels of the image, shape (N, 4).
         scores (np.ndarray): In [0, 1], shape (N, ).
         labels (np.ndarray): Indices of classes, shape (N, ).
-        masks (np.ndarray, optional): bool, shape (N, H, W); None for a detector of boxes.
+        crops (list[Crop], optional): Their masks; None for a detector of boxes.
     """
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
-    masks: Optional[np.ndarray] = None
+    crops: Optional[Sequence[Crop]] = None
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    @cached_property
+    def masks(self) -> Optional[np.ndarray]:
+        """np.ndarray, optional: Masks of all pixels, bool, shape (N, H, W), made when they are
+        first asked for; None for a detector of boxes."""
+        return None if self.crops is None else whole_masks(self.crops, self.image.shape[:2])
 
     def draw(self, score_thr: float = 0.3) -> np.ndarray:
         shown = [i for i in range(len(self)) if self.scores[i] >= score_thr][::-1]
         picture = self.image.copy()
         colors, mixed = np.empty_like(picture), np.empty_like(picture)
-        for i in shown if self.masks is not None else []:
-            assert self.masks is not None
-            mask = np.ascontiguousarray(self.masks[i], bool).view(np.uint8)
-            x, y, width, height = cv2.boundingRect(mask)
-            part = np.s_[y:y + height, x:x + width]
-            if width:
-                cv2.rectangle(colors, (x, y, width, height), color_of(self.labels[i]), -1)
-                cv2.copyTo(halfway(picture[part], colors[part], mixed[part]), mask[part],
-                           picture[part])
+        for i in shown if self.crops is not None else []:
+            assert self.crops is not None
+            crop = self.crops[i]
+            if crop.pixels.size:
+                colors[crop.part] = color_of(self.labels[i])
+                cv2.copyTo(halfway(picture[crop.part], colors[crop.part], mixed[crop.part]),
+                           np.ascontiguousarray(crop.pixels).view(np.uint8), picture[crop.part])
         size = max(0.4, min(picture.shape[:2]) / 1200)
         for i in shown:
             color = color_of(self.labels[i])
@@ -115,8 +120,8 @@ class Detections(Result):
             rows.append({'class': self.name_of(int(self.labels[i])), 'label': int(self.labels[i]),
                          'score': round(float(self.scores[i]), 4),
                          'bbox': [round(float(value), 2) for value in self.boxes[i]]})
-            if self.masks is not None:
-                rows[-1]['segmentation'] = run_lengths(self.masks[i])
+            if self.crops is not None:
+                rows[-1]['segmentation'] = run_lengths(self.crops[i], self.image.shape[:2])
         return dict(instances=rows)
 
 
