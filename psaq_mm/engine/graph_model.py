@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from psaq_mm.deploy import Graphs
 from psaq_mm.runtime.images import Prepared, pad
+from psaq_mm.runtime.masks import whole_masks
 from psaq_mm.runtime.model import interpret
 
 
@@ -51,7 +52,7 @@ class GraphModel(nn.Module):
         values: Dict[str, Union[Tensor, Sequence[Any]]] = dict(
             bboxes=torch.from_numpy(found.boxes), scores=torch.from_numpy(found.scores),
             labels=torch.from_numpy(found.labels))
-        if found.masks is not None:
-            values['masks'] = torch.from_numpy(found.masks)
+        if found.crops is not None:
+            values['masks'] = torch.from_numpy(whole_masks(found.crops, original))
         sample.pred_instances = InstanceData(**values)
         return sample
