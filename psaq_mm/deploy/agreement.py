@@ -13,6 +13,7 @@ from psaq_mm.ops import named_quant_ops
 from psaq_mm.runtime import Classification, Detections, Segmentation
 from psaq_mm.runtime.engines import Engine
 from psaq_mm.runtime.images import Prepared, prepare
+from psaq_mm.runtime.masks import Crop
 from psaq_mm.runtime.model import interpret
 
 from .parity import parity_images
@@ -171,9 +172,9 @@ def _as_result(outputs: Sequence[np.ndarray], prepared: Prepared, info: Mapping[
     result = interpret(outputs[:2], prepared, info, pixels)
     if len(outputs) > 2:
         if prepared.array.shape[2:] != prepared.original:  # compare what can be compared
-            found.masks = None
+            found.crops = None
         else:
-            result.masks = outputs[2]
+            result.crops = [Crop(0, 0, mask) for mask in outputs[2]]
     return result
 
 
