@@ -119,16 +119,30 @@ def _label_map(logits: np.ndarray, prepared: Prepared, info: Mapping[str, Any]) 
     then, without the padding, to the image."""
     given, size, corners = prepared.array.shape[2:], prepared.size, info['align_corners']
     best = np.full(prepared.original, -np.inf, np.float32)
-    labels = np.zeros(prepared.original, np.int16)
-    for label, plane in enumerate(logits):
-        plane = _resized(plane, given, corners)[:size[0], :size[1]]
+    labels = np.zeros(prepared.original, np.min_scalar_type(len(logits)))
+    better, this = np.empty(prepared.original, np.uint8), np.empty_like(labels)
+    for label in _possible(logits):
+        plane = _resized(logits[label], given, corners)[:size[0], :size[1]]
         plane = _resized(plane, prepared.original, corners)
         if len(logits) == 1:  # one class, and what is not it
             return (1 / (1 + np.exp(-plane)) > info['threshold']).astype(np.int64)
-        better = cv2.compare(plane, best, cv2.CMP_GT)
-        cv2.copyTo(np.full_like(labels, label), better, labels)
+        cv2.compare(plane, best, cv2.CMP_GT, better)
+        this.fill(label)
+        cv2.copyTo(this, better, labels)
         cv2.max(plane, best, best)
     return labels.astype(np.int64)
+
+
+def _possible(logits: np.ndarray) -> np.ndarray:
+    """Classes that can be the best of a pixel: the others need not be resized, most of the time.
+
+    A pixel is a mean of logits that lie in 3 x 3, as logits are not larger than what the graph was
+    given. So the best class there is at least the highest of the classes' minima.
+    """
+    around, least = np.ones((3, 3), np.uint8), np.full(logits.shape[1:], -np.inf, np.float32)
+    for plane in logits:
+        cv2.max(cv2.erode(plane, around), least, least)
+    return np.flatnonzero((logits >= cv2.erode(least, around)).any((1, 2)))
 
 
 def _resized(plane: np.ndarray, size: Tuple[int, ...], align_corners: bool) -> np.ndarray:
