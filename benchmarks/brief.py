@@ -3,14 +3,14 @@
 
     python benchmarks/brief.py                        # the table of README
     python benchmarks/brief.py --models demo --settings w3a3 --rows minmax prior --sqnr
-    python benchmarks/brief.py --against unrelated8   # another row less the default, in words
+    python benchmarks/brief.py --rows noise-gptq --minus default      # less another row, or float
 
 Rows are those of accuracy.py, or variants of ablation.py. ``-`` is not measured, ``†`` before
 version 0.3. Nothing is measured here.
 """
 import argparse
 import statistics
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 from ablation import experiment_of as variant_of
 from accuracy import ROWS, experiment_of
@@ -54,32 +54,36 @@ class Model:
         made = made_by(row, setting, scope)
         return self.results.over_seeds(SEEDS, made, row, setting, scope)
 
-    def mean(self, row: str, setting: str, scope: str) -> Optional[List[float]]:
-        """Metrics in points, means over seeds; None where a seed is missing."""
+    def cell(self, row: str, setting: str, scope: str, more: str, minus: str) -> str:
+        """Means of a row: ``62.3 / 59.8, 14.1 dB`` or ``62.3 / 59.8, 68.3 / 70.7 alike``; less
+        those of another row: ``-0.3 / +0.1``."""
         found = self.found(row, setting, scope)
-        if len(found) < len(SEEDS) or any(k not in value for value in found for k in self.keys):
-            return None
-        return [statistics.mean(METRICS[k][1] * value[k] for value in found) for k in self.keys]
-
-    def cell(self, row: str, setting: str, scope: str, more: str) -> str:
-        """Means of a row: ``62.3 / 59.8, 14.1 dB`` or ``62.3 / 59.8, 68.3 / 70.7 alike``."""
-        found = self.found(row, setting, scope)
+        others = found[:0] if not minus else [self.float] if minus == 'float' else \
+            self.found(minus, setting, scope)
+        if minus and not others:
+            return '-'
         parts = []
         agreement = [key for key in METRICS if key.startswith('agreement')
                      and any(key in value for value in found)]
         for keys, unit in ((self.keys, ''), (['sqnr'] if more == 'sqnr' else [], ' dB'),
                            (agreement if more == 'agreement' else [], ' alike')):
             values = [[METRICS[k][1] * v[k] for v in found if k in v] for k in keys]
-            if values and all(values):
-                parts.append(' / '.join(f'{statistics.mean(v):.1f}' for v in values) + unit)
+            if not values or not all(values):
+                continue
+            means = [statistics.mean(v) for v in values]
+            if minus:
+                means = [mean - statistics.mean(METRICS[k][1] * v[k] for v in others)
+                         for mean, k in zip(means, keys)]
+            parts.append(' / '.join(f'{round(mean, 1) + 0:{"+" if minus else ""}.1f}'
+                                    for mean in means) + unit)
         if not parts:
             return '-'
         few = f' ({len(found)} of {len(SEEDS)} seeds)' if len(found) < len(SEEDS) else ''
-        return ', '.join(parts) + few + mark_of(found)
+        return ', '.join(parts) + few + mark_of([*found, *others])
 
 
 def print_table(models: List[Model], settings: List[str], rows: List[str], scope: str,
-                more: str) -> None:
+                more: str, minus: str) -> None:
     """A line for each model at each setting, a column for each row; none where nothing is
     measured."""
     print(f'| | bits | float | {" | ".join(NAMES.get(row, f"`{row}`") for row in rows)} |')
@@ -87,28 +91,11 @@ def print_table(models: List[Model], settings: List[str], rows: List[str], scope
     for model in models:
         whole = ' / '.join(f'{METRICS[k][1] * model.float[k]:.1f}' for k in model.keys)
         for setting in settings:
-            cells = [model.cell(row, setting, scope, more) for row in rows]
+            cells = [model.cell(row, setting, scope, more, minus) for row in rows]
             if set(cells) == {'-'}:
                 continue
             print(f'| {model.title}, {model.metric} | {setting.upper()} | {whole} | '
                   f'{" | ".join(cells)} |')
-
-
-def print_differences(models: List[Model], settings: List[str], other: str, scope: str) -> None:
-    """A sentence: by how many points another row is above or below the default."""
-    parts = []
-    for model in models:
-        at = []
-        for setting in settings:
-            ours, theirs = (model.mean(row, setting, scope) for row in ('default', other))
-            if ours and theirs:
-                points = ' / '.join(f'{b - a:+.1f}' for a, b in zip(ours, theirs))
-                at.append(f'{points} at {setting.upper()}')
-        if not at:
-            continue
-        parts.append(f'{model.title} ({model.metric}) {", ".join(at)}')
-    print(f'Points gained or lost with {NAMES.get(other, other)} in the place of data-free '
-          f'images: {"; ".join(parts)}.')
 
 
 def main() -> None:
@@ -123,15 +110,13 @@ def main() -> None:
                         help='of feature maps, beside')
     beside.add_argument('--agreement', dest='more', action='store_const', const='agreement',
                         help='with what the float model decides, beside')
-    parser.add_argument('--against', metavar='ROW', help='print how it differs from the default')
+    beside.add_argument('--minus', metavar='ROW', default='', help='print points above or below '
+                        'another row, or below float')
     args = parser.parse_args()
     quiet()
     models = [Model(name, args.scenes) for name in args.models]
     print(f'scope `{args.scope}`, means of seeds {SEEDS}')
-    if args.against:
-        print_differences(models, args.settings, args.against, args.scope)
-    else:
-        print_table(models, args.settings, args.rows, args.scope, args.more)
+    print_table(models, args.settings, args.rows, args.scope, args.more, args.minus)
     print_note_once(model.results for model in models)
 
 

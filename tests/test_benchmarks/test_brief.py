@@ -30,12 +30,15 @@ def test_cells_say_what_is_missing_and_what_is_old(scripts, tmp_path, capsys):
     experiment.save_json(results.values, results.file)
     model = brief.Model('demo', 0)
     brief.print_table([model], ['w4a4'], ['default', 'game', 'real32', 'noise'], 'backbone',
-                      'sqnr')
+                      'sqnr', '')
     assert capsys.readouterr().out.splitlines()[2] == (
         '| Demo detector, box / mask AP | W4A4 | 65.0 / 62.0 | 61.0 / 50.0, 9.0 dB '
         '| 61.0 / 50.0, 9.0 dB † | 60.0 / 50.0, 9.0 dB (1 of 3 seeds) | - |')
-    brief.print_differences([model], ['w4a4'], 'real32', 'backbone')
-    assert 'Demo detector' not in capsys.readouterr().out  # not all seeds are there
+    for minus, cells in (('float', '-4.0 / -12.0 | -4.0 / -12.0 † | -5.0 / -12.0 (1 of 3 seeds)'),
+                         ('game', '+0.0 / +0.0 † | +0.0 / +0.0 † | -1.0 / +0.0 (1 of 3 seeds) †')):
+        brief.print_table([model], ['w4a4'], ['default', 'game', 'real32', 'noise'], 'backbone',
+                          '', minus)
+        assert capsys.readouterr().out.splitlines()[2].endswith(f'| 65.0 / 62.0 | {cells} | - |')
 
 
 def test_a_block_is_filled_without_the_first_line(scripts, tmp_path, monkeypatch):
