@@ -39,8 +39,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
                         help='one of those below')
     parser.add_argument('arguments', nargs=argparse.REMAINDER, help='of the command')
     args = parser.parse_args(arguments)
-    if args.command == 'infer' and args.arguments[:1] \
-            and args.arguments[0].endswith(('.xml', '.onnx')):  # needs no torch
+    if args.command == 'infer' and any(word.endswith(('.xml', '.onnx'))
+                                       for word in args.arguments):  # needs no torch
         from psaq_mm.runtime.__main__ import main as infer
         return infer(args.arguments, 'psaq_mm infer')
     script = Path(__file__).parent / '.mim' / 'tools' / f'{args.command}.py'

@@ -14,6 +14,7 @@ from psaq_mm.deploy.agreement import BOUND
 from psaq_mm.deploy.hosts import PARTS
 from psaq_mm.engine import init_model, load_config
 from psaq_mm.engine.command_line import choose_work_dir, run_tool, tool_parser
+from psaq_mm.errors import UserError
 from psaq_mm.runtime.images import find_files
 
 
@@ -54,6 +55,9 @@ def main() -> None:
     out = args.out or os.path.join(choose_work_dir(args.work_dir, config),
                                    f'export_{args.format}')
     images = find_files(args.check_images)
+    if args.part == 'features' and args.least_share != BOUND:
+        raise UserError('--least-share is of whole models; leave it out with --part features, '
+                        'where outputs are compared')
     model = init_model(config, args.checkpoint, trust=args.trust_checkpoint,
                        averaged=args.averaged, prefix=args.prefix)
     about = dict(checkpoint=args.checkpoint, sha256=sha256_of_file(args.checkpoint),

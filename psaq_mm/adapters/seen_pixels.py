@@ -140,10 +140,10 @@ def _first_pixel(image: np.ndarray, steps: List[Tuple[str, Any]], preprocessor: 
         data: Dict[str, Any] = dict(inputs=[pixels], data_samples=None)
         try:
             pixels = preprocessor(data, False)['inputs'][0]
-        except Exception:  # one of videos, or with other channels
+        except Exception:  # one of videos, with other channels, or that pads samples too
             low, high = pixel_range(len(pixels), getattr(preprocessor, 'mean', None),
                                     getattr(preprocessor, 'std', None))
-            if getattr(preprocessor, 'channel_conversion', False):
+            if turns_channels(preprocessor):
                 pixels = pixels.flip(0)
             pixels = low[0] + pixels.float() * (high - low)[0] / 255
     return pixels[:, 0, 0].detach().float().cpu()

@@ -6,13 +6,13 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.ops import box_iou
 
 from psaq_mm.ops import named_quant_ops
 from psaq_mm.runtime import Classification, Detections, Segmentation
 from psaq_mm.runtime.engines import Engine
-from psaq_mm.runtime.images import Prepared, prepare
+from psaq_mm.runtime.images import Image, Prepared, prepare, read_image
 from psaq_mm.runtime.masks import Crop
 from psaq_mm.runtime.model import interpret
 
@@ -58,12 +58,12 @@ def pairs_of(expected: Detections, found: Detections) -> List[Tuple[int, Optiona
     return pairs
 
 
-def compare_results(expected: Sequence[Any], found: Sequence[Any]) -> Dict[str, Any]:
-    """Compare what an engine decides with what the simulation decides.
+def compare_results(expected: Any, found: Any) -> Dict[str, Any]:
+    """Compare what an engine decides with what the simulation decides, in one image.
 
     Args:
-        expected (Sequence[Result]): Of the simulation, one for each image.
-        found (Sequence[Result]): Of the engine.
+        expected (Result): Of the simulation.
+        found (Result): Of the engine.
 
     Returns:
         dict: ``compared``, how many objects, pixels or images; ``share``, of which of them the
@@ -71,36 +71,42 @@ def compare_results(expected: Sequence[Any], found: Sequence[Any]) -> Dict[str, 
         found beside them, ``score``, the largest difference of scores, and with masks ``masks``,
         the share of found objects whose masks are the same.
     """
-    if isinstance(expected[0], Segmentation):
-        same = np.concatenate([(a.labels == b.labels).reshape(-1)
-                               for a, b in zip(expected, found)])
-        return dict(compared=int(same.size), share=float(same.mean()))
-    if isinstance(expected[0], Classification):
-        equal = [int(a.scores.argmax()) == int(b.scores.argmax())
-                 for a, b in zip(expected, found)]
-        return dict(compared=len(equal), share=float(np.mean(equal)))
-    compared, hits, extra, masks, scores = 0, 0, 0, [], [0.]
-    for one, other in zip(expected, found):
-        pairs = [(i, j) for i, j in pairs_of(one, other) if one.scores[i] >= LEAST_SCORE]
-        compared += len(pairs)
-        hits += sum(j is not None for _, j in pairs)
-        known = {j for _, j in pairs}
-        # As many more as there are below the limit of one and above it in the other.
-        extra += sum(score >= LEAST_SCORE + 0.1 and j not in known
-                     for j, score in enumerate(other.scores))
-        for i, j in pairs:
-            if j is None:
-                continue
-            scores.append(abs(float(one.scores[i] - other.scores[j])))
-            if one.masks is not None and other.masks is not None:
-                union = (one.masks[i] | other.masks[j]).sum()
-                common = (one.masks[i] & other.masks[j]).sum()
-                masks.append(union == 0 or common / union > LEAST_IOU)
-    row = dict(compared=compared, share=hits / compared if compared else 1., extra=int(extra),
-               score=max(scores))
-    if expected[0].masks is not None:
-        row['masks'] = float(np.mean(masks)) if masks else 1.
+    if isinstance(expected, Segmentation):
+        equal = expected.labels == found.labels
+        return dict(compared=int(equal.size), share=float(equal.mean()))
+    if isinstance(expected, Classification):
+        return dict(compared=1, share=float(expected.scores.argmax() == found.scores.argmax()))
+    pairs = [(i, j) for i, j in pairs_of(expected, found) if expected.scores[i] >= LEAST_SCORE]
+    same = [(i, j) for i, j in pairs if j is not None]
+    known = {j for _, j in same}
+    # As many more as there are below the limit of one and above it in the other.
+    extra = sum(score >= LEAST_SCORE + 0.1 and j not in known
+                for j, score in enumerate(found.scores))
+    row = dict(compared=len(pairs), share=len(same) / len(pairs) if pairs else 1.,
+               extra=int(extra), score=max((abs(float(expected.scores[i] - found.scores[j]))
+                                            for i, j in same), default=0.))
+    if expected.masks is not None and found.masks is not None:
+        alike = []
+        for i, j in same:
+            union = (expected.masks[i] | found.masks[j]).sum()
+            common = (expected.masks[i] & found.masks[j]).sum()
+            alike.append(union == 0 or common / union > LEAST_IOU)
+        row['masks'] = float(np.mean(alike)) if alike else 1.
     return row
+
+
+def total(rows: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
+    """Those of :func:`compare_results` of several images as one; masks only if all have them."""
+    compared = sum(row['compared'] for row in rows)
+    same = [row['share'] * row['compared'] for row in rows]
+    found: Dict[str, Any] = dict(compared=compared, share=sum(same) / compared if compared else 1.)
+    if 'extra' in rows[0]:
+        found.update(extra=sum(row['extra'] for row in rows),
+                     score=max(row['score'] for row in rows))
+    if all('masks' in row for row in rows):
+        alike = sum(row['masks'] * count for row, count in zip(rows, same))
+        found['masks'] = alike / sum(same) if sum(same) else 1.
+    return found
 
 
 @contextmanager
@@ -113,7 +119,9 @@ def sums_in_another_order(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def shake(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def shake(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # a patch embedding: tokens, and how many
+            return (shake(module, args, output[0]), *output[1:])
         return output * (1 + SUMS_DIFFER * torch.randn(output.shape, generator=generator))
 
     with ExitStack() as hooks:
@@ -123,15 +131,15 @@ def sums_in_another_order(model: nn.Module, seed: int = 0) -> Iterator[None]:
 
 
 def check_decisions(subgraph: Subgraph, engine: Engine, info: Mapping[str, Any],
-                    images: Sequence[np.ndarray], size: Size) -> Dict[str, Any]:
+                    images: Sequence[Image], size: Size) -> Dict[str, Any]:
     """Compare what an engine finds in images with what the host's own code finds.
 
     Args:
         subgraph (Subgraph): Of a whole model.
         engine (Engine): It has loaded the file.
         info (Mapping): What the file says.
-        images (Sequence[np.ndarray]): uint8 BGR of shape (H, W, 3), resized as the file says;
-            none for some that are made up.
+        images (Sequence[str, Path or np.ndarray]): Files, or uint8 BGR of shape (H, W, 3),
+            resized as the file says; none for some that are made up. One is in memory at a time.
         size (tuple[int, int]): Height and width of those.
 
     Returns:
@@ -143,8 +151,9 @@ def check_decisions(subgraph: Subgraph, engine: Engine, info: Mapping[str, Any],
         parity_images(size, low, high, seed=seed)[0].permute(1, 2, 0).round().byte().numpy()
         for seed in range(MADE_UP)]
     quantized = next(iter(named_quant_ops(subgraph.model)), None) is not None
-    expected, found, own = [], [], []
-    for pixels in images or made_up:
+    found, own = [], []
+    for image in images or made_up:
+        pixels = read_image(image)
         prepared = prepare(pixels, info, resize=bool(images), shrink=True)
 
         def simulated(like: Any, prepared: Prepared = prepared, pixels: Any = pixels) -> Any:
@@ -152,15 +161,15 @@ def check_decisions(subgraph: Subgraph, engine: Engine, info: Mapping[str, Any],
                 outputs = subgraph.run(torch.from_numpy(prepared.array))
             return _as_result([o.numpy() for o in outputs], prepared, info, pixels, like)
 
-        found.append(interpret(engine.run(prepared.array), prepared, info, pixels))
-        expected.append(simulated(found[-1]))
+        result = interpret(engine.run(prepared.array), prepared, info, pixels)
+        expected = simulated(result)
+        found.append(compare_results(expected, result))
         if quantized:
             with sums_in_another_order(subgraph.model):
-                own.append(simulated(found[-1]))
-    row = dict(compare_results(expected, found), images=len(found))
+                own.append(compare_results(expected, simulated(result)))
+    row = dict(total(found), images=len(found))
     if quantized:
-        row['own'] = {key: value for key, value in compare_results(expected, own).items()
-                      if key in ('share', 'masks')}
+        row['own'] = {key: value for key, value in total(own).items() if key in ('share', 'masks')}
     return row
 
 

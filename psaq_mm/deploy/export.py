@@ -27,7 +27,7 @@ from .agreement import (
     require_agreement,
 )
 from .export_manifest import write_export
-from .file_info import file_info, metadata
+from .file_info import file_info, metadata, resize_rule
 from .hosts import find_subgraph
 from .onnx_export import save_onnx, trace
 from .openvino_export import save_openvino
@@ -117,7 +117,14 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
     engine.require_device(device)
     config = config if config is not None else getattr(model, 'cfg', None)
     classes = classes or (getattr(model, 'dataset_meta', None) or {}).get('classes') or ()
-    images = [read_image(path) for path in check_images]
+    if part == 'features' and check_images:
+        raise UserError('--check-images is of whole models; leave it out with --part features, '
+                        'where outputs are compared')
+    for path in check_images:
+        read_image(path)  # one that cannot be read is an error before the work
+    if check_images and resize_rule(config)['mode'] == 'unknown':
+        raise UserError('--check-images: the config does not say how images are resized '
+                        f'({resize_rule(config)["step"]}); leave it out')
     model = _cpu_copy(model)
     subgraph = find_subgraph(model, part)
     chosen = choose_sizes(subgraph, sizes)
@@ -152,7 +159,7 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
             entry['parity'] = _compare_outputs(subgraph, loaded, size or check_size, low, high)
             _report(path, written, entry['parity']['outputs'])
         else:
-            entry['agreement'] = row = check_decisions(subgraph, loaded, info, images,
+            entry['agreement'] = row = check_decisions(subgraph, loaded, info, check_images,
                                                        size or check_size)
             print_log(f'{path} ({written / 1e6:.2f} MB); against the simulation: '
                       f'{describe_agreement(row)}', logger='current')

@@ -30,10 +30,12 @@ def resize_rule(config: Optional[Config]) -> Dict[str, Any]:
     dataset, steps = test_dataset(config)
     if str(dataset.get('type')).endswith('ImageFolder'):
         return _timm_rule(dataset)
+    if not steps:
+        return dict(mode='unknown', step='the config has no test pipeline')
     rule: Dict[str, Any] = dict(mode='none')
     for step in steps:
         name = str(getattr(step['type'], '__name__', step['type'])).split('.')[-1]
-        if name in ('Resize', 'FixScaleResize'):
+        if name == 'Resize':
             rule = _resize(step)
         elif not name.startswith(('Load', 'Pack')) and name not in (
                 'DefaultFormatBundle', 'TestTimeAug', 'InferencerLoader'):
@@ -42,6 +44,9 @@ def resize_rule(config: Optional[Config]) -> Dict[str, Any]:
 
 
 def _resize(step: Mapping[str, Any]) -> Dict[str, Any]:
+    for key, known in (('interpolation', 'bilinear'), ('backend', 'cv2')):
+        if step.get(key, known) != known:
+            return dict(mode='unknown', step=f'Resize of the test pipeline has {key}={step[key]}')
     scale: Any = step.get('scale')
     factor: Any = step.get('scale_factor')
     if scale is None and factor is not None:
@@ -62,6 +67,8 @@ def _timm_rule(dataset: Any) -> Dict[str, Any]:
     config = resolve_data_config(pretrained_cfg=settings.to_dict())
     config.update(dataset.get('transform') or {})
     height, width = config['input_size'][1:]
+    if height != width or config.get('crop_mode', 'center') not in (None, 'center'):
+        return dict(mode='unknown', step='timm does not cut a square out of the middle')
     short = int(min(height, width) / float(config.get('crop_pct') or 0.875))
     return dict(mode='crop', short=short, size=[height, width])
 

@@ -44,8 +44,11 @@ class GraphModel(nn.Module):
             return dict(logits=torch.from_numpy(outputs[0][0]), label=sample)
         original = tuple(sample.metainfo['ori_shape'][:2])
         array = pad(array, info)
-        found: Any = interpret(engine.run(array), Prepared(array, size, original), info,
-                               np.empty((0, 0, 3), np.uint8))
+        # Detectors of mmdet divide by it: the pipeline may have padded the image too.
+        factors = sample.metainfo.get('scale_factor') if info['task'] != 'segmentation' else None
+        prepared = Prepared(array, size, original, None if factors is None else
+                            (float(factors[0]), float(factors[1])))
+        found: Any = interpret(engine.run(array), prepared, info, np.empty((0, 0, 3), np.uint8))
         if info['task'] == 'segmentation':
             sample.pred_sem_seg = PixelData(data=torch.from_numpy(found.labels)[None])
             return sample

@@ -76,13 +76,23 @@ def infer(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f'--out-dir {out} cannot be made ({error.strerror})') from error
     rows: List[Any] = []
+    failed: List[str] = []
     pairs: Iterable[Any] = progress(list(zip(images, pictures)))
     for image, picture in pairs:
-        found = model(image)
+        try:
+            found = model(image)
+        except UserError as error:  # the others are not to be lost
+            failed.append(str(error))
+            continue
         write(picture, cv2.imencode('.png', found.draw(args.score_thr))[1].tobytes())
         rows.append(dict(image=str(image), picture=picture.name,
                          predictions=found.plain(args.score_thr)))
-    write(out / 'predictions.json', (json.dumps(rows, indent=1) + '\n').encode())
+    if rows:
+        write(out / 'predictions.json', (json.dumps(rows, indent=1) + '\n').encode())
+    if failed:
+        raise UserError(f'{"; ".join(failed[:3])}{"; ..." * (len(failed) > 3)} ({len(failed)} of '
+                        f'{len(images)} images' + (f'; the others are done, in {out})' if rows
+                                                   else ')'))
     print(f'{out}: {len(images)} picture(s) and predictions.json, by {model.engine.describe()}')
 
 

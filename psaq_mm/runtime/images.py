@@ -3,7 +3,7 @@
 import itertools
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -76,7 +76,10 @@ def read_image(image: Image) -> np.ndarray:
             data = np.fromfile(image, np.uint8)
         except OSError as error:
             raise UserError(f'image {image} cannot be read ({error.strerror})') from error
-        pixels = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+        try:
+            pixels = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+        except cv2.error:  # it has a limit of pixels
+            pixels = None
         if pixels is None:
             raise UserError(f'image {image} cannot be read by OpenCV; convert it to PNG or JPEG')
         return pixels
@@ -102,15 +105,19 @@ class Prepared(NamedTuple):
         array (np.ndarray): float32, shape (1, 3, H, W).
         size (tuple[int, int]): Height and width of the image in it; the rest is padding.
         original (tuple[int, int]): Those of the image itself.
+        factors (tuple[float, float], optional): By how much it is wider and higher than the
+            image, if ``size`` does not say so. Defaults to None.
     """
     array: np.ndarray
     size: Tuple[int, int]
     original: Tuple[int, int]
+    factors: Optional[Tuple[float, float]] = None
 
     @property
     def scale(self) -> np.ndarray:
         """np.ndarray: By how much x, y, x and y of boxes are larger than in the image."""
-        factors = self.size[1] / self.original[1], self.size[0] / self.original[0]
+        factors = self.factors or (self.size[1] / self.original[1],
+                                   self.size[0] / self.original[0])
         return np.array([*factors, *factors], np.float32)
 
 
@@ -132,11 +139,12 @@ def resized_size(height: int, width: int, rule: Mapping[str, Any]) -> Tuple[int,
     if mode == 'fit':
         long, short = rule['size']
         factor = min(long / max(height, width), short / min(height, width))
-        return int(height * factor + 0.5), int(width * factor + 0.5)
+        return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
     if mode == 'stretch':
         return rule['size'][0], rule['size'][1]
     if mode == 'factor':
-        return int(height * rule['factor'][0] + 0.5), int(width * rule['factor'][1] + 0.5)
+        return (max(1, int(height * rule['factor'][0] + 0.5)),
+                max(1, int(width * rule['factor'][1] + 0.5)))
     if mode == 'crop':
         factor = rule['short'] / min(height, width)
         return max(1, round(height * factor)), max(1, round(width * factor))
@@ -164,8 +172,9 @@ def prepare(pixels: np.ndarray, info: Mapping[str, Any], resize: bool = True,
     rule: Any = info['resize'] if resize else dict(mode='none')
     size = resized_size(height, width, rule)
     if rule['mode'] == 'crop':
-        return Prepared(_planes(_cut(_scaled(pixels, size), rule['size'])), tuple(rule['size']),
-                        (height, width))
+        smaller = size[0] < height  # timm, by Pillow, takes the mean of pixels then
+        scaled = _scaled(pixels, size, cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+        return Prepared(_planes(_cut(scaled, rule['size'])), tuple(rule['size']), (height, width))
     fixed = info['size']
     if fixed is not None and (size[0] > fixed[0] or size[1] > fixed[1]):
         if not shrink:
@@ -195,10 +204,11 @@ def pad(array: np.ndarray, info: Mapping[str, Any]) -> np.ndarray:
     return full
 
 
-def _scaled(pixels: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+def _scaled(pixels: np.ndarray, size: Tuple[int, int],
+            interpolation: int = cv2.INTER_LINEAR) -> np.ndarray:
     if pixels.shape[:2] == tuple(size):
         return pixels
-    return cv2.resize(pixels, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(pixels, (size[1], size[0]), interpolation=interpolation)
 
 
 def _cut(pixels: np.ndarray, size: Any) -> np.ndarray:

@@ -76,6 +76,9 @@ class Model:
         """
         if isinstance(images, (str, Path, np.ndarray)):
             return self._one(images)
+        if not isinstance(images, (list, tuple)):
+            raise UserError(f'expected an image as a path or an array of numpy (BGR), or a list '
+                            f'of them, got {type(images).__name__}')
         return [self._one(image) for image in images]
 
     def _one(self, image: Image) -> Result:
@@ -115,9 +118,12 @@ def interpret(outputs: Sequence[np.ndarray], prepared: Prepared, info: Mapping[s
 
 
 def _label_map(logits: np.ndarray, prepared: Prepared, info: Mapping[str, Any]) -> np.ndarray:
-    """The best class of each pixel: as mmseg, logits are resized to what the graph was given and
-    then, without the padding, to the image."""
-    given, size, corners = prepared.array.shape[2:], prepared.size, info['align_corners']
+    """The best class of each pixel: as mmseg, logits are resized to what the model saw and then,
+    without the padding, to the image."""
+    size, corners = prepared.size, info['align_corners']
+    divisor: int = info.get('divisor', 1)
+    given = tuple(-(-max(length, least) // divisor) * divisor for length, least
+                  in zip(prepared.array.shape[2:], info.get('least', (1, 1))))
     best = np.full(prepared.original, -np.inf, np.float32)
     labels = np.zeros(prepared.original, np.min_scalar_type(len(logits)))
     better, this = np.empty(prepared.original, np.uint8), np.empty_like(labels)

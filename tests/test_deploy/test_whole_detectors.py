@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 from small_detectors import small_detector
 from torch import nn
@@ -122,3 +123,23 @@ def test_what_cannot_be_exported_is_named(tmp_path, kind, change, words):
     with pytest.raises(UserError, match=words) as error:
         find_subgraph(model, 'model')
     assert '--part features' in str(error.value)
+
+
+def test_a_loss_with_channels_of_its_own(tmp_path):
+    """V3Det's: the loss makes scores of the channels, and no sigmoid follows."""
+    model = spread(small_detector('fcos', tmp_path))
+    loss = dict(type='FocalCustomLoss', use_sigmoid=True, num_classes=5)
+    model.bbox_head.loss_cls = MODELS.build(loss)
+    images = image_of(SIZES[0])
+    expected = as_boxes(model, images)
+    assert len(expected[0]) > 2 and len(expected[1].unique()) > 1
+    with torch.no_grad():
+        matched(expected, find_subgraph(model, 'model').exportable(None)(images))
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_of_other_channels(tmp_path, channels):
+    model = small_detector('retinanet', tmp_path, in_channels=channels)
+    model.data_preprocessor = MODELS.build(dict(type='DetDataPreprocessor'))
+    with pytest.raises(UserError, match=f'images of {channels} channels.*--part features'):
+        find_subgraph(model, 'model')

@@ -51,3 +51,13 @@ def test_an_unknown_rule():
     with pytest.raises(UserError, match='the step Pad.*resize=False'):
         prepare(image, info)
     assert prepare(image, info, resize=False).array.shape == (1, 3, 40, 64)
+
+
+def test_large_images_are_averaged_for_classifiers():
+    """As Pillow does it for timm: one pixel of many would be noise."""
+    image = pytest.importorskip('PIL.Image')
+    pixels = np.random.default_rng(0).integers(0, 256, (320, 480, 3), dtype=np.uint8)
+    info = dict(INFO, resize=dict(mode='crop', short=40, size=[32, 32]))
+    found = prepare(pixels, info).array[0].transpose(1, 2, 0)
+    resized = image.fromarray(pixels).resize((60, 40), image.Resampling.BOX)
+    assert np.abs(found - np.asarray(resized)[4:36, 14:46]).max() <= 1

@@ -92,3 +92,19 @@ def test_an_engine_that_decides_otherwise(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r'model_\d+x\d+.onnx: the engine decides otherwise'):
         exported('swin', tmp_path)
     assert (tmp_path / 'export.json').exists() and list(tmp_path.glob('*.onnx'))
+
+
+@pytest.mark.parametrize('padding', [dict(size_divisor=64), dict(size=(160, 224))])
+def test_a_segmentor_whose_preprocessor_pads(tmp_path, scenes, padding):
+    """mmseg resizes logits to the padded size, and then cuts the padding off."""
+    from mmseg.apis import inference_model
+    model = init_model(str(DEMO / 'upernet_swin_demo.py'), str(DEMO / 'upernet_swin_demo.pth'))
+    model.data_preprocessor.test_cfg = padding
+    manifest = export_graphs(model, tmp_path, 'onnx', part='model', check_size=(96, 128))
+    assert manifest['graphs'][0]['agreement']['share'] > 0.999
+    runtime = Model(tmp_path / manifest['graphs'][0]['file'], threads=1)
+    pixels = scenes.render(1_000_000)[0]
+    for image in (pixels, cv2.resize(pixels, (150, 201)), pixels[:100]):
+        with torch.no_grad():
+            expected = inference_model(model, image).pred_sem_seg.data[0].numpy()
+        assert (runtime(image).labels != expected).mean() < 1e-3

@@ -98,7 +98,8 @@ def test_bad_images(model, tmp_path):
     for image, words in ((tmp_path / 'no.png', 'no.png cannot be read'),
                          (tmp_path / 'empty.png', 'empty.png cannot be read'),
                          ('/nowhere.jpg', 'No such'), (np.zeros((4, 4, 3)), 'float64'),
-                         (np.zeros((4, 4, 2), np.uint8), '4, 4, 2')):
+                         (np.zeros((4, 4, 2), np.uint8), '4, 4, 2'),
+                         (torch.zeros(4, 4, 3, dtype=torch.uint8), 'got Tensor')):
         with pytest.raises(UserError, match=words):
             model(image)
 
@@ -165,7 +166,7 @@ def test_features_are_no_model(tmp_path):
 
 def test_missing_engine_and_device(whole_graphs, monkeypatch):
     for engine in ENGINES:
-        with pytest.raises(UserError, match=f'--device TPU: {engine} .* has .*CPU'):
+        with pytest.raises(UserError, match=f'^device TPU: {engine} .* has .*CPU'):
             Model(whole_graphs[engine], device='TPU')
         monkeypatch.setitem(sys.modules, engine, None)
         with pytest.raises(UserError, match=f'{engine} is not installed'):
@@ -188,8 +189,9 @@ def test_bare_environment(whole_graphs, photos, tmp_path):
         'main(sys.argv[1:])\n')
     for engine in ENGINES:
         done = subprocess.run(
-            [sys.executable, '-c', script, 'infer', str(whole_graphs[engine]), str(photos),
-             '--out-dir', str(tmp_path / engine)], capture_output=True, text=True, cwd=ROOT)
+            [sys.executable, '-c', script, 'infer', '--threads', '1', str(whole_graphs[engine]),
+             str(photos), '--out-dir', str(tmp_path / engine)],
+            capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         rows = json.loads((tmp_path / engine / 'predictions.json').read_text())
         assert [row['picture'] for row in rows] == ['0.png', '1.png']
@@ -206,3 +208,28 @@ def test_mistakes_on_the_command_line(whole_graphs, photos, capsys, arguments, w
     with pytest.raises(SystemExit) as status:
         infer(arguments)
     assert status.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_one_bad_image_of_several(whole_graphs, photos, tmp_path, capsys):
+    """The others are done."""
+    (tmp_path / 'bad.png').write_bytes(b'no image')
+    arguments = [str(whole_graphs['openvino']), str(photos / '0.png'), str(tmp_path / 'bad.png'),
+                 str(photos / '1.png'), '--out-dir', str(tmp_path / 'out')]
+    with pytest.raises(SystemExit) as status:
+        infer(arguments)
+    error = capsys.readouterr().err
+    assert status.value.code == 2 and 'bad.png cannot be read' in error
+    assert f'(1 of 3 images; the others are done, in {tmp_path / "out"})' in error
+    rows = json.loads((tmp_path / 'out' / 'predictions.json').read_text())
+    assert [row['picture'] for row in rows] == ['0.png', '1.png']
+
+
+def test_a_device_that_fails_is_no_cpu(whole_graphs, monkeypatch):
+    """onnxruntime falls back to the CPU, where a provider that it lists cannot be used."""
+    runtime = pytest.importorskip('onnxruntime')
+    if 'CUDAExecutionProvider' in runtime.get_available_providers():
+        pytest.skip('onnxruntime has CUDA here')
+    monkeypatch.setattr(runtime, 'get_available_providers', lambda: [
+        'CUDAExecutionProvider', 'CPUExecutionProvider'])
+    with pytest.raises(UserError, match='device CUDA: .* cannot use it'):
+        Model(whole_graphs['onnxruntime'], device='CUDA')

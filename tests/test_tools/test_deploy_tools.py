@@ -108,7 +108,8 @@ def test_an_engine_that_decides_otherwise(call_tool, data, tmp_path):
 def test_evaluate_exports_by_itself(call_tool, data, tmp_path):
     engine, _ = metrics_of(call_tool, data, tmp_path, '--backend', 'onnxruntime')
     assert engine['metrics']['coco/bbox_mAP'] > 0.5
-    assert (tmp_path / 'export_onnx' / 'model.onnx').exists()
+    assert (tmp_path / 'test_export_onnx' / 'model.onnx').exists()
+    assert not (tmp_path / 'export_onnx').exists()  # that is of tools/export.py
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_benchmark(call_tool, data, tmp_path, affinity, part, monkeypatch):
 @pytest.mark.parametrize('options, words', [
     (['--threads', 2], '--threads is for engines'),
     (['--engine-device', 'GPU'], '--engine-device is for engines'),
-    (['--backend', 'openvino', '--engine-device', 'TPU'], '--device TPU: openvino'),
+    (['--backend', 'openvino', '--engine-device', 'TPU'], 'device TPU: openvino'),
     (['--backend', 'onnxruntime', '--precision', 'bf16'], 'onnxruntime on a CPU has fp32 only'),
     (['--backend', 'openvino', '--exported', '/nowhere'], '/nowhere/export.json'),
     (['--backend', 'openvino', '--threads', -1], '--threads must be'),
@@ -179,6 +180,15 @@ def test_mistakes_of_export_and_benchmark(call_tool, data, tmp_path):
     status, _, err = call_tool('export', config, checkpoint, '--format', 'onnx', '--out',
                                tmp_path / 'o', '--float-roles', 'querry')
     assert status == 2 and 'querry' in err
+    for option, value in (('--check-images', data / 'val'), ('--least-share', 0.5)):
+        status, _, err = call_tool('export', config, checkpoint, '--format', 'onnx', '--out',
+                                   tmp_path / 'o', '--part', 'features', option, value)
+        assert status == 2 and f'{option} is of whole models' in err
+    status, _, err = call_tool(
+        'export', config, checkpoint, '--format', 'onnx', '--out', tmp_path / 'o',
+        '--check-images', data / 'val', '--cfg-options',
+        'test_dataloader.dataset.pipeline.1.interpolation=bicubic')
+    assert status == 2 and '--check-images: ' in err and 'interpolation=bicubic' in err
     status, _, err = call_tool('benchmark', config, DEMO / 'mask_rcnn_swin_demo.pth',
                                '--work-dir', tmp_path / 'o')
     assert status == 2 and 'is not quantized' in err

@@ -115,8 +115,9 @@ class DenseBoxes(nn.Module):
         head = self.head
         size = scores.shape[2], scores.shape[3]
         rows = scores.permute(0, 2, 3, 1).reshape(-1, head.cls_out_channels)
-        if getattr(head.loss_cls, 'custom_cls_channels', False):
-            rows = head.loss_cls.get_activation(rows)[:, :-1]
+        own = getattr(head.loss_cls, 'custom_cls_channels', False)
+        if own:
+            rows = head.loss_cls.get_activation(rows)
         elif not head.use_sigmoid_cls:
             rows = rows.softmax(-1)[:, :-1]
         # The best pairs of a place and a class are among the places with the best classes.
@@ -129,7 +130,7 @@ class DenseBoxes(nn.Module):
             places = places.index_select(0, pairs // classes)
         elif not self.is_rpn:
             labels = torch.zeros_like(places)
-        if head.use_sigmoid_cls:
+        if head.use_sigmoid_cls and not own:
             best = best.sigmoid()
         priors = head.prior_generator.sparse_priors(places, size, level, deltas.dtype,
                                                     deltas.device)

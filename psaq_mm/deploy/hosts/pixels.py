@@ -12,6 +12,12 @@ from ..subgraph import Size
 from ..window_order import padded
 
 
+def _at_least(length: Any, least: int) -> Any:
+    if isinstance(length, Tensor):  # while a graph for all sizes is traced
+        return torch.maximum(length, torch.tensor(least))
+    return max(length, least)
+
+
 class Pixels(nn.Module):
     """Channel order, mean and standard deviation, and padding.
 
@@ -37,7 +43,8 @@ class Pixels(nn.Module):
         self.divisor = int(testing.get('size_divisor') or 1) if hasattr(preprocessor, 'test_cfg') \
             else int(getattr(preprocessor, 'pad_size_divisor', 1) or 1)
         self.least: Optional[Size] = tuple(testing['size']) if testing.get('size') else None
-        self.value = float(getattr(preprocessor, 'pad_value', 0) or 0)
+        self.value = float(getattr(preprocessor, 'pad_val',  # of mmseg
+                                   getattr(preprocessor, 'pad_value', 0)) or 0)
         self.size = size
 
     @property
@@ -49,7 +56,7 @@ class Pixels(nn.Module):
     def padded_size(self, height: Any, width: Any) -> Any:
         """Height and width after padding."""
         if self.least is not None:
-            height, width = max(height, self.least[0]), max(width, self.least[1])
+            height, width = (_at_least(*pair) for pair in zip((height, width), self.least))
         return padded(height, self.divisor), padded(width, self.divisor)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -147,9 +147,11 @@ class WholeSegmentor(WholeOpenMMLab):
 
     def info(self) -> Dict[str, Any]:
         head: Any = self._decode_head
+        pixels = self._pixels(None)
         return dict(task='segmentation', align_corners=bool(head.align_corners),
                     threshold=getattr(head, 'threshold', None) if head.out_channels == 1 else None,
-                    padding=self._pixels(None).padding)
+                    padding=pixels.padding, divisor=pixels.divisor,
+                    least=list(pixels.least or (1, 1)))
 
     def run(self, images: Tensor) -> Tuple[Tensor, ...]:
         """Predict from what the host's own code makes of pixels."""
@@ -168,6 +170,12 @@ class WholeTimm(TimmSubgraph):
     """A classifier of timm, to its logits."""
 
     input_name = 'image'
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        if self.channels != 3:
+            refuse(model, f'it takes images of {self.channels} channels, and the graph those of '
+                   '3, in BGR')
 
     def _pixels(self, size: Optional[Size]) -> Pixels:
         if self._model is self.model:
@@ -197,12 +205,19 @@ class WholeTimmSwin(WholeTimm, TimmSwinSubgraph):
 
 def require_same_pixels(model: Any, pixels: Pixels) -> None:
     """Raise a :class:`UserError` if a model sees other pixels of black and white images than
-    those that its data preprocessor makes, as its test pipeline normalizes too."""
+    those that its data preprocessor makes, as its test pipeline normalizes too; or if its images
+    have no three channels."""
+    channels = find_adapter(model).valid_range(model)[0].shape[1]
+    if channels != 3:
+        refuse(model, f'it takes images of {channels} channels, and the graph those of 3, in BGR')
     for value, expected in zip((0., 255.), find_adapter(model).valid_range(model)):
         image = torch.full((1, expected.shape[1], 32, 32), value)
         if not torch.allclose(pixels(image)[..., :1, :1], expected, rtol=1e-3, atol=1e-3):
             refuse(model, 'its test pipeline changes pixel values, and the graph has only what '
                    'the data_preprocessor does; move mean and std there')
+    if find_adapter(model).is_rgb(model) != pixels.reverse:
+        refuse(model, 'its test pipeline turns channels, and the graph has only what the '
+               'data_preprocessor does; set bgr_to_rgb there')
 
 
 def whole_openmmlab(model: Any) -> Any:

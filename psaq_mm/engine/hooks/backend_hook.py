@@ -43,9 +43,9 @@ class BackendHook(Hook):
         model.built_from = getattr(runner, 'cfg', None)  # says what pixels the model sees
         if folder is None:
             target = ENGINES[self.backend].format
-            folder = str(Path(runner.work_dir) / f'export_{target}')
+            folder = str(Path(runner.work_dir) / f'test_export_{target}')  # not the user's own
             export_graphs(model, folder, target, about=self.source, part='model',
-                          config=runner.cfg)
+                          config=runner.cfg, least_share=0.)  # the test itself will tell
         graphs = Graphs(folder, self.backend, self.threads, self.precision,
                         self.source['sha256'], self.device)
         if graphs.manifest.get('part') == 'model':

@@ -86,7 +86,7 @@ class Engine:
         """
         known = cls.devices()
         if device.upper().split('.')[0] not in {name.split('.')[0] for name in known}:
-            raise UserError(f'--device {device}: {cls.name} {cls.version()} has '
+            raise UserError(f'device {device}: {cls.name} {cls.version()} has '
                             f'{", ".join(known)} here')
 
     def _load(self) -> None:

@@ -4,6 +4,8 @@ from typing import Any, List
 
 import numpy as np
 
+from psaq_mm.errors import UserError
+
 from ..packages import require_package
 from .engine import INFO_KEY, Engine
 
@@ -34,6 +36,11 @@ class ONNXRuntimeEngine(Engine):
                      if name.upper().startswith(f'{self.device}EXECUTION')]
         self._session: Any = runtime.InferenceSession(str(self.path), options,
                                                       providers=providers)
+        self._session.disable_fallback()  # a device that fails is an error, not the CPU
+        if self._session.get_providers()[:1] != providers[:1]:
+            raise UserError(f'device {self.device}: onnxruntime {self.version()} cannot use it, '
+                            'and would compute on the CPU; look at its driver and libraries, or '
+                            'choose CPU')
         self._input = self._session.get_inputs()[0].name
 
     def _info(self) -> str:

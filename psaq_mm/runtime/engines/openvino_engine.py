@@ -26,7 +26,7 @@ class OpenVINOEngine(Engine):
         options: Dict[str, Any] = {
             'INFERENCE_PRECISION_HINT': 'bf16' if self.precision == 'bf16' else 'f32',
             'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': 1}
-        if self.threads and self.device == 'CPU':
+        if self.threads and self.device in ('CPU', 'AUTO'):
             options['INFERENCE_NUM_THREADS'] = self.threads
         core = openvino.Core()
         model = core.read_model(str(self.path))
