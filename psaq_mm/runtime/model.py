@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A whole model that an engine runs: an image in, what is in it out."""
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple, Union, overload
 
@@ -124,18 +125,33 @@ def _label_map(logits: np.ndarray, prepared: Prepared, info: Mapping[str, Any]) 
     divisor: int = info.get('divisor', 1)
     given = tuple(-(-max(length, least) // divisor) * divisor for length, least
                   in zip(prepared.array.shape[2:], info.get('least', (1, 1))))
-    best = np.full(prepared.original, -np.inf, np.float32)
-    labels = np.zeros(prepared.original, np.min_scalar_type(len(logits)))
-    better, this = np.empty(prepared.original, np.uint8), np.empty_like(labels)
-    for label in _possible(logits):
+
+    def plane_of(label: int) -> np.ndarray:
         plane = _resized(logits[label], given, corners)[:size[0], :size[1]]
-        plane = _resized(plane, prepared.original, corners)
-        if len(logits) == 1:  # one class, and what is not it
-            return (1 / (1 + np.exp(-plane)) > info['threshold']).astype(np.int64)
-        cv2.compare(plane, best, cv2.CMP_GT, better)
-        this.fill(label)
-        cv2.copyTo(this, better, labels)
-        cv2.max(plane, best, best)
+        return _resized(plane, prepared.original, corners)
+
+    def best_of(classes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+        best = np.full(prepared.original, -np.inf, np.float32)
+        labels = np.zeros(prepared.original, np.min_scalar_type(len(logits)))
+        better, this = np.empty(prepared.original, np.uint8), np.empty_like(labels)
+        for label in classes:
+            plane = plane_of(label)
+            cv2.compare(plane, best, cv2.CMP_GT, better)
+            this.fill(label)
+            cv2.copyTo(this, better, labels)
+            cv2.max(plane, best, best)
+        return best, labels
+
+    if len(logits) == 1:  # one class, and what is not it
+        return (1 / (1 + np.exp(-plane_of(0))) > info['threshold']).astype(np.int64)
+    possible = _possible(logits)
+    # As many threads as OpenCV has, if each has some classes to resize.
+    parts = np.array_split(possible, min(cv2.getNumThreads(), len(possible) // 8) or 1)
+    with ThreadPoolExecutor(len(parts)) as pool:
+        (best, labels), *others = pool.map(best_of, parts)
+    for other, found in others:  # classes come in order: of equal ones the first
+        cv2.copyTo(found, cv2.compare(other, best, cv2.CMP_GT), labels)
+        cv2.max(other, best, best)
     return labels.astype(np.int64)
 
 
