@@ -38,6 +38,7 @@ from torch import nn
 import psaq_mm
 from psaq_mm.deploy import Graphs, export_graphs
 from psaq_mm.deploy.adaptive_pool import replace_adaptive_pools
+from psaq_mm.deploy.agreement import sums_in_another_order
 from psaq_mm.deploy.file_info import file_info
 from psaq_mm.deploy.hosts import find_subgraph
 from psaq_mm.deploy.hosts.detection import ExportableDetections
@@ -199,6 +200,10 @@ def ours(case: Case, args: argparse.Namespace, seed: int, folder: Path) \
                 sides[f'{side} + bf16'] = Side(sides[side].file, 'bf16')
         if case.subject is not None:
             simulated[f'torch simulation, {scope}'] = points(case.subject, student)
+            for order in range(args.other_sums):
+                with sums_in_another_order(student, order):
+                    found = points(case.subject, student)
+                print(f'torch simulation, {scope}, sums in another order: {found}', flush=True)
     return sides, simulated
 
 
@@ -327,6 +332,8 @@ def main() -> None:
     parser.add_argument('--threads', type=int, nargs='+', default=[1], help='in turn')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='of our images, for '
                         'trained models: metrics are means, times are of the first')
+    parser.add_argument('--other-sums', type=int, default=0, help='test the simulation so many '
+                        'times more, with sums in another order: what rounding alone does')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--samples', type=int, default=300, help='of the peers, if there are '
                         'as many; with random weights 1')
