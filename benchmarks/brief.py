@@ -58,10 +58,11 @@ class Model:
         """Means of a row: ``62.3 / 59.8, 14.1 dB`` or ``62.3 / 59.8, 68.3 / 70.7 alike``; less
         those of another row: ``-0.3 / +0.1``."""
         found = self.found(row, setting, scope)
-        others = found[:0] if not minus else [self.float] if minus == 'float' else \
-            self.found(minus, setting, scope)
-        if minus and not others:
-            return '-'
+        others: List[Dict[str, Any]] = []
+        if minus:
+            others = [self.float] if minus == 'float' else self.found(minus, setting, scope)
+            if not others:
+                return '-'
         parts = []
         agreement = [key for key in METRICS if key.startswith('agreement')
                      and any(key in value for value in found)]

@@ -120,11 +120,12 @@ def export_graphs(model: nn.Module, folder: Union[str, Path], target: str,
     if part == 'features' and check_images:
         raise UserError('--check-images is of whole models; leave it out with --part features, '
                         'where outputs are compared')
+    rule = resize_rule(config) if check_images else {}
+    if rule.get('mode') == 'unknown':
+        raise UserError('--check-images: the config does not say how images are resized '
+                        f'({rule["step"]}); leave it out')
     for path in check_images:
         read_image(path)  # one that cannot be read is an error before the work
-    if check_images and resize_rule(config)['mode'] == 'unknown':
-        raise UserError('--check-images: the config does not say how images are resized '
-                        f'({resize_rule(config)["step"]}); leave it out')
     model = _cpu_copy(model)
     subgraph = find_subgraph(model, part)
     chosen = choose_sizes(subgraph, sizes)

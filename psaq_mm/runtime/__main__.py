@@ -90,9 +90,10 @@ def infer(args: argparse.Namespace) -> None:
     if rows:
         write(out / 'predictions.json', (json.dumps(rows, indent=1) + '\n').encode())
     if failed:
-        raise UserError(f'{"; ".join(failed[:3])}{"; ..." * (len(failed) > 3)} ({len(failed)} of '
-                        f'{len(images)} images' + (f'; the others are done, in {out})' if rows
-                                                   else ')'))
+        more = '; ...' if len(failed) > 3 else ''
+        rest = f'; the others are done, in {out}' if rows else ''
+        raise UserError(f'{"; ".join(failed[:3])}{more} ({len(failed)} of {len(images)} images'
+                        f'{rest})')
     print(f'{out}: {len(images)} picture(s) and predictions.json, by {model.engine.describe()}')
 
 

@@ -10,7 +10,7 @@ from psaq_mm.adapters import find_adapter
 from psaq_mm.errors import UserError
 
 from ..adaptive_pool import replace_adaptive_pools
-from ..subgraph import Size
+from ..subgraph import Size, Subgraph
 from .detection import ExportableDetections
 from .detection_checks import has_masks, refuse, require_exportable
 from .openmmlab import ExportableModel, OpenMMLabSubgraph
@@ -73,6 +73,7 @@ class WholeDetector(WholeOpenMMLab):
         if self._bare:
             refuse(model, 'a backbone has no results')
         require_exportable(model)
+        require_colour(self)
         require_same_pixels(model, self._pixels(None))
 
     @property
@@ -135,6 +136,7 @@ class WholeSegmentor(WholeOpenMMLab):
             refuse(model.decode_head, 'it needs more than features')
         if model.test_cfg.get('mode', 'whole') != 'whole':
             refuse(model, f'it tests in mode {model.test_cfg.mode}, window by window')
+        require_colour(self)
         require_same_pixels(model, self._pixels(None))
 
     @property
@@ -173,9 +175,7 @@ class WholeTimm(TimmSubgraph):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        if self.channels != 3:
-            refuse(model, f'it takes images of {self.channels} channels, and the graph those of '
-                   '3, in BGR')
+        require_colour(self)
 
     def _pixels(self, size: Optional[Size]) -> Pixels:
         if self._model is self.model:
@@ -203,19 +203,23 @@ class WholeTimmSwin(WholeTimm, TimmSwinSubgraph):
     """A Swin Transformer of timm."""
 
 
+def require_colour(subgraph: Subgraph) -> None:
+    """Raise a :class:`UserError` if a model's images have no three channels."""
+    if subgraph.channels != 3:
+        refuse(subgraph.model, f'it takes images of {subgraph.channels} channels, and the graph '
+               'those of 3, in BGR')
+
+
 def require_same_pixels(model: Any, pixels: Pixels) -> None:
     """Raise a :class:`UserError` if a model sees other pixels of black and white images than
-    those that its data preprocessor makes, as its test pipeline normalizes too; or if its images
-    have no three channels."""
-    channels = find_adapter(model).valid_range(model)[0].shape[1]
-    if channels != 3:
-        refuse(model, f'it takes images of {channels} channels, and the graph those of 3, in BGR')
-    for value, expected in zip((0., 255.), find_adapter(model).valid_range(model)):
+    those that its data preprocessor makes, as its test pipeline normalizes or turns them too."""
+    adapter = find_adapter(model)
+    for value, expected in zip((0., 255.), adapter.valid_range(model)):
         image = torch.full((1, expected.shape[1], 32, 32), value)
         if not torch.allclose(pixels(image)[..., :1, :1], expected, rtol=1e-3, atol=1e-3):
             refuse(model, 'its test pipeline changes pixel values, and the graph has only what '
                    'the data_preprocessor does; move mean and std there')
-    if find_adapter(model).is_rgb(model) != pixels.reverse:
+    if adapter.is_rgb(model) != pixels.reverse:
         refuse(model, 'its test pipeline turns channels, and the graph has only what the '
                'data_preprocessor does; set bgr_to_rgb there')
 
